@@ -1,0 +1,39 @@
+# make demo    a fresh machine → environment, data, a small GPT trained on a CPU, a sample of its text
+# make test    the whole test suite
+# make lint    style checks
+# make clean   remove what the targets above made
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/requirements.installed
+	$(RUN) prepare_fineweb.py --source python-docs --out data/demo \
+		--tokenizer bpe:2048 --val-tokens 32768 --workers 1
+	$(RUN) train.py configs/demo.toml
+	$(RUN) evaluate.py --checkpoint out/demo
+	$(RUN) sample.py --checkpoint out/demo --prompt "Return a list" --max-new-tokens 150 --seed 1
+
+test: $(VENV)/requirements-dev.installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/requirements-dev.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) data/demo out/demo
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python " + \
+		sys.version.split()[0] + " is too old, 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.installed: %.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(VENV)/requirements-dev.installed: $(VENV)/requirements.installed

@@ -1,0 +1,232 @@
+"""Checkpoints that are whole or absent, and that anyone may open: safetensors and JSON, no pickle.
+
+    out/NAME/checkpoints/step_000250/
+        model.safetensors       the weights, float32, by their names in model.GPT
+        optimizer.safetensors   AdamW's averages, as <parameter>/<state>
+        meta.json               step, settings, losses, and the size and SHA-256 of the two files
+
+A checkpoint is written into a folder with another name, forced to the disk, and then renamed:
+whatever has the final name is complete. What got damaged later is told by its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import TokenizerRecord, find_encoding, tokenizer_of
+from errors import UserError
+from model import GPT, GPTConfig
+
+FORMAT_VERSION = 1
+MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says of itself in meta.json, beside its files' sizes and hashes."""
+
+    step: int  # finished optimizer steps
+    model: GPTConfig
+    tokenizer: TokenizerRecord
+    config: dict[str, dict[str, object]]  # the run's settings
+    val_loss: float | None  # nats per token, if this step was evaluated
+    best_val_loss: float | None  # the lowest so far
+    scaler: dict[str, float] | None  # the gradient scaler's state, for float16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    meta: Meta
+
+    def load_model(self, model: GPT) -> None:
+        """Copy the weights into `model`, which may be on any device."""
+        model.load_state_dict(_read_tensors(self.path / MODEL))
+
+    def load_optimizer(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        """Give `optimizer` the state that it had, parameter by parameter, by name."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        index = {name: number for number, name in enumerate(order)}
+        state: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(order))}
+        for key, tensor in _read_tensors(self.path / OPTIMIZER).items():
+            name, _, kind = key.rpartition("/")
+            state[index[name]][kind] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+    def encoding(self) -> tiktoken.Encoding:
+        """The encoding that the model was trained with, from the run folder."""
+        return find_encoding(self.path.parent.parent, self.meta.tokenizer)
+
+    def check_vocabulary(self, folder: Path) -> None:
+        """Raises UserError if the shards in `folder` were made with another vocabulary."""
+        ours, theirs = self.meta.tokenizer, tokenizer_of(folder)
+        if ours.sha256 != theirs.sha256:
+            raise UserError(
+                f"{folder} has the vocabulary {theirs.name} of {theirs.vocab_size:,} tokens, "
+                f"{self.path} was trained on {ours.name} of {ours.vocab_size:,}: choose other data"
+            )
+
+
+def save_checkpoint(
+    folder: Path, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
+    """Write a checkpoint into `folder`, then remove those beyond the `keep` newest and the best."""
+    final = folder / f"step_{meta.step:06d}"
+    temporary = folder / f".{final.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)  # a save that was cut short
+    temporary.mkdir(parents=True)
+    save_file(_contiguous(model.state_dict()), temporary / MODEL)
+    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+    content = asdict(meta) | {
+        "format_version": FORMAT_VERSION,
+        "files": {name: _fingerprint(temporary / name) for name in (MODEL, OPTIMIZER)},
+    }
+    (temporary / META).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for path in (temporary / MODEL, temporary / OPTIMIZER, temporary / META, temporary):
+        _sync(path)
+    if final.exists():  # a damaged one, or this step would not have been run again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(folder)
+    _remove_old(folder, keep)
+    return final
+
+
+def newest_checkpoint(
+    folder: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)
+) -> Checkpoint | None:
+    """The newest checkpoint in `folder` whose `files` are undamaged, or None if there is none.
+
+    A damaged one is named on standard error and passed over. Raises UserError if all are damaged.
+    """
+    complaints = []
+    for path in reversed(_steps(folder)):
+        try:
+            return read_checkpoint(path, files)
+        except UserError as error:
+            complaints.append(str(error))
+            print(f"passed over: {error}", file=sys.stderr)
+    if complaints:
+        raise UserError(f"no checkpoint in {folder} is undamaged: {complaints[0]}")
+    return None
+
+
+def find_checkpoint(name: str) -> Checkpoint:
+    """The checkpoint that a user means, to use its model: a checkpoint folder, or a run's newest.
+
+    Raises UserError if there is none.
+    """
+    path = Path(name).resolve()
+    if (path / META).exists():
+        return read_checkpoint(path, files=(MODEL,))
+    found = newest_checkpoint(path / "checkpoints", files=(MODEL,))
+    if found is None:
+        raise UserError(
+            f"{name} is no checkpoint: expected a run folder such as out/demo, or a folder with "
+            f"{META} and {MODEL} in it; train.py makes them"
+        )
+    return found
+
+
+def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> Checkpoint:
+    """Open a checkpoint after checking the size and hash of `files`.
+
+    Raises UserError, naming the file that doesn't fit.
+    """
+    try:
+        content = json.loads((path / META).read_bytes())
+        version, fingerprints = content.pop("format_version"), content.pop("files")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path / META} has format {version}, this code reads {FORMAT_VERSION}")
+        content["model"] = GPTConfig(**content["model"])
+        content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
+        meta = Meta(**content)
+        expected = {name: dict(fingerprints[name]) for name in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / META} is damaged or not a checkpoint's: {error!r}") from error
+    for name, fingerprint in expected.items():
+        if _fingerprint(path / name) != fingerprint:
+            raise UserError(f"{path / name} is damaged: its size or hash is not as saved")
+    return Checkpoint(path, meta)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    """Keep the newest `keep` checkpoints and the one with the lowest validation loss."""
+    paths = _steps(folder)
+    losses = {path: _val_loss(path) for path in paths}
+    best = min(paths, key=losses.__getitem__)
+    for path in paths[:-keep]:
+        if path != best or losses[best] == math.inf:
+            shutil.rmtree(path)
+
+
+def _val_loss(path: Path) -> float:
+    """A checkpoint's validation loss; infinity if it has none or its meta.json can't be read."""
+    try:
+        loss = json.loads((path / META).read_bytes())["val_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+    return math.inf if loss is None else loss
+
+
+def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as one flat dictionary: "h.0.mlp.c_fc.weight/exp_avg" -> tensor."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return _contiguous(
+        {
+            f"{names[id(parameter)]}/{kind}": tensor
+            for parameter, state in optimizer.state.items()
+            for kind, tensor in state.items()
+        }
+    )
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no safetensors file: {error}") from error
+
+
+def _fingerprint(path: Path) -> dict[str, object]:
+    """A file's size in bytes and its SHA-256. Raises UserError if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": sha256}
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,262 @@
+"""The settings of a training run: frozen dataclasses, a TOML file, the command line.
+
+Each setting stands here once, with its default, its limits and its meaning; `--help` prints them. A
+TOML file changes some, `--section.key VALUE` changes more, and the result is checked as a whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from errors import Parser, UserError
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    minimum: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its meaning (and unit) and its limits: minimum ≤ value < below."""
+    metadata = {"meaning": meaning, "minimum": minimum, "below": below, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """[model]: the shape of the GPT. The vocabulary's size comes with the data."""
+
+    n_layer: int = setting(12, "blocks", minimum=1)
+    n_head: int = setting(12, "attention heads per block; must divide n_embd", minimum=1)
+    n_embd: int = setting(768, "channels: numbers per position", minimum=1)
+    block_size: int = setting(1024, "context in tokens", minimum=1)
+    dropout: float = setting(0.0, "probability of dropping an activation", minimum=0, below=1)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """[data]: what to train on."""
+
+    dir: str = setting("data/fineweb_edu", "folder of token shards, from prepare_fineweb.py")
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """[optim]: AdamW, and a learning rate that warms up linearly and then falls by a cosine."""
+
+    learning_rate: float = setting(6e-4, "peak learning rate", minimum=0)
+    min_learning_rate: float = setting(6e-5, "learning rate at the last step", minimum=0)
+    warmup_steps: int = setting(715, "steps of linear warm-up", minimum=0)
+    weight_decay: float = setting(
+        0.1, "decay of matrices and embeddings, per step × rate", minimum=0
+    )
+    beta1: float = setting(0.9, "AdamW's memory of the gradient", minimum=0, below=1)
+    beta2: float = setting(0.95, "AdamW's memory of its square", minimum=0, below=1)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 = no limit", minimum=0)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """[train]: the run."""
+
+    out: str = setting("", "run folder; empty = out/<name of the config file>")
+    resume: bool = setting(True, "go on from the newest complete checkpoint in the run folder")
+    tokens_per_step: int = setting(524_288, "tokens per optimizer step, over all GPUs", minimum=1)
+    micro_batch_size: int = setting(16, "windows that one GPU takes at once", minimum=1)
+    max_steps: int = setting(19_073, "optimizer steps in the whole run", minimum=1)
+    seed: int = setting(1337, "decides weights, data order and dropout", minimum=0)
+    device: str = setting("auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = setting(
+        "auto",
+        "arithmetic: auto, bfloat16, float16 or float32; weights stay float32",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    compile: bool = setting(True, "torch.compile: a slow start, then faster steps")
+    checkpoint_every: int = setting(1000, "steps between checkpoints; the last is saved", minimum=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best", minimum=1)
+    timeout_seconds: int = setting(600, "how long ranks wait for one another", minimum=1)
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """[log]: what a run tells of itself."""
+
+    log_every: int = setting(1, "steps between lines in metrics.jsonl", minimum=1)
+    eval_every: int = setting(250, "steps between validations; 0 = never", minimum=0)
+    eval_tokens: int = setting(10_485_760, "validation tokens, from the split's start", minimum=1)
+    sample_every: int = setting(1000, "steps between printed samples; 0 = never", minimum=0)
+    tensorboard: bool = setting(False, "write TensorBoard events into the run folder")
+    wandb: str = setting("", "Weights & Biases project; empty = off")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run, section by section."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    log: LogSettings = LogSettings()
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that are fine alone but not together."""
+        if self.model.n_embd % self.model.n_head:
+            raise UserError(
+                f"model.n_embd = {self.model.n_embd} is not a multiple of "
+                f"model.n_head = {self.model.n_head}: choose a number of heads that divides it"
+            )
+        if self.optim.min_learning_rate > self.optim.learning_rate:
+            raise UserError(
+                f"optim.min_learning_rate = {self.optim.min_learning_rate} is above "
+                f"optim.learning_rate = {self.optim.learning_rate}: lower it"
+            )
+
+    def to_toml(self) -> str:
+        """The text of a config file that gives these settings."""
+        lines = []
+        for section, values in asdict(self).items():
+            lines.append(f"[{section}]")
+            lines += [f"{key} = {_to_toml(value)}" for key, value in values.items()]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def _to_toml(value: object) -> str:
+    """A value as TOML writes it; JSON's strings, numbers and booleans are TOML's too."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+SECTIONS = {"model": ModelSettings, "data": DataSettings, "optim": OptimSettings}
+SECTIONS |= {"train": TrainSettings, "log": LogSettings}
+
+
+def load_config(arguments: list[str] | None = None) -> Config:
+    """Read `CONFIG.toml [--section.key VALUE …]`, by default from the command line.
+
+    Prints one line and exits with status 2 if anything about them is wrong.
+    """
+    parser = make_parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    try:
+        for option in unknown:
+            raise UserError(_unknown_option(option))
+        values = read_toml(parsed.config)
+        given = {key: text for key, text in vars(parsed).items() if "." in key}
+        for name, text in given.items():
+            section, key = name.split(".")
+            values.setdefault(section, {})[key] = _from_text(name, _type(section, key), text)
+        values.setdefault("train", {}).setdefault("out", f"out/{parsed.config.stem}")
+        return make_config(values)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def make_parser() -> Parser:
+    """The command line: the config file, and an option for each setting."""
+    parser = Parser(
+        description="Train a GPT. Settings come from the config file; options change them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, help="a TOML file, such as configs/gpt2_124m.toml")
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(f"[{section}]")
+        for item in fields(cls):
+            default = _to_toml(item.default)
+            group.add_argument(
+                f"--{section}.{item.name}",
+                metavar=_type(section, item.name).__name__.upper(),
+                default=argparse.SUPPRESS,
+                help=f"{item.metadata['meaning'].replace('%', '%%')} [{default}]",
+            )
+    return parser
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """A config file's sections. Raises UserError if it is missing or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"can't read the config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
+
+
+def make_config(values: dict[str, dict[str, Any]]) -> Config:
+    """Settings from nested dictionaries; what they leave out keeps its default.
+
+    Raises UserError for an unknown section or key, a wrong type or a value out of range.
+    """
+    sections = {}
+    for section, content in values.items():
+        if section not in SECTIONS:
+            raise UserError(f"unknown section [{section}]{_nearest(section, SECTIONS)}")
+        if not isinstance(content, dict):
+            raise UserError(f"{section} = {content!r} stands outside of a section")
+        names = [item.name for item in fields(SECTIONS[section])]
+        for key in content:
+            if key not in names:
+                raise UserError(f"unknown setting {section}.{key}{_nearest(key, names)}")
+        checked = {key: _checked(section, key, value) for key, value in content.items()}
+        sections[section] = SECTIONS[section](**checked)
+    return Config(**sections)
+
+
+def _type(section: str, key: str) -> type:
+    return get_type_hints(SECTIONS[section])[key]
+
+
+def _nearest(name: str, known: Any) -> str:
+    """ "; did you mean …?" for a near miss, or else all that is known."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def _unknown_option(option: str) -> str:
+    known = [
+        f"--{section}.{item.name}" for section, cls in SECTIONS.items() for item in fields(cls)
+    ]
+    if not option.startswith("--"):
+        return f"{option!r}: expected one config file, then --section.key VALUE"
+    name = option.split("=")[0]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _from_text(name: str, kind: type, text: str) -> Any:
+    """A value from the command line. Raises UserError if the text is not of its type."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text]
+        return kind(text)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{name} = {text!r}: expected {_type_name(kind)}") from error
+
+
+def _checked(section: str, key: str, value: Any) -> Any:
+    """The value in its setting's type. Raises UserError if it doesn't fit."""
+    kind, name = _type(section, key), f"{section}.{key}"
+    limits = SECTIONS[section].__dataclass_fields__[key].metadata
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{name} = {value!r}: expected {_type_name(kind)}")
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{name} = {value!r}: expected one of {', '.join(limits['choices'])}")
+    if limits["minimum"] is not None and not value >= limits["minimum"]:
+        raise UserError(f"{name} = {value}: expected {limits['minimum']} or more")
+    if limits["below"] is not None and not value < limits["below"]:
+        raise UserError(f"{name} = {value}: expected less than {limits['below']}")
+    return value
+
+
+def _type_name(kind: type) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names[kind]

@@ -1,0 +1,401 @@
+"""Token shards: the files, and the order in which training reads them.
+
+A shard is a flat file of tokens in the layout of llm.c and modded-nanogpt: a header of 256
+little-endian int32 (magic number, version, token count, zeros), then the tokens as little-endian
+uint16. A folder of shards has a `manifest.json`, written last, that says what the shards hold.
+Folders without one are read too: shards that somebody else tokenised for GPT-2, and the `.npy`
+shards of build-nanogpt.
+
+Which tokens does step s train on? That is a pure function of (seed, s): the shards of a split form
+one long stream, window i is its tokens [i·T, i·T + T], and a seeded shuffle orders the windows of
+each epoch. The number of processes, the micro-batch size and restarts don't enter into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from errors import UserError
+from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE, gpt2_encoding, load_vocabulary
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+VOCABULARY = "tokenizer.tiktoken"
+SPLITS = ("train", "val")
+
+# Shard files
+
+
+def shard_header(tokens: int) -> bytes:
+    """The 1,024 bytes before a shard's tokens."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
+    return header.tobytes()
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Map a shard's tokens into memory: uint16 array of shape (tokens,), read from disk when used.
+
+    Raises UserError, naming the file, for a wrong header or a length that doesn't match it.
+    """
+    try:
+        if path.suffix == ".npy":
+            return _open_npy(path)
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"can't read the shard {path}: {error.strerror}") from error
+    if len(header) < HEADER_BYTES:
+        raise UserError(f"{path} has {size} bytes, a shard's header alone has {HEADER_BYTES}")
+    magic, version, tokens = (int(number) for number in header.view("<i4")[:3])
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(
+            f"{path} is no token shard: it begins with {magic}, {version}, "
+            f"expected {SHARD_MAGIC}, {SHARD_VERSION}"
+        )
+    if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
+        raise UserError(
+            f"{path} is damaged: its header says {tokens} tokens, so {HEADER_BYTES + 2 * tokens} "
+            f"bytes, but it has {size}; prepare or download it again"
+        )
+    if tokens == 0:
+        return np.zeros(0, dtype="<u2")  # an empty file part can't be mapped
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    """build-nanogpt's shards: a one-dimensional uint16 array in NumPy's own format."""
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or no NumPy array: {error}") from error
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise UserError(
+            f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected uint16 in one dimension"
+        )
+    return tokens
+
+
+# The manifest
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of one shard."""
+
+    file: str
+    split: str  # "train" or "val"
+    tokens: int
+    sha256: str  # of the whole file, in hexadecimal
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Which vocabulary made the tokens. The vocabulary itself lies beside, as `VOCABULARY`."""
+
+    name: str
+    vocab_size: int
+    sha256: str  # of the vocabulary file
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A shard folder's table of contents."""
+
+    settings: dict[str, object]  # what prepare_fineweb.py was asked for, and its source's revision
+    tokenizer: TokenizerRecord
+    shards: tuple[ShardRecord, ...]
+
+    def total(self, split: str) -> int:
+        """How many tokens a split has."""
+        return sum(shard.tokens for shard in self.shards if shard.split == split)
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`; equal manifests give equal bytes."""
+        totals = {split: self.total(split) for split in SPLITS}
+        return json.dumps({"version": MANIFEST_VERSION, **asdict(self), "totals": totals}, indent=1)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest, or None where it has none. Raises UserError if it is not one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        if content["version"] != MANIFEST_VERSION:
+            raise UserError(
+                f"{path} has version {content['version']}, this code reads {MANIFEST_VERSION}"
+            )
+        return Manifest(
+            settings=dict(content["settings"]),
+            tokenizer=TokenizerRecord(**content["tokenizer"]),
+            shards=tuple(ShardRecord(**shard) for shard in content["shards"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest: {error!r}") from error
+
+
+def tokenizer_of(folder: Path) -> TokenizerRecord:
+    """Which vocabulary the folder's tokens are of; without a manifest, GPT-2's is assumed."""
+    manifest = read_manifest(folder)
+    return manifest.tokenizer if manifest else TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)
+
+
+def encoding_of(folder: Path) -> tiktoken.Encoding:
+    """The encoding that made the folder's tokens, from the vocabulary file beside them.
+
+    Without such a file it must be GPT-2's. Raises UserError if the vocabulary can't be had.
+    """
+    return find_encoding(folder, tokenizer_of(folder))
+
+
+def find_encoding(folder: Path, record: TokenizerRecord) -> tiktoken.Encoding:
+    """The encoding of `record`, from the vocabulary file in `folder` or, for GPT-2's, tiktoken."""
+    path = folder / VOCABULARY
+    if not path.exists() and record.sha256 == GPT2_SHA256:
+        return gpt2_encoding()
+    return load_vocabulary(path, record.sha256)
+
+
+# Writing
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by new text, so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclass
+class ShardWriter:
+    """Fills shards one after another: the split "val" up to `val_tokens`, then "train"."""
+
+    folder: Path
+    shard_tokens: int
+    val_tokens: int
+    records: list[ShardRecord] = field(default_factory=list)
+    pending: int = 0  # tokens in the shard that is being filled
+
+    def __post_init__(self) -> None:
+        self.partial = self.folder / "shard.partial"
+        self.file = self.partial.open("wb")
+        self.file.write(shard_header(0))
+
+    @property
+    def written(self) -> int:
+        """Tokens in finished shards."""
+        return sum(record.tokens for record in self.records)
+
+    @property
+    def split(self) -> str:
+        """The split that is being filled."""
+        return "val" if self.written < self.val_tokens else "train"
+
+    @property
+    def room(self) -> int:
+        """Tokens that the present shard still takes."""
+        left = self.val_tokens - self.written if self.split == "val" else self.shard_tokens
+        return min(left, self.shard_tokens) - self.pending
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append at most `room` tokens to the present shard."""
+        self.file.write(tokens.tobytes())
+        self.pending += len(tokens)
+
+    def finish(self) -> None:
+        """Complete the present shard and begin the next."""
+        index = sum(record.split == self.split for record in self.records)
+        path = self.folder / f"{self.split}_{index:06d}.bin"
+        self.file.seek(0)
+        self.file.write(shard_header(self.pending))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        with self.partial.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.partial.replace(path)
+        self.records.append(ShardRecord(path.name, self.split, self.pending, sha256))
+        self.pending = 0
+        self.__post_init__()
+
+    def close(self) -> None:
+        """Throw the unfinished shard away."""
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+# Reading
+
+
+class TokenStream:
+    """All shards of one split, end to end, as one stream of tokens."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Open the split's shards. Raises UserError if there are none or one doesn't fit."""
+        if not folder.is_dir():
+            raise UserError(
+                f"the data folder {folder} doesn't exist: make it with prepare_fineweb.py, "
+                "or name another"
+            )
+        manifest = read_manifest(folder)
+        self.folder = folder
+        self.split = split
+        self.shards = _listed_shards(folder, split, manifest) or _found_shards(folder, split)
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def num_windows(self, block_size: int) -> int:
+        """How many windows of `block_size` tokens, each with the token after it, there are."""
+        return (len(self) - 1) // block_size
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """The tokens [start, start + count) as uint16 array, across shard borders."""
+        parts = []
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while count > 0:
+            offset = start - self.starts[shard]
+            part = self.shards[shard][offset : offset + count]
+            parts.append(part)
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def windows(self, indices: Iterable[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The windows `indices` as (inputs, targets), each int64 (B, T): targets are one ahead."""
+        rows = [self.read(int(index) * block_size, block_size + 1) for index in indices]
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def _listed_shards(folder: Path, split: str, manifest: Manifest | None) -> list[np.ndarray]:
+    """The split's shards in the manifest's order, each checked against it."""
+    shards = []
+    for record in manifest.shards if manifest else ():
+        if record.split != split:
+            continue
+        if Path(record.file).name != record.file:
+            raise UserError(f"{folder / MANIFEST} names {record.file!r}, expected a plain name")
+        shard = open_shard(folder / record.file)
+        if len(shard) != record.tokens:
+            raise UserError(
+                f"{folder / record.file} has {len(shard)} tokens, the manifest says {record.tokens}"
+            )
+        shards.append(shard)
+    if manifest and not shards:
+        raise UserError(f"{folder / MANIFEST} lists no {split} shard")
+    return shards
+
+
+def _found_shards(folder: Path, split: str) -> list[np.ndarray]:
+    """The split's shards in a folder without a manifest, in the order of their names."""
+    for suffix in ("bin", "npy"):
+        paths = sorted(path for path in folder.glob(f"*.{suffix}") if split in path.stem.split("_"))
+        if paths:
+            return [open_shard(path) for path in paths]
+    raise UserError(
+        f"{folder} holds no {split} shard: expected {split}_000000.bin or the like; "
+        "make shards with prepare_fineweb.py"
+    )
+
+
+# The order
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch's windows: a permutation of range(num_windows), int64.
+
+    RandomState, because NumPy promises never to change its numbers (NEP 19).
+    """
+    return np.random.RandomState([seed, epoch]).permutation(num_windows)
+
+
+def step_windows(step: int, per_step: int, num_windows: int, seed: int) -> np.ndarray:
+    """The windows of one step, counted from 0: int64 array of shape (per_step,).
+
+    The epochs' orders follow one another without a gap, and step s takes the places
+    [s·per_step, (s + 1)·per_step) of that endless row, so that no window is dropped.
+    """
+    places = np.arange(step * per_step, (step + 1) * per_step)
+    epochs, within = np.divmod(places, num_windows)
+    windows = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        now = epochs == epoch
+        windows[now] = epoch_order(num_windows, seed, int(epoch))[within[now]]
+    return windows
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the tokens of one optimizer step are cut into micro-batches and spread over ranks."""
+
+    tokens_per_step: int
+    block_size: int
+    micro_batch_size: int  # windows
+    world_size: int
+
+    def __post_init__(self) -> None:
+        """Raises UserError if the numbers don't divide, naming the nearest that do."""
+        unit = self.block_size * self.micro_batch_size * self.world_size
+        if self.tokens_per_step % unit:
+            below = self.tokens_per_step // unit * unit
+            nearest = " or ".join(f"{value:,}" for value in (below, below + unit) if value)
+            raise UserError(
+                f"train.tokens_per_step = {self.tokens_per_step:,} can't be shared out: expected a "
+                f"multiple of {unit:,} (block_size {self.block_size:,} × micro_batch_size "
+                f"{self.micro_batch_size} × {self.world_size} processes); nearest: {nearest}"
+            )
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows in a step, over all ranks."""
+        return self.tokens_per_step // self.block_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each rank runs in a step."""
+        return self.windows_per_step // (self.micro_batch_size * self.world_size)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_step:,} tokens per step = {self.world_size} processes "
+            f"× {self.accumulation} micro-batches × {self.micro_batch_size} windows "
+            f"× {self.block_size:,} tokens"
+        )
+
+
+def micro_batches(
+    stream: TokenStream, shape: BatchShape, seed: int, step: int, rank: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """One rank's share of a step: (number, inputs (B, T), targets (B, T)) per micro-batch.
+
+    `number` counts the micro-batches of the whole step, over all ranks; each rank takes a
+    contiguous block of them.
+    """
+    windows = step_windows(
+        step, shape.windows_per_step, stream.num_windows(shape.block_size), seed
+    ).reshape(-1, shape.micro_batch_size)
+    first = rank * shape.accumulation
+    for number in range(first, first + shape.accumulation):
+        yield number, *stream.windows(windows[number], shape.block_size)

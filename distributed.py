@@ -1,0 +1,154 @@
+"""Where the work runs: the device, its arithmetic, and the processes that torchrun started.
+
+torchrun starts one process per GPU and tells each its place by environment variables: RANK (which
+of all processes), LOCAL_RANK (which on this machine) and WORLD_SIZE (how many there are). Started
+by plain `python`, a script is a world of one. On GPUs the processes talk through NCCL, on CPUs
+through gloo; the code is the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import UserError
+
+# Dense bf16 matrix products per second, in FLOP/s, by what the device calls itself: the vendor's
+# datasheet for each. The longer name goes first where one begins another.
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; "auto" takes CUDA, else Apple's mps, else the CPU.
+
+    On a machine with several GPUs, LOCAL_RANK picks one. Raises UserError if it isn't there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps: this machine has none; use cpu")
+    if name != "cuda":
+        return torch.device(name)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"device cuda:{local_rank}: this machine shows {torch.cuda.device_count()} GPUs; "
+            "start fewer processes with --nproc-per-node, or use cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic of matrix products; "auto" takes bfloat16 where the hardware multiplies in it.
+
+    That is CUDA from compute capability 8.0 on and CPUs with AMX or AVX512-BF16. Older GPUs get
+    float16, which needs a gradient scaler, everything else float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
+    if device.type == "cpu" and _cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The datasheet's bf16 FLOP/s of a GPU, or None for one that the table doesn't know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if name.startswith(known)), None)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all, and how it talks to the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 writes the files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank; in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value: Any = None) -> Any:
+        """Rank 0's value, on every rank. So decisions are made once and followed by all."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wait_for_all(self) -> None:
+        """Return once every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
+    """Join the processes that torchrun started; leave them whatever happens inside.
+
+    Raises UserError if the device isn't there.
+    """
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ranks = Ranks(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        device=device,
+    )
+    if ranks.world_size == 1:
+        yield ranks
+        return
+    if device.type == "mps":
+        raise UserError("device mps: several processes can't share it; use cpu or one process")
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,60 @@
+"""How the scripts meet a user: one line for what the user can mend, and an exit status.
+
+Wrong input is a UserError: scripts print it as `error: …` and exit with status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Wrong input. The message names the value, what was expected and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, exit with status 2. Under torchrun the first rank speaks for all."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number above 0. "100_000" and "100,000" are welcome."""
+    try:
+        number = int(text.replace(",", ""))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return number
+
+
+def run_script(main: Callable[..., None], *arguments: object) -> int:
+    """Call `main(*arguments)` and return the exit status: 0, 2 after a UserError, 130 after Ctrl-C.
+
+    Under torchrun the line says which rank it comes from, because each rank may see another disk.
+    """
+    rank = os.environ.get("RANK")
+    where = f"[rank {rank} on {socket.gethostname()}] " if rank else ""
+    try:
+        main(*arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {where}{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{where}interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output is gone, as `head` goes after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

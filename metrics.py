@@ -1,0 +1,113 @@
+"""What a run tells of itself: `metrics.jsonl`, its speed, and the memory that it will take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from config import Config
+from distributed import Ranks, peak_flops
+from errors import UserError
+from model import GPT
+
+
+class Metrics:
+    """What a run measured: `metrics.jsonl`, and TensorBoard and Weights & Biases if asked for."""
+
+    def __init__(self, config: Config, start: int) -> None:
+        """Go on after step `start`: what the file tells of later steps will be done again.
+
+        Raises UserError if an asked-for package is not installed.
+        """
+        folder = Path(config.train.out)
+        self.path = folder / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start
+            ]
+        temporary = folder / "metrics.jsonl.partial"
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self.tensorboard = self.wandb = None
+        try:
+            if config.log.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+            if config.log.wandb:
+                import wandb
+
+                name = folder.name
+                self.wandb = wandb.init(
+                    project=config.log.wandb,
+                    id=name,
+                    name=name,
+                    config=asdict(config),
+                    resume="allow",
+                )
+        except ImportError as error:
+            raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
+
+    def write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
+        """Record values of `kind` "train" or "val" after `step` finished steps."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
+        if self.tensorboard:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Hand in what is still buffered."""
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Speed:
+    """Tokens per second and model FLOP/s utilisation (MFU) since the last measurement."""
+
+    def __init__(self, tokens: int, flops_per_token: int, ranks: Ranks) -> None:
+        """Start the clock when `tokens` tokens have been trained on."""
+        self.since, self.tokens, self.flops_per_token = time.perf_counter(), tokens, flops_per_token
+        peak = peak_flops(ranks.device)
+        self.peak = peak and peak * ranks.world_size
+
+    def measure(self, tokens: int) -> tuple[float, float | None]:
+        """(tokens per second over all ranks, their share of the datasheet's FLOP/s if known)."""
+        now = time.perf_counter()
+        rate = (tokens - self.tokens) / (now - self.since)
+        self.since, self.tokens = now, tokens
+        return rate, self.peak and rate * self.flops_per_token / self.peak
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training and isn't counted."""
+        before = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - before
+
+
+def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype) -> int:
+    """About how many bytes training takes with micro-batches of so many tokens.
+
+    Weights, gradients and AdamW's two averages: 16 bytes per parameter. Activations kept for the
+    backward pass: 17 numbers of C per token and block with fused attention (Korthikanti et al.
+    2022, section 4.1, without the score matrix), and the logits in the run's precision, in float32
+    and their gradient.
+    """
+    config = model.config
+    per_token = 17 * config.n_layer * config.n_embd * dtype.itemsize
+    per_token += config.vocab_size * (dtype.itemsize + 8)
+    return 16 * model.num_parameters() + tokens * per_token

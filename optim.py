@@ -1,0 +1,48 @@
+"""Who is decayed, how AdamW is made, and how fast it may go at each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from config import OptimSettings
+from model import GPT
+
+
+def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices and embeddings, which decay; biases and layer norms, which don't.
+
+    A bias or a gain has no reason to be near 0, and there are few of them (GPT-3 paper, appendix B,
+    gives the weight decay of 0.1; this division is minGPT's and nanoGPT's).
+    """
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(model: GPT, settings: OptimSettings) -> torch.optim.Optimizer:
+    """AdamW, fused: one pass over each parameter instead of a dozen. eps is 1e-8 (GPT-3 paper)."""
+    return torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+
+
+def learning_rate_at(step: int, settings: OptimSettings, max_steps: int) -> float:
+    """The learning rate of a step, counted from 0: linear warm-up, then half a cosine.
+
+    Step 0 already learns (with a rate of 0 it would be wasted), step `warmup_steps` has the peak,
+    and the last step has `min_learning_rate`.
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
+    progress = (step - settings.warmup_steps) / max(1, max_steps - 1 - settings.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    span = settings.learning_rate - settings.min_learning_rate
+    return settings.min_learning_rate + span * cosine

@@ -1,0 +1,410 @@
+"""Turn text into token shards: FineWeb, any Parquet dataset of the Hub, your own files.
+
+    python prepare_fineweb.py --source fineweb-edu --out data/fineweb_edu
+    python prepare_fineweb.py --source "notes/**/*.md" --out data/notes --val-tokens 20000
+
+Every document becomes <|endoftext|> followed by its tokens, and the documents follow one another in
+the source's order: the first `--val-tokens` tokens are for validation, the rest for training.
+
+Work is dealt out like cards: the source is a row of batches (a Parquet row group, a run of lines, a
+file), worker w encodes the batches w, w + workers, w + 2·workers, …, and this process collects them
+in that same turn. So the result doesn't depend on the number of workers. After every shard
+`progress.json` records how far the source was read; a run that was stopped or killed goes on from
+there, when the same command is given again, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from errors import Parser, UserError, positive, run_script
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
+        description="Turn text into token shards for train.py.",
+        epilog="A run that was interrupted goes on where it stopped: give the same command again.",
+    )
+    add = parser.add_argument
+    add(
+        "--source",
+        default="fineweb-edu",
+        help="fineweb-edu (the default) or fineweb, each the 10-billion-token sample; "
+        "owner/dataset[:config][@revision] on the Hugging Face Hub; a file, folder or glob of "
+        ".parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md or .rst; or python-docs, the "
+        "documentation inside this Python",
+    )
+    add("--out", required=True, type=Path, help="the folder for the shards")
+    add(
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2 (the default), a vocabulary FILE, or bpe:N to learn one of N tokens here",
+    )
+    hundred_million = 100_000_000
+    add(
+        "--shard-tokens",
+        type=positive,
+        default=hundred_million,
+        help="tokens per shard (100,000,000)",
+    )
+    add(
+        "--val-tokens",
+        type=positive,
+        default=hundred_million,
+        help="tokens for validation, from the source's beginning (100,000,000)",
+    )
+    add("--max-tokens", type=positive, help="stop after so many tokens (all)")
+    add("--workers", type=positive, default=os.cpu_count(), help="processes (one per core)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
+    ARGUMENTS = parse_arguments()
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import queue
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from data import (
+    MANIFEST,
+    VOCABULARY,
+    Manifest,
+    ShardRecord,
+    ShardWriter,
+    TokenizerRecord,
+    read_manifest,
+    write_atomically,
+)
+from sources import PIECE_CHARACTERS, Batch, Source, batches, estimated_tokens, find_source
+from tokenizer import (
+    gpt2_encoding,
+    load_vocabulary,
+    make_encoding,
+    save_vocabulary,
+    train_bpe,
+)
+
+BLOCK_TOKENS = 1 << 20  # what a worker sends at once
+BLOCKS_AHEAD = 8  # blocks that wait in memory for each worker
+BPE_TRAINING_CHARACTERS = 20_000_000
+PROGRESS = "progress.json"
+
+Item = TypeVar("Item")
+
+
+# Encoding, in worker processes
+
+
+def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """Cut a long text so that encoding its pieces one by one gives the tokens of the whole.
+
+    The cut is before a blank or a line end that follows a letter or digit: there a word of
+    tokenizer.WORD_PATTERN always ends, whatever comes before and after.
+    """
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        if len(rest) >= PIECE_CHARACTERS:
+            places = range(len(rest) - 1, max(0, len(rest) - 4096), -1)
+            safe = (at for at in places if rest[at] in " \n" and rest[at - 1].isalnum())
+            cut = next(safe, 0)
+            if cut:
+                yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
+def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> Iterator[np.ndarray]:
+    """A batch's tokens in blocks of about BLOCK_TOKENS, uint16: <|endoftext|>, document, …"""
+    block: list[np.ndarray] = []
+    size = 0
+    start = np.array([encoding.eot_token], dtype="<u2")
+    for pieces in batch():
+        block.append(start)
+        for piece in safe_pieces(pieces):
+            block.append(np.array(encoding.encode_ordinary(piece), dtype="<u2"))
+            size += 1 + len(block[-1])
+            if size >= BLOCK_TOKENS:
+                yield np.concatenate(block)
+                block, size = [], 0
+    if block:
+        yield np.concatenate(block)
+
+
+# What a worker says, as the first byte of a message.
+TOKENS, END_OF_BATCH, END_OF_SOURCE, FAILED = b"T", b"B", b"S", b"F"
+
+
+def work(source: Source, vocabulary: Path, first: int, stride: int, pipe: Connection) -> None:
+    """A worker process: encode the batches first, first + stride, … and send their tokens.
+
+    A parent that is gone breaks the pipe, and so ends the worker too.
+    """
+    try:
+        encoding = load_vocabulary(vocabulary)
+        for batch in itertools.islice(batches(source), first, None, stride):
+            for tokens in encode_batch(encoding, batch):
+                pipe.send_bytes(TOKENS + tokens.tobytes())
+            pipe.send_bytes(END_OF_BATCH)
+        pipe.send_bytes(END_OF_SOURCE)
+    except UserError as error:
+        pipe.send_bytes(FAILED + str(error).encode())
+    except (BrokenPipeError, KeyboardInterrupt):
+        pass
+
+
+def messages(pipe: Connection, process: multiprocessing.Process) -> Iterator[bytes]:
+    """A worker's messages to the last. Raises UserError if it failed or died."""
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except EOFError:
+            process.join()
+            raise UserError(
+                f"a worker process died (exit status {process.exitcode}; -9 usually means that "
+                "memory ran out): use fewer --workers and give the same command again"
+            ) from None
+        if message[:1] == FAILED:
+            raise UserError(message[1:].decode())
+        yield message
+        if message == END_OF_SOURCE:
+            return
+
+
+def encoded(
+    source: Source, vocabulary: Path, workers: int, first: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The source's tokens in order, from batch `first` on: (batch's number, uint16 array)."""
+    context = multiprocessing.get_context("spawn")
+    processes, streams = [], []
+    for worker in range(workers):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=work, args=(source, vocabulary, first + worker, workers, theirs), daemon=True
+        )
+        process.start()
+        theirs.close()  # so that a dead worker is the end of the pipe
+        processes.append(process)
+        streams.append(prefetch(messages(ours, process), BLOCKS_AHEAD))
+    try:
+        for number, stream in enumerate(itertools.cycle(streams), first):
+            for message in stream:
+                if message == END_OF_SOURCE:
+                    return
+                if message == END_OF_BATCH:
+                    break
+                yield number, np.frombuffer(message, dtype="<u2", offset=1)
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """Yield `items`, drawing up to `depth` of them ahead in a thread. Exceptions come through."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    end = object()
+
+    def draw() -> None:
+        try:
+            for item in items:
+                ready.put((item, None))
+            ready.put((end, None))
+        except BaseException as error:  # whatever it is, it belongs to the thread that reads
+            ready.put((end, error))
+
+    threading.Thread(target=draw, daemon=True).start()
+    while True:
+        item, error = ready.get()
+        if error is not None:
+            raise error
+        if item is end:
+            return
+        yield item
+
+
+# Progress
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: after the last finished shard, where to go on in the source."""
+
+    settings: dict[str, object]
+    shards: tuple[ShardRecord, ...] = ()
+    batch: int = 0  # the first batch whose tokens are not all in finished shards
+    skip: int = 0  # the tokens of that batch which are
+
+    def save(self, path: Path) -> None:
+        """Write it to `path`."""
+        write_atomically(path, json.dumps(asdict(self), indent=1))
+
+
+def load_progress(path: Path, settings: dict[str, object]) -> Progress:
+    """What an interrupted run left, or the beginning. Raises UserError if it was another run."""
+    if not path.exists():
+        return Progress(settings)
+    try:
+        content = json.loads(path.read_bytes())
+        content["shards"] = tuple(ShardRecord(**shard) for shard in content["shards"])
+        progress = Progress(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: delete the folder and start again") from error
+    check_same(progress.settings, settings, f"{path.parent} holds an unfinished run")
+    return progress
+
+
+def check_same(then: dict[str, object], now: dict[str, object], what: str) -> None:
+    """Raises UserError if a folder was begun with other settings or another source."""
+    for key, value in now.items():
+        if then.get(key) != value:
+            raise UserError(
+                f"{what} with another {key}: {str(then.get(key))[:60]!r} then, "
+                f"{str(value)[:60]!r} now; choose another --out or delete that folder"
+            )
+
+
+# The command
+
+
+def choose_encoding(name: str, source: Source, val_tokens: int) -> tiktoken.Encoding:
+    """`gpt2`, a vocabulary file, or `bpe:N`: a vocabulary learned from the source."""
+    if name == "gpt2":
+        return gpt2_encoding()
+    if not name.startswith("bpe:"):
+        return load_vocabulary(Path(name))
+    if not name[4:].isdecimal():
+        raise UserError(f"--tokenizer {name}: expected a number, as in bpe:4096")
+    return make_encoding(train_bpe(training_texts(source, val_tokens), int(name[4:])))
+
+
+def training_texts(source: Source, val_tokens: int) -> Iterator[str]:
+    """Up to 20 million characters to learn a vocabulary from.
+
+    They begin well behind the validation text, which nothing should have seen: a vocabulary of a
+    few thousand tokens makes less than four characters a token.
+    """
+    read = 0
+    for batch in batches(source):
+        for pieces in batch():
+            for piece in pieces:
+                read += len(piece)
+                if read > 4 * val_tokens:
+                    yield piece
+                if read > 4 * val_tokens + BPE_TRAINING_CHARACTERS:
+                    return
+
+
+def check_disk(folder: Path, tokens: int) -> None:
+    """Raises UserError if `tokens` more tokens, two bytes each, don't fit on the disk."""
+    free = shutil.disk_usage(folder).free
+    if 2 * tokens > free:
+        raise UserError(
+            f"{tokens:,} tokens need about {2 * tokens / 1e9:.1f} GB, {folder} has "
+            f"{free / 1e9:.1f} GB free: make room, or prepare less with --max-tokens"
+        )
+
+
+def write_shards(
+    source: Source, vocabulary: Path, progress: Progress, arguments: argparse.Namespace, total: int
+) -> list[ShardRecord]:
+    """Encode and write until the source or --max-tokens is used up; returns all shards."""
+    folder = arguments.out
+    limit = arguments.max_tokens or sys.maxsize
+    writer = ShardWriter(
+        folder, arguments.shard_tokens, arguments.val_tokens, list(progress.shards)
+    )
+    bar = tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, desc="tokens")
+    batch, used = progress.batch, 0  # tokens of the present batch that have been dealt with
+    for number, tokens in encoded(source, vocabulary, arguments.workers, progress.batch):
+        if number != batch:
+            batch, used = number, 0
+        if number == progress.batch and used < progress.skip:
+            skipped = min(progress.skip - used, len(tokens))
+            tokens, used = tokens[skipped:], used + skipped
+        while len(tokens) and writer.written + writer.pending < limit:
+            part = tokens[: min(writer.room, limit - writer.written - writer.pending)]
+            writer.write(part)
+            bar.update(len(part))
+            tokens, used = tokens[len(part) :], used + len(part)
+            if writer.room == 0:
+                writer.finish()
+                done = Progress(progress.settings, tuple(writer.records), batch, used)
+                done.save(folder / PROGRESS)
+        if writer.written + writer.pending >= limit:
+            break
+    bar.close()
+    if writer.pending:
+        writer.finish()
+    writer.close()
+    return writer.records
+
+
+def prepare(arguments: argparse.Namespace) -> Manifest:
+    """Do what the command line says, going on where an earlier run stopped."""
+    folder = arguments.out
+    source = find_source(arguments.source)
+    encoding = choose_encoding(arguments.tokenizer, source, arguments.val_tokens)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}") from error
+    sha256 = save_vocabulary(encoding, folder / VOCABULARY)
+    files = hashlib.sha256(repr((source.files, source.sizes)).encode()).hexdigest()
+    settings = {
+        "source": source.name,
+        "revision": source.revision,
+        "files": {"count": len(source.files), "sha256": files},
+        "tokenizer": arguments.tokenizer,
+        "shard_tokens": arguments.shard_tokens,
+        "val_tokens": arguments.val_tokens,
+        "max_tokens": arguments.max_tokens,
+    }
+    finished = read_manifest(folder)
+    if finished:
+        check_same(finished.settings, settings, f"{folder} holds finished shards")
+        return finished
+    progress = load_progress(folder / PROGRESS, settings)
+    expected = min(estimated_tokens(source), arguments.max_tokens or sys.maxsize)
+    check_disk(folder, expected - sum(shard.tokens for shard in progress.shards))
+    shards = write_shards(source, folder / VOCABULARY, progress, arguments, expected)
+    if not any(shard.split == "train" for shard in shards):
+        raise UserError(
+            f"the source has only {sum(shard.tokens for shard in shards):,} tokens, and "
+            f"--val-tokens {arguments.val_tokens:,} leaves none to train on: give a smaller one"
+        )
+    tokenizer = TokenizerRecord(encoding.name, encoding.n_vocab, sha256)
+    manifest = Manifest(settings, tokenizer, tuple(shards))
+    write_atomically(folder / MANIFEST, manifest.to_json())
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Prepare, and say what came of it."""
+    manifest = prepare(arguments)
+    print(
+        f"{arguments.out}: {manifest.total('train'):,} tokens to train on, "
+        f"{manifest.total('val'):,} to validate on, in {len(manifest.shards)} shards; "
+        f"vocabulary {manifest.tokenizer.name} of {manifest.tokenizer.vocab_size:,}",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ARGUMENTS))

@@ -1,0 +1,268 @@
+"""Where text comes from: files on this disk, a dataset of the Hugging Face Hub, Python's own docs.
+
+A source is a row of files in a fixed order, and each file a row of batches: a Parquet row group, a
+run of lines, a whole text file. A batch is read only when it is called, so that worker processes
+can walk over the same row and each read its own batches only.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import hashlib
+import io
+import itertools
+import json
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from errors import UserError
+
+HUB_NAMES = {
+    "fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-10BT",
+    "fineweb": "HuggingFaceFW/fineweb:sample-10BT",
+}
+HUB_PREFIX = "hf://"
+PYTHON_DOCS = "python-docs"
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".parquet", *LINE_SUFFIXES, *TEXT_SUFFIXES)
+BATCH_BYTES = 4 << 20  # of a JSON-lines file, per batch
+PIECE_CHARACTERS = 1 << 20  # longer texts are handed out in pieces, so that memory stays bounded
+
+Document = Iterable[str]  # a text, in one or several pieces
+Batch = Callable[[], Iterator[Document]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to read: files in a fixed order, on this disk or on the Hub."""
+
+    name: str
+    files: tuple[str, ...]
+    sizes: tuple[int, ...]  # bytes; with the names they tell whether a source has changed
+    revision: str | None = None  # the commit, for a dataset of the Hub
+
+    def open(self, file: str) -> pa.NativeFile:
+        """A file for pyarrow to read; .gz and .zst are decompressed on the way."""
+        if file.startswith(HUB_PREFIX):
+            from huggingface_hub import HfFileSystem
+
+            return pa.PythonFile(HfFileSystem().open(file, "rb"), mode="r")
+        compressed = file.endswith((".gz", ".zst"))
+        return pa.input_stream(file) if compressed else pa.OSFile(file)
+
+
+def find_source(name: str) -> Source:
+    """Look a source up. Raises UserError if it is nowhere to be found."""
+    if name == PYTHON_DOCS:
+        version = ".".join(map(str, sys.version_info[:3]))
+        return Source(name, files=(PYTHON_DOCS,), sizes=(0,), revision=f"Python {version}")
+    if name in HUB_NAMES:
+        return hub_source(name, HUB_NAMES[name])
+    files = local_files(name)
+    if files:
+        sizes = tuple(Path(file).stat().st_size for file in files)
+        return Source(name, tuple(map(str, files)), sizes)
+    if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
+        return hub_source(name, name)
+    raise UserError(
+        f"--source {name}: expected fineweb-edu, fineweb, {PYTHON_DOCS}, a dataset on the Hub "
+        f"(owner/name), or files ending in {' '.join(SUFFIXES)}; nothing of the kind is there"
+    )
+
+
+def local_files(name: str) -> list[Path]:
+    """The readable files that a file name, a folder or a glob stands for, sorted."""
+    path = Path(name)
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = path.rglob("*")
+    else:
+        found = map(Path, glob.glob(name, recursive=True))
+    return sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
+
+
+def hub_source(name: str, address: str) -> Source:
+    """The Parquet files of `owner/dataset[:config][@revision]`'s train split.
+
+    A revision that isn't named is the newest; either way it is resolved to a commit here, once, and
+    recorded, so that a run that goes on later reads the same files.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfFileSystem
+
+    address, _, revision = address.partition("@")
+    repository, _, config = address.partition(":")
+    try:
+        builder = load_dataset_builder(repository, config or None, revision=revision or None)
+        files = tuple(builder.config.data_files["train"])
+        sizes = tuple(HfFileSystem().size(file) for file in files)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--source {name}: can't find it on the Hub: {reason}") from error
+    if not all(file.endswith(".parquet") for file in files):
+        raise UserError(
+            f"--source {name}: its files are not Parquet; download them and give --source the "
+            "folder, or use the Hub's own conversion, @refs/convert/parquet"
+        )
+    commit = re.search(r"@([0-9a-f]{40})/", files[0])
+    return Source(name, files, sizes, revision=commit.group(1) if commit else revision)
+
+
+def batches(source: Source) -> Iterator[Batch]:
+    """The source as a row of batches. A batch costs next to nothing until it is called."""
+    for file in source.files:
+        if file == PYTHON_DOCS:
+            yield python_docs
+        elif file.endswith(TEXT_SUFFIXES):
+            yield partial(text_documents, file)
+        elif file.endswith(".parquet"):
+            with named_errors(file):
+                groups = pq.ParquetFile(source.open(file)).num_row_groups
+            for group in range(groups):
+                yield partial(parquet_documents, source, file, group)
+        else:
+            yield from line_batches(source, file)
+
+
+class named_errors:
+    """A context that turns an error of reading `file` into a UserError that names it."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (OSError, pa.ArrowException, UnicodeDecodeError)):
+            raise UserError(f"can't read {self.file}: {' '.join(str(error).split())}") from error
+
+
+def text_documents(file: str) -> Iterator[Document]:
+    """A text file is one document, read piece by piece."""
+
+    def pieces() -> Iterator[str]:
+        with named_errors(file), open(file, encoding="utf-8", newline="") as text:
+            while piece := text.read(PIECE_CHARACTERS):
+                yield piece
+
+    yield pieces()
+
+
+def parquet_documents(source: Source, file: str, group: int) -> Iterator[Document]:
+    """One row group's `text` column, a document per row."""
+    with named_errors(file):
+        table = pq.ParquetFile(source.open(file), pre_buffer=False)
+        if "text" not in table.schema_arrow.names:
+            raise UserError(
+                f"{file} has the columns {', '.join(table.schema_arrow.names)}; expected 'text'"
+            )
+        for rows in table.iter_batches(batch_size=256, row_groups=[group], columns=["text"]):
+            for text in rows.column(0).to_pylist():
+                yield document(text, file)
+
+
+def line_batches(source: Source, file: str) -> Iterator[Batch]:
+    """Runs of lines of a JSON-lines file, about 4 MiB each; parsing is left to the batch."""
+    with named_errors(file), io.BufferedReader(source.open(file)) as lines:
+        first = 1
+        while run := lines.readlines(BATCH_BYTES):
+            yield partial(line_documents, file, first, run)
+            first += len(run)
+
+
+def line_documents(file: str, first: int, lines: list[bytes]) -> Iterator[Document]:
+    """The `text` of each line's object. Empty lines are passed over."""
+    for number, line in enumerate(lines, first):
+        if line.strip():
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f'{file}, line {number}: expected an object such as {{"text": "…"}}'
+                ) from error
+            yield document(text, f"{file}, line {number}")
+
+
+def document(text: object, where: str) -> Document:
+    """One document's text in pieces. Raises UserError if it is no text."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: a document is {type(text).__name__}, expected text")
+    return (
+        text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS)
+    )
+
+
+def python_docs() -> Iterator[Document]:
+    """The documentation inside every Python: the topics of help() and the library's docstrings.
+
+    A document per topic and per module, in an order that their hashes decide, so that validation
+    text is a fair sample. Paragraphs that occur twice are kept once: otherwise a model could do
+    well on validation text by remembering it from training.
+    """
+    texts = sorted(
+        itertools.chain(_help_topics(), _library_docstrings()),
+        key=lambda text: hashlib.sha256(text.encode()).digest(),
+    )
+    seen: set[str] = set()
+    for text in texts:
+        paragraphs = []
+        for paragraph in text.split("\n\n"):
+            if paragraph.strip() and paragraph not in seen:
+                seen.add(paragraph)
+                paragraphs.append(paragraph)
+        if paragraphs:
+            yield document("\n\n".join(paragraphs) + "\n", PYTHON_DOCS)
+
+
+def _help_topics() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+
+
+def _library_docstrings() -> Iterator[str]:
+    """The docstrings of each module, read without importing it."""
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(library.rglob("*.py")):
+        if left_out.isdisjoint(path.relative_to(library).parts):
+            tree = ast.parse(path.read_bytes())
+            nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
+            docstrings = [text for text in map(ast.get_docstring, nodes) if text]
+            if docstrings:
+                yield "\n\n".join(docstrings)
+
+
+def estimated_tokens(source: Source) -> int:
+    """About how many tokens a source makes: 3.5 bytes of text each, .gz and .zst counted fourfold.
+
+    For Parquet the text column's own size is known from the file's footer.
+    """
+    text_bytes = 0
+    for file, size in zip(source.files, source.sizes):
+        if file.endswith(".parquet"):
+            with named_errors(file):
+                metadata = pq.ParquetFile(source.open(file)).metadata
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                columns = map(group.column, range(group.num_columns))
+                text_bytes += sum(
+                    column.total_uncompressed_size
+                    for column in columns
+                    if column.path_in_schema == "text"
+                )
+        else:
+            text_bytes += 4 * size if file.endswith((".gz", ".zst")) else size
+    return int(text_bytes / 3.5)

