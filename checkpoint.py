@@ -3,7 +3,7 @@
     out/NAME/checkpoints/step_000250/
         model.safetensors       the weights, float32, by their names in model.GPT
         optimizer.safetensors   AdamW's averages, as <parameter>/<state>
-        meta.json               step, settings, losses, and the size and SHA-256 of the two files
+        meta.json               step, settings, losses, size and SHA-256 of the two, a checksum
 
 A checkpoint is written into a folder with another name, forced to the disk, and then renamed:
 whatever has the final name is complete. What got damaged later is told by its hash.
@@ -97,6 +97,7 @@ def save_checkpoint(
         "format_version": FORMAT_VERSION,
         "files": {name: _fingerprint(temporary / name) for name in (MODEL, OPTIMIZER)},
     }
+    content["checksum"] = _checksum(content)
     (temporary / META).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in (temporary / MODEL, temporary / OPTIMIZER, temporary / META, temporary):
         _sync(path)
@@ -151,6 +152,8 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
     """
     try:
         content = json.loads((path / META).read_bytes())
+        if content.pop("checksum") != _checksum(content):
+            raise UserError(f"{path / META} is damaged: its checksum is not as saved")
         version, fingerprints = content.pop("format_version"), content.pop("files")
         if version != FORMAT_VERSION:
             raise UserError(f"{path / META} has format {version}, this code reads {FORMAT_VERSION}")
@@ -221,6 +224,11 @@ def _fingerprint(path: Path) -> dict[str, object]:
         return {"bytes": path.stat().st_size, "sha256": sha256}
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
+
+
+def _checksum(content: dict[str, object]) -> str:
+    """The SHA-256 of meta.json's own content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

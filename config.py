@@ -182,11 +182,15 @@ def make_parser() -> Parser:
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """A config file's sections. Raises UserError if it is missing or not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read the config {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not TOML: {error}") from error
+    for key, value in values.items():
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key} = {value!r} stands outside of a section")
+    return values
 
 
 def make_config(values: dict[str, dict[str, Any]]) -> Config:
@@ -198,8 +202,6 @@ def make_config(values: dict[str, dict[str, Any]]) -> Config:
     for section, content in values.items():
         if section not in SECTIONS:
             raise UserError(f"unknown section [{section}]{_nearest(section, SECTIONS)}")
-        if not isinstance(content, dict):
-            raise UserError(f"{section} = {content!r} stands outside of a section")
         names = [item.name for item in fields(SECTIONS[section])]
         for key in content:
             if key not in names:

@@ -2,7 +2,8 @@
 
 Two implementations live here. `train_bpe` and `encode_from_scratch` are BPE in a page of plain
 Python, to be read. For work at speed `make_encoding` hands the same vocabulary to tiktoken, and the
-tests check that the two agree on every text.
+tests check that the two agree on any text. (Up to characters so young that the two have different
+editions of Unicode's table of letters.)
 
 BPE starts from the 256 byte values, so that any text in any language can be written, and then
 repeatedly gives the most frequent pair of neighbouring tokens a token of its own. Source: GPT-2
@@ -38,6 +39,7 @@ GPT2_VOCAB_SIZE = 50_257  # 256 bytes + 50,000 merges + <|endoftext|>
 # in tiktoken_ext/openai_public.py.
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 MAX_VOCAB_SIZE = 65_536  # ids are stored as uint16
+MAX_TRAINING_BYTES = 2_000_000  # of different words, to learn from: keeps train_bpe within 1 GB
 
 
 @cache
@@ -51,6 +53,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
     The result holds `vocab_size - 1` tokens, because <|endoftext|> takes the last id. Of equally
     frequent pairs the first in byte order wins, so the same texts always give the same vocabulary.
+    Beyond 2 MB of different words (some 20 MB of English) the rarest ones are left out.
     Raises UserError if `vocab_size` is out of range or the texts have too few pairs to merge.
     """
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
@@ -59,8 +62,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             f"to {MAX_VOCAB_SIZE} (what fits into two bytes)"
         )
     word_counts = Counter(word for text in texts for word in word_pattern().findall(text))
-    words = [[bytes([byte]) for byte in word.encode()] for word in word_counts]
-    counts = list(word_counts.values())
+    words: list[list[bytes]] = []
+    counts: list[int] = []
+    size = 0
+    for word, count in word_counts.most_common():
+        words.append([bytes([byte]) for byte in word.encode()])
+        counts.append(count)
+        size += len(words[-1])
+        if size > MAX_TRAINING_BYTES:
+            break
 
     # For each token that could be made next: how often it would occur, and in which words.
     pair_counts: Counter[bytes] = Counter()
@@ -124,7 +134,7 @@ def encode_from_scratch(text: str, ranks: dict[bytes, int]) -> list[int]:
     Equal to tiktoken's `encode_ordinary` with the same vocabulary, and about 20 times slower.
     """
     ids = []
-    for word in word_pattern().findall(text):
+    for word in word_pattern().findall(well_formed(text)):
         tokens = [bytes([byte]) for byte in word.encode()]
         while len(tokens) > 1:
             pairs = [left + right for left, right in zip(tokens, tokens[1:])]
@@ -134,6 +144,14 @@ def encode_from_scratch(text: str, ranks: dict[bytes, int]) -> list[int]:
             tokens = merge(tokens, first_learned)
         ids.extend(ranks[token] for token in tokens)
     return ids
+
+
+def well_formed(text: str) -> str:
+    """`text` with every lone half of a surrogate pair made U+FFFD, as tiktoken does it.
+
+    Such halves are no characters and have no UTF-8, but JSON can spell them.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def make_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
@@ -182,10 +200,17 @@ def token_byte_lengths(encoding: tiktoken.Encoding) -> np.ndarray:
 
 
 def save_vocabulary(encoding: tiktoken.Encoding, path: Path) -> str:
-    """Write the vocabulary to `path` and return the file's SHA-256 in hexadecimal."""
+    """Write the vocabulary to `path`, whole or not at all; returns the file's SHA-256."""
     content = _to_bytes(vocabulary_of(encoding))
-    path.write_bytes(content)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(content)
+    temporary.replace(path)
     return _sha256(content)
+
+
+def vocabulary_sha256(encoding: tiktoken.Encoding) -> str:
+    """The SHA-256, in hexadecimal, that the encoding's vocabulary file has or would have."""
+    return _sha256(_to_bytes(vocabulary_of(encoding)))
 
 
 def load_vocabulary(path: Path, sha256: str | None = None) -> tiktoken.Encoding:
@@ -223,7 +248,7 @@ def _from_bytes(content: bytes, path: Path) -> dict[bytes, int]:
             raise UserError(
                 f"{path}, line {number + 1}: expected a token in base64, a space and its id"
             ) from error
-        if int(rank) != number or len(ranks) != number + 1:
+        if int(rank) != number or len(ranks) != number + 1 or b"" in ranks:
             raise UserError(
                 f"{path}, line {number + 1}: expected a new token with the id {number}, got {rank}"
             )

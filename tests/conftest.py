@@ -1,4 +1,4 @@
-"""What the tests share: GPT-2's vocabulary without a network, small shards, scripts run for real."""
+"""What the tests share: GPT-2's vocabulary without a network, small shards, scripts that run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# One thread per process, here and in what the tests start: torchrun does the same for several
+# processes, and small models on a few cores only lose by more.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
 CORPUS = ROOT.parent / "shared" / "data" / "corpus"  # real text; tests that use it skip without it
@@ -85,12 +89,11 @@ def call(capfd):
     return call_script
 
 
-def run(*command: object, timeout: float = 240, **environment: str) -> Result:
+def run(*command: object, stdin: str = "", timeout: float = 240) -> Result:
     """Run a real process in the repository: run("sample.py", "--help")."""
     words = [sys.executable, *map(str, command)]
-    env = {**os.environ, **environment}
     done = subprocess.run(
-        words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
+        words, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=timeout, check=False
     )
     return Result(done.returncode, done.stdout, done.stderr)
 
@@ -104,7 +107,6 @@ def torchrun(processes: int, *arguments: object) -> Result:
         f"--nproc-per-node={processes}",
         "train.py",
         *arguments,
-        OMP_NUM_THREADS="1",
     )
 
 
@@ -123,3 +125,51 @@ def shards(tmp_path_factory) -> Path:
         )
     )
     return folder / "out"
+
+
+TINY = """
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 32
+block_size = 32
+dropout = 0.1
+
+[optim]
+learning_rate = 3e-3
+min_learning_rate = 3e-4
+warmup_steps = 5
+
+[train]
+tokens_per_step = 512
+micro_batch_size = 2
+max_steps = 40
+dtype = "float32"
+device = "cpu"
+compile = false
+checkpoint_every = 20
+
+[log]
+eval_every = 20
+eval_tokens = 512
+sample_every = 0
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A config file of a model that trains in a second: 8 micro-batches of 2 windows a step."""
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny, shards) -> Path:
+    """The run folder of a finished run of `tiny`."""
+    import config
+    import train
+
+    out = tmp_path_factory.mktemp("out") / "tiny"
+    train.train(config.load_config([str(tiny), "--data.dir", str(shards), "--train.out", str(out)]))
+    return out

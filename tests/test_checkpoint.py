@@ -1,0 +1,180 @@
+"""Checkpoints: what is saved comes back, what is damaged is named, what is old goes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import (
+    META,
+    MODEL,
+    OPTIMIZER,
+    Meta,
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from config import OptimSettings
+from data import TokenizerRecord
+from errors import UserError
+from model import GPT, GPTConfig
+from optim import make_optimizer
+
+SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)
+META_1 = Meta(1, SMALL, TokenizerRecord("gpt2", 50_257, "0" * 64), {}, None, None, None)
+
+
+def trained(seed: int = 0) -> tuple[GPT, torch.optim.Optimizer]:
+    """A model and an optimizer that has something to remember."""
+    torch.manual_seed(seed)
+    model = GPT(SMALL)
+    optimizer = make_optimizer(model, OptimSettings())
+    take_step(model, optimizer)
+    return model, optimizer
+
+
+def take_step(model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    ids = torch.arange(16).view(2, 8)
+    model(ids, ids + 1).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(folder: Path, step: int = 1, val_loss: float | None = None, keep: int = 9) -> Path:
+    return save_checkpoint(folder, replace(META_1, step=step, val_loss=val_loss), *trained(), keep)
+
+
+def rewrite_meta(path: Path, change: Callable[[dict], None]) -> None:
+    """Change meta.json as somebody could who knows its checksum."""
+    meta = json.loads((path / META).read_bytes())
+    del meta["checksum"]
+    change(meta)
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    (path / META).write_text(json.dumps({**meta, "checksum": digest}))
+
+
+def test_a_resumed_model_and_optimizer_go_on_bit_for_bit(tmp_path):
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, META_1, model, optimizer, keep=1)
+    again, optimizer_again = trained(seed=1)
+    checkpoint = read_checkpoint(path)
+    checkpoint.load_model(again)
+    checkpoint.load_optimizer(again, optimizer_again)
+    for _ in range(3):
+        take_step(model, optimizer)
+        take_step(again, optimizer_again)
+    for (name, ours), theirs in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(ours, theirs), name
+
+
+def test_meta_comes_back_as_it_was_saved(tmp_path):
+    meta = replace(META_1, config={"train": {"seed": 3}}, val_loss=1 / 3, scaler={"scale": 2.0})
+    path = save_checkpoint(tmp_path, meta, *trained(), keep=1)
+    assert read_checkpoint(path).meta == meta
+
+
+def test_equal_states_make_equal_bytes(tmp_path):
+    first, second = save(tmp_path / "a"), save(tmp_path / "b")
+    for name in (MODEL, OPTIMIZER, META):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_the_newest_is_found_and_an_unfinished_save_is_not(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for step in (9, 100, 1_000_000, 20):
+        save(tmp_path, step)
+    shutil.copytree(tmp_path / "step_000009", tmp_path / ".step_2000000.partial")
+    assert newest_checkpoint(tmp_path).meta.step == 1_000_000
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, META])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    tmp_path, capsys, name, damage
+):
+    save(tmp_path, 1)
+    victim = save(tmp_path, 2) / name
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    if damage == "remove":
+        victim.unlink()
+    assert newest_checkpoint(tmp_path).meta.step == 1
+    assert str(victim) in capsys.readouterr().err
+
+
+def test_if_all_are_damaged_nothing_starts_from_zero(tmp_path):
+    (save(tmp_path) / MODEL).write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .* is undamaged"):
+        newest_checkpoint(tmp_path)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 2.5}
+    for step, loss in losses.items():
+        save(tmp_path, step, loss, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_000002",
+        "step_000004",
+        "step_000005",
+    ]
+
+
+def test_without_validation_only_the_newest_are_kept(tmp_path):
+    for step in range(1, 5):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_a_save_that_was_cut_short_is_replaced(tmp_path):
+    (tmp_path / ".step_000001.partial").mkdir()
+    (tmp_path / ".step_000001.partial" / "left over").touch()
+    assert newest_checkpoint(tmp_path) is None
+    assert sorted(path.name for path in save(tmp_path).iterdir()) == sorted(
+        (MODEL, OPTIMIZER, META)
+    )
+
+
+def test_a_run_folder_and_a_checkpoint_folder_both_name_a_checkpoint(tmp_path):
+    path = save(tmp_path / "run" / "checkpoints", 7)
+    assert find_checkpoint(str(tmp_path / "run")).path == path
+    assert find_checkpoint(str(path)).meta.step == 7
+    (path / OPTIMIZER).unlink()  # not needed to use the model
+    assert find_checkpoint(str(path)).meta.step == 7
+
+
+@pytest.mark.parametrize("name", ["nothing", "gpt2"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="is no checkpoint"):
+        find_checkpoint(str(tmp_path / name))
+
+
+def test_a_pickle_is_never_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path(tmp_path / "exploded").touch, ())
+
+    path = save(tmp_path)
+    content = pickle.dumps(Bomb())
+    (path / MODEL).write_bytes(content)
+    fingerprint = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    rewrite_meta(path, lambda meta: meta["files"].update({MODEL: fingerprint}))
+    with pytest.raises(UserError, match="is no safetensors file"):
+        read_checkpoint(path).load_model(GPT(SMALL))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_another_format_version_is_refused(tmp_path):
+    path = save(tmp_path)
+    rewrite_meta(path, lambda meta: meta.update(format_version=99))
+    with pytest.raises(UserError, match="has format 99, this code reads 1"):
+        read_checkpoint(path)

@@ -1,0 +1,159 @@
+"""Settings: what the file says, what the command line changes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import asdict, fields
+
+import pytest
+from conftest import ROOT, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import SECTIONS, Config, LogSettings, TrainSettings, load_config, make_config
+from errors import UserError
+
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text: str):
+        path = tmp_path / "mine.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one line that load_config prints before it exits with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        load_config([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_the_file_changes_defaults_and_the_command_line_changes_both(config_file):
+    path = config_file("[model]\nn_layer = 3\nn_head = 2\n[optim]\nlearning_rate = 1\n")
+    config = load_config([str(path), "--model.n_head", "4", "--train.compile", "false"])
+    assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == (3, 4, 768)
+    assert config.optim.learning_rate == 1.0
+    assert type(config.optim.learning_rate) is float
+    assert config.train.compile is False
+
+
+def test_the_run_folder_is_named_after_the_config_file(config_file):
+    path = config_file("")
+    assert load_config([str(path)]).train.out == "out/mine"
+    assert load_config([str(path), "--train.out", "x"]).train.out == "x"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_in_the_repository_is_valid_and_states_real_settings(path):
+    config = load_config([str(path)])
+    assert config.train.out == f"out/{path.stem}"
+    for section, values in tomllib.loads(path.read_text()).items():
+        for key, value in values.items():
+            assert getattr(getattr(config, section), key) == value
+
+
+@given(
+    learning_rate=st.floats(1e-3, 10),
+    out=st.text(st.characters(exclude_categories=["Cs", "Cc"])),
+    compile_it=st.booleans(),
+    seed=st.integers(0, 2**62),
+)
+def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, seed):
+    values = {"train": {"out": out, "compile": compile_it, "seed": seed}}
+    config = make_config({**values, "optim": {"learning_rate": learning_rate}})
+    assert make_config(tomllib.loads(config.to_toml())) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--model.n_layers", "3"],
+            "unknown option --model.n_layers; did you mean --model.n_layer?",
+        ),
+        (["--modl.n_layer=3"], "did you mean --model.n_layer?"),
+        (["stray"], "'stray': expected one config file"),
+        (["--model.n_layer", "three"], "model.n_layer = 'three': expected a whole number"),
+        (["--optim.learning_rate", "fast"], "optim.learning_rate = 'fast': expected a number"),
+        (["--optim.learning_rate", "nan"], "optim.learning_rate = nan: expected 0 or more"),
+        (["--train.compile", "yes"], "train.compile = 'yes': expected true or false"),
+        (["--train.dtype", "int8"], "train.dtype = 'int8': expected one of auto, bfloat16"),
+        (["--model.dropout", "1"], "model.dropout = 1.0: expected less than 1"),
+        (["--model.n_layer", "0"], "model.n_layer = 0: expected 1 or more"),
+        (["--model.n_head", "5"], "n_embd = 768 is not a multiple of model.n_head = 5"),
+        (["--optim.min_learning_rate", "1"], "is above optim.learning_rate = 0.0006"),
+        (["--model.n_layer"], "expected one argument"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_names_it(config_file, capsys, arguments, expected):
+    assert expected in refused(capsys, config_file(""), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[modle]\n", "unknown section [modle]; did you mean model?"),
+        ("[model]\nn_heads = 3\n", "unknown setting model.n_heads; did you mean n_head?"),
+        ("[data]\nzzz = 3\n", "unknown setting data.zzz; known are dir"),
+        ("train = 3\n", "train = 3 stands outside of a section"),
+        ("n_layer = 3\n", "n_layer = 3 stands outside of a section"),
+        ('[model]\nn_layer = "3"\n', "model.n_layer = '3': expected a whole number"),
+        ("[model]\nn_layer = true\n", "model.n_layer = True: expected a whole number"),
+        ("[model]\nn_layer = 1.5\n", "model.n_layer = 1.5: expected a whole number"),
+        ("[model\n", "is not TOML"),
+        ("import os\nos.system('echo')\n", "is not TOML"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(config_file, capsys, text, expected):
+    assert expected in refused(capsys, config_file(text))
+
+
+def test_a_missing_file_or_none_at_all_is_one_line(capsys, tmp_path):
+    assert "can't read the config" in refused(capsys, tmp_path / "nowhere.toml")
+    assert "the following arguments are required: config" in refused(capsys)
+
+
+def test_help_lists_every_setting_with_its_default_and_meaning():
+    text = " ".join(run("train.py", "--help").out.split())
+    for section, cls in SECTIONS.items():
+        for item in fields(cls):
+            assert f"--{section}.{item.name}" in text
+            meaning = f"{item.metadata['meaning']} [{json.dumps(item.default)}]"
+            assert meaning in text, (section, item.name)
+
+
+def test_help_and_typos_are_answered_before_torch_is_imported():
+    for arguments in (["--help"], ["configs/demo.toml", "--model.n_layers", "3"]):
+        result = run("-X", "importtime", "train.py", *arguments)
+        assert "argparse" in result.err
+        assert "torch" not in result.err
+
+
+def test_every_setting_is_read_somewhere():
+    source = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py")
+    for cls in SECTIONS.values():
+        for item in fields(cls):
+            assert f".{item.name}" in source or cls.__name__ == "ModelSettings", item.name
+
+
+def test_settings_are_frozen():
+    with pytest.raises(AttributeError):
+        Config().train.seed = 3  # type: ignore[misc]
+
+
+def test_make_config_leaves_what_is_not_given_at_its_default():
+    config = make_config({"log": {"eval_every": 7}})
+    assert config.log == LogSettings(eval_every=7)
+    assert config.train == TrainSettings()
+    assert asdict(config)["model"]["n_embd"] == 768
+    with pytest.raises(UserError):
+        make_config({"log": {"eval_every": -1}})

@@ -1,0 +1,287 @@
+"""The model against Hugging Face's, against written-out attention, and against itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from model import (
+    GPT,
+    CausalSelfAttention,
+    GPTConfig,
+    KVCache,
+    attention_written_out,
+    choose_next,
+)
+
+SMALL = GPTConfig(vocab_size=97, block_size=16, n_layer=3, n_head=4, n_embd=32)
+
+
+def make_model(config: GPTConfig = SMALL, seed: int = 0, scale: float = 1.0) -> GPT:
+    """A model in eval mode; a larger `scale` of its weights makes its choices less alike."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def random_ids(config: GPTConfig, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+def test_gpt2_small_has_124439808_parameters_and_needs_860_megaflop_per_token():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert model.num_parameters() == 124_439_808
+    assert model.flops_per_token() == 6 * 124_439_808 + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "n_head", "n_embd", "parameters"),
+    [(24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080), (48, 25, 1600, 1_557_611_200)],
+)
+def test_the_larger_sizes_have_the_published_parameter_counts(n_layer, n_head, n_embd, parameters):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    assert model.num_parameters() == parameters
+
+
+def test_logits_loss_and_gradients_equal_hugging_faces_gpt2():
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    )
+    ours = make_model(GPTConfig())
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # theirs are (in, out)
+    theirs = dict(reference.transformer.named_parameters())
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            # Biases and layer norms start at 0 and 1: give them something to say.
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            theirs[name].copy_(parameter.T if name.endswith(transposed) else parameter)
+    assert set(theirs) == {name for name, _ in ours.named_parameters()}
+
+    ids, targets = random_ids(GPTConfig(), 2, 65)[:, :-1], random_ids(GPTConfig(), 2, 65)[:, 1:]
+    logits, loss = ours(ids), ours(ids, targets)
+    their_logits = reference(ids).logits
+    their_loss = F.cross_entropy(their_logits.flatten(0, 1), targets.flatten())
+    assert (logits - their_logits).abs().max() < 1e-4
+    assert abs(loss.item() - their_loss.item()) < 1e-5 * their_loss.item()
+
+    loss.backward()
+    their_loss.backward()
+    for name, parameter in ours.named_parameters():
+        theirs_grad = theirs[name].grad.T if name.endswith(transposed) else theirs[name].grad
+        difference = (parameter.grad - theirs_grad).norm() / theirs_grad.norm()
+        assert difference < 1e-4, (name, difference)
+
+
+def test_fused_attention_equals_written_out_attention():
+    q, k, v = torch.randn(3, 2, 4, 33, 8, dtype=torch.float64)
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(fused, attention_written_out(q, k, v))
+
+
+def test_the_attention_layer_equals_written_out_attention():
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(SMALL).double()
+    x = torch.randn(2, 9, SMALL.n_embd, dtype=torch.float64)
+    q, k, v = (
+        part.unflatten(-1, (SMALL.n_head, -1)).transpose(1, 2)
+        for part in layer.c_attn(x).chunk(3, dim=-1)
+    )
+    expected = layer.c_proj(attention_written_out(q, k, v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_changing_a_future_token_leaves_earlier_logits_unchanged():
+    model = make_model(scale=3.0)
+    ids = random_ids(SMALL, 1, 16)
+    before = model(ids)
+    for position in range(16):
+        changed = ids.clone()
+        changed[0, position] = (ids[0, position] + 1) % SMALL.vocab_size
+        after = model(changed)
+        assert torch.equal(after[:, :position], before[:, :position])
+        assert not torch.equal(after[:, position], before[:, position])
+
+
+def test_an_untrained_model_guesses_evenly():
+    config = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64)
+    ids = random_ids(config, 4, 65)
+    loss = make_model(config)(ids[:, :-1], ids[:, 1:]).item()
+    assert abs(loss - math.log(50_257)) < 0.5
+
+
+def test_one_batch_can_be_learned_by_heart():
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    ids = random_ids(SMALL, 4, 17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(200):
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.05
+
+
+def test_weights_start_as_gpt2s():
+    model = GPT(GPTConfig(n_layer=4, block_size=1024))
+    standard_deviations = {
+        "wte.weight": 0.02,
+        "wpe.weight": 0.01,
+        "h.0.attn.c_attn.weight": 0.02,
+        "h.3.mlp.c_fc.weight": 0.02,
+        "h.1.attn.c_proj.weight": 0.02 / math.sqrt(8),
+        "h.2.mlp.c_proj.weight": 0.02 / math.sqrt(8),
+    }
+    parameters = dict(model.named_parameters())
+    for name, expected in standard_deviations.items():
+        assert parameters[name].std().item() == pytest.approx(expected, rel=0.01), name
+        assert abs(parameters[name].mean().item()) < 0.01 * expected + 1e-4, name
+    for name, parameter in parameters.items():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif ".ln_" in name or name.startswith("ln_f"):
+            assert (parameter == 1).all(), name
+
+
+def test_the_loss_is_the_mean_of_minus_log_probability():
+    model = make_model(scale=3.0)
+    ids, targets = random_ids(SMALL, 2, 8), random_ids(SMALL, 2, 8, seed=1)
+    probabilities = model(ids).double().softmax(dim=-1)
+    expected = -probabilities.gather(-1, targets[..., None]).log().mean()
+    assert model(ids, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_dropout_acts_in_training_only():
+    model = GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.5}))
+    ids = random_ids(SMALL, 1, 8)
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_a_head_count_that_does_not_divide_the_channels_is_an_error():
+    with pytest.raises(ValueError, match="n_embd 768 is not a multiple of n_head 7"):
+        GPTConfig(n_head=7)
+
+
+# The cache and generation
+
+
+def greedy_without_cache(model: GPT, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """The definition that `generate` must meet, computing everything anew for every token."""
+    block_size = model.config.block_size
+    window, new = ids[:, -block_size:], []
+    for _ in range(count):
+        if window.size(1) > block_size:
+            window = window[:, -(block_size // 2) :]
+        next_ids = model(window)[:, -1].argmax(dim=-1)
+        new.append(next_ids)
+        window = torch.cat((window, next_ids[:, None]), dim=1)
+    return torch.stack(new)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("prompt_length", [1, 5, 15, 16, 17, 40])
+def test_greedy_with_the_cache_equals_greedy_without_to_and_past_the_end_of_the_context(
+    batch, prompt_length
+):
+    model = make_model(scale=3.0)
+    ids = random_ids(SMALL, batch, prompt_length)
+    with torch.no_grad():
+        model.wpe.weight.mul_(20)  # so that each position asks for another token
+        expected = greedy_without_cache(model, ids, count=40)
+    got = torch.stack(list(model.generate(ids, 40, temperature=0)))
+    assert torch.equal(got, expected)
+    assert len(set(expected.flatten().tolist())) > 5  # the choices do differ
+
+
+def test_cached_hidden_states_equal_those_computed_at_once():
+    model = make_model(scale=3.0).double()
+    ids = random_ids(SMALL, 2, 16)
+    cache = KVCache(SMALL, 2, torch.device("cpu"), torch.float64)
+    with torch.no_grad():
+        parts = [model.hidden_states(ids[:, :7], cache)]
+        parts += [model.hidden_states(ids[:, at : at + 1], cache) for at in range(7, 16)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden_states(ids))
+
+
+def test_unwritten_slots_of_the_cache_are_never_read():
+    model = make_model(scale=3.0)
+    ids = random_ids(SMALL, 1, 4)
+    cache = KVCache(SMALL, 1, torch.device("cpu"), torch.float32)
+    cache.keys.fill_(math.nan)
+    cache.values.fill_(math.nan)
+    with torch.no_grad():
+        assert model.hidden_states(ids, cache).isfinite().all()
+        assert model.hidden_states(ids[:, :1], cache).isfinite().all()
+
+
+def test_tokens_past_the_context_or_many_after_cached_ones_are_errors():
+    model = make_model()
+    with pytest.raises(ValueError, match="17 tokens, the context holds 16"):
+        model(random_ids(SMALL, 1, 17))
+    cache = KVCache(SMALL, 1, torch.device("cpu"), torch.float32)
+    model.hidden_states(random_ids(SMALL, 1, 3), cache)
+    with pytest.raises(ValueError, match="2 tokens at once after 3 cached"):
+        model.hidden_states(random_ids(SMALL, 1, 2), cache)
+
+
+def test_the_same_seed_generates_the_same_tokens_and_another_seed_others():
+    model, ids = make_model(), random_ids(SMALL, 2, 3)
+
+    def draw(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [ids.tolist() for ids in model.generate(ids, 20, generator=generator)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])
+    assert choose_next(logits, temperature=0).tolist() == [1, 0]
+
+
+@given(
+    logits=st.lists(st.floats(-5, 5), min_size=2, max_size=12),
+    temperature=st.floats(0.1, 3),
+    top_k=st.none() | st.integers(1, 20),
+    top_p=st.none() | st.floats(0.01, 1),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=300, deadline=None)
+def test_only_tokens_that_top_k_and_top_p_allow_are_drawn(logits, temperature, top_k, top_p, seed):
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.tensor([logits])
+    chosen = choose_next(row, temperature, top_k, top_p, generator).item()
+    probabilities = (row[0] / temperature).softmax(0)
+    if top_k is not None:
+        kth = row[0].sort(descending=True).values[:top_k][-1]
+        assert row[0, chosen] >= kth
+        probabilities = torch.where(row[0] >= kth, probabilities, 0.0)
+        probabilities = probabilities / probabilities.sum()
+    if top_p is not None:
+        likelier = probabilities[probabilities > probabilities[chosen] + 1e-6].sum()
+        assert likelier < top_p + 1e-5
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    expected = (logits / 0.7).softmax(0)
+    drawn = choose_next(logits.expand(200_000, -1), 0.7, generator=torch.Generator().manual_seed(0))
+    frequency = drawn.bincount(minlength=4) / len(drawn)
+    # Five standard errors of a frequency over 200,000 draws are at most 0.0056.
+    assert (frequency - expected).abs().max() < 0.0056

@@ -1,0 +1,63 @@
+"""Who decays, and how the learning rate goes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from config import OptimSettings
+from model import GPT, GPTConfig
+from optim import learning_rate_at, make_optimizer, parameter_groups
+
+SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)
+
+
+def test_matrices_and_embeddings_decay_biases_and_norms_do_not():
+    model = GPT(SMALL)
+    decayed, undecayed = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
+    for parameter in undecayed["params"]:
+        name = names[id(parameter)]
+        assert name.endswith("bias") or ".ln_" in name or name.startswith("ln_f")
+    assert {names[id(p)] for p in decayed["params"]} >= {"wte.weight", "wpe.weight"}
+    together = [*decayed["params"], *undecayed["params"]]
+    assert sorted(map(id, together)) == sorted(names)
+
+
+def test_a_step_equals_adamw_as_written_in_its_paper():
+    """Loshchilov and Hutter 2019, algorithm 2, in float64 for one matrix."""
+    settings = OptimSettings(learning_rate=0.01, weight_decay=0.1)
+    model = GPT(SMALL).double()
+    optimizer = make_optimizer(model, settings)
+    weight = model.h[0].mlp.c_fc.weight
+    expected, m, v = weight.detach().clone(), 0.0, 0.0
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        weight.grad = gradient = torch.randn(weight.shape, dtype=torch.float64)
+        optimizer.step()
+        m = 0.9 * m + 0.1 * gradient
+        v = 0.95 * v + 0.05 * gradient**2
+        update = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        expected = expected - 0.01 * (update + 0.1 * expected)
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_the_learning_rate_warms_up_linearly_peaks_and_falls_by_a_cosine():
+    settings = OptimSettings(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=9)
+    rates = [learning_rate_at(step, settings, max_steps=110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert max(rates) == rates[9] == 1.0
+    assert rates[59] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(later < earlier for earlier, later in zip(rates[9:], rates[10:]))
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 5, 50])
+def test_the_learning_rate_is_never_zero_nor_above_its_peak(warmup_steps):
+    settings = OptimSettings(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=warmup_steps)
+    for max_steps in (1, 2, 5, 20):
+        rates = [learning_rate_at(step, settings, max_steps) for step in range(max_steps)]
+        assert all(0 < rate <= 1.0 for rate in rates)

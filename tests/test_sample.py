@@ -1,0 +1,267 @@
+"""Sampling as a user meets it: what is printed, when, and where it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint import find_checkpoint
+from model import GPT
+from sample import Completion, parse_arguments
+from tokenizer import gpt2_encoding
+
+
+def feed(tokens: list[int], stops: list[str] = ()) -> tuple[Completion, list[str]]:
+    """A completion after these tokens (as many as it takes), and what it showed at each."""
+    completion, shown = Completion(gpt2_encoding(), list(stops)), []
+    for token in tokens:
+        if completion.finish_reason is None:
+            completion.add(token)
+            shown.append(completion.fresh())
+    if completion.finish_reason is None:
+        completion.finish("length")
+        shown.append(completion.fresh())
+    return completion, shown
+
+
+# One sample as it grows
+
+
+def test_a_character_of_several_tokens_is_shown_whole_or_not_at_all():
+    tokens = gpt2_encoding().encode_ordinary("🙂日")
+    assert len(tokens) > 2
+    completion, shown = feed(tokens)
+    assert completion.text == "".join(shown) == "🙂日"
+    assert all("�" not in text for text in shown)
+
+
+def test_half_a_character_at_the_end_is_marked_as_such():
+    tokens = gpt2_encoding().encode_ordinary("🙂")
+    completion, _ = feed(tokens[:-1])
+    assert completion.text == "�"
+
+
+@given(st.text(), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+def test_what_was_shown_is_the_text_up_to_the_first_stop(text, stops):
+    completion, shown = feed(gpt2_encoding().encode_ordinary(text), stops)
+    assert "".join(shown) == completion.text
+    assert not any(stop in completion.text for stop in stops)
+    assert text.startswith(completion.text)
+    if completion.finish_reason == "length":
+        assert completion.text == text
+        assert not any(stop in text for stop in stops)
+    else:
+        assert any(text[len(completion.text) :].startswith(stop) for stop in stops)
+
+
+def test_a_stop_text_across_tokens_is_never_shown():
+    encoding = gpt2_encoding()
+    tokens = [encoding.encode_single_token(part) for part in ("Hello", " wor", "ld", "!", " Bye")]
+    completion, shown = feed(tokens, stops=["world!"])
+    assert completion.finish_reason == "stop"
+    assert completion.text == "".join(shown) == "Hello "
+    assert completion.tokens == tokens[:4]
+
+
+def test_end_of_text_ends_and_is_no_part_of_the_text():
+    encoding = gpt2_encoding()
+    completion, _ = feed([*encoding.encode_ordinary("One"), encoding.eot_token, 11])
+    assert (completion.text, completion.finish_reason) == ("One", "end_of_text")
+    assert completion.tokens == encoding.encode_ordinary("One")
+
+
+# The script
+
+
+def test_jsonl_prints_one_object_per_sample_and_nothing_else(call, trained):
+    result = call(
+        *("sample", "--checkpoint", trained, "--prompt", "The quick", "--num-samples", 3),
+        *("--max-new-tokens", 8, "--seed", 1, "--jsonl"),
+    )
+    assert result.status == 0
+    samples = [json.loads(line) for line in result.out.splitlines()]
+    encoding = find_checkpoint(str(trained)).encoding()
+    assert [sample["sample"] for sample in samples] == [0, 1, 2]
+    for sample in samples:
+        assert list(sample) == ["sample", "prompt", "completion", "tokens", "finish_reason"]
+        assert sample["prompt"] == "The quick"
+        assert sample["completion"] == encoding.decode(sample["tokens"])
+        assert sample["finish_reason"] in ("length", "end_of_text")
+        assert (sample["finish_reason"] == "length") == (len(sample["tokens"]) == 8)
+
+
+def test_greedy_text_is_what_the_model_says_step_by_step(call, trained):
+    checkpoint = find_checkpoint(str(trained))
+    model = GPT(checkpoint.meta.model).eval()
+    checkpoint.load_model(model)
+    encoding = checkpoint.encoding()
+    prompt = encoding.encode_ordinary("The quick")
+    ids = torch.tensor([prompt])
+    for _ in range(12):
+        ids = torch.cat((ids, model(ids)[:, -1:].argmax(dim=-1)), dim=1)
+    arguments = ("--prompt", "The quick", "--max-new-tokens", 12, "--dtype", "float32")
+    result = call("sample", "--checkpoint", trained, *arguments, "--temperature", 0)
+    assert result.out == encoding.decode(ids[0].tolist()) + "\n"
+
+
+def test_a_seed_gives_the_same_text_again_and_no_seed_gives_another(call, trained):
+    arguments = ("sample", "--checkpoint", trained, "--prompt", "T", "--temperature", 1.5)
+    first, again = (call(*arguments, "--seed", 3).out for _ in range(2))
+    assert first == again
+    unseeded = {call(*arguments).out for _ in range(3)}
+    assert len(unseeded) > 1
+    assert "seed " in call(*arguments).err  # so that a text that pleases can be had again
+
+
+def test_several_samples_are_printed_one_under_the_other(call, trained):
+    arguments = ("--prompt", "The", "--num-samples", 3, "--max-new-tokens", 5, "--seed", 1)
+    result = call("sample", "--checkpoint", trained, *arguments)
+    texts = result.out.split("---------------\n")
+    assert len(texts) == 3
+    assert all(text.startswith("The") for text in texts)
+
+
+def test_text_streams_as_it_comes(trained):
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", "--checkpoint", trained, "--max-new-tokens", "1000000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        # A million tokens take minutes: what is here now was printed before the end.
+        assert len(process.stdout.read(200)) == 200
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_without_a_prompt_a_document_begins(call, trained):
+    arguments = ("--temperature", 0, "--max-new-tokens", 3, "--jsonl")
+    result = call("sample", "--checkpoint", trained, *arguments)
+    assert json.loads(result.out)["prompt"] == ""
+
+
+def test_a_stop_text_ends_the_sample(call, trained):
+    arguments = ("--prompt", "The quick", "--temperature", 0, "--max-new-tokens", 60, "--jsonl")
+    whole = json.loads(call("sample", "--checkpoint", trained, *arguments).out)["completion"]
+    stop = whole[5:7]
+    result = call("sample", "--checkpoint", trained, *arguments, "--stop", stop)
+    stopped = json.loads(result.out)
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["completion"] == whole[: whole.index(stop)]
+
+
+def test_a_prompt_longer_than_the_context_is_cropped_with_a_notice(call, trained, tmp_path):
+    (tmp_path / "long.txt").write_text(TEXT * 20, encoding="utf-8")
+    arguments = ("--prompt-file", tmp_path / "long.txt", "--temperature", 0, "--jsonl")
+    result = call("sample", "--checkpoint", trained, *arguments)
+    assert "the context 32: only its last 32 are used" in result.err
+    encoding = find_checkpoint(str(trained)).encoding()
+    last = encoding.decode(encoding.encode_ordinary(TEXT * 20)[-32:])
+    arguments = ("--prompt", last, "--temperature", 0, "--jsonl")
+    cropped = call("sample", "--checkpoint", trained, *arguments)
+    assert json.loads(result.out)["tokens"] == json.loads(cropped.out)["tokens"]
+
+
+def test_a_prompt_comes_from_a_file_or_from_standard_input(trained, tmp_path):
+    (tmp_path / "prompt.txt").write_text("The lazy dog", encoding="utf-8")
+    texts = [
+        run(
+            *("sample.py", "--checkpoint", trained, "--seed", 1, "--prompt-file", source),
+            stdin="The lazy dog",
+        ).out
+        for source in ("-", tmp_path / "prompt.txt")
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("The lazy dog")
+
+
+def test_interactive_mode_answers_line_by_line_until_the_input_ends(trained):
+    result = run(
+        *("sample.py", "--checkpoint", trained, "--interactive", "--seed", 1),
+        stdin="The quick\n\nThe lazy\n",
+    )
+    assert result.out.startswith("The quick")
+    assert "\nThe lazy" in result.out
+    assert result.err.count("> ") == 4
+
+
+def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained):
+    checkpoint = find_checkpoint(str(trained))
+    assert checkpoint.encoding().n_vocab == checkpoint.meta.model.vocab_size == 300
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt-file", "nowhere.txt"), "can't read the prompt nowhere.txt"),
+        (("--prompt-file", os.devnull), "the prompt is empty"),
+        (("--temperature", "-1"), "'-1': expected a number, 0 or more"),
+        (("--temperature", "nan"), "'nan': expected a number, 0 or more"),
+        (("--temperature", "hot"), "'hot': expected a number, 0 or more"),
+        (("--top-k", "0"), "'0': expected a whole number above 0"),
+        (("--top-p", "1.5"), "'1.5': expected a number above 0, up to 1"),
+        (("--max-new-tokens", "0"), "'0': expected a whole number above 0"),
+        (("--num-samples", "many"), "'many': expected a whole number above 0"),
+        (("--stop", ""), "--stop is empty"),
+        (("--device", "tpu"), "invalid choice: 'tpu'"),
+        (("--nonsense",), "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_it(call, trained, arguments, expected):
+    assert expected in call("sample", "--checkpoint", trained, *arguments).error()
+
+
+def test_what_is_no_checkpoint_is_refused(call, tmp_path):
+    assert "is no checkpoint" in call("sample", "--checkpoint", tmp_path).error()
+
+
+def test_a_real_process_refuses_with_one_line_too(tmp_path):
+    assert "is no checkpoint" in run("sample.py", "--checkpoint", tmp_path).error()
+
+
+def test_a_vocabulary_that_is_not_the_models_is_refused(call, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "tokenizer.tiktoken"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert "has SHA-256" in call("sample", "--checkpoint", tmp_path / "run").error()
+
+
+def test_help_does_not_wait_for_torch():
+    result = run("-X", "importtime", "sample.py", "--help")
+    assert "argparse" in result.err
+    assert "torch" not in result.err
+
+
+def test_the_output_can_be_cut_short_by_its_reader(trained):
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", "--checkpoint", trained, "--max-new-tokens", "100000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(timeout=60) == 1
+
+
+def test_defaults_are_those_that_help_tells():
+    arguments = parse_arguments(["--checkpoint", "x"])
+    assert (arguments.max_new_tokens, arguments.num_samples, arguments.temperature) == (200, 1, 0.8)

@@ -1,0 +1,349 @@
+"""The training loop in one process: what a step computes, what a run writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from config import load_config
+from data import TokenStream, encoding_of, step_windows
+from distributed import Ranks
+from model import GPT, GPTConfig
+from optim import learning_rate_at
+
+ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def configure(tiny, shards, tmp_path):
+    """A config of the tiny run with changes: configure("--train.max_steps", 3)."""
+
+    def make(*changes: object):
+        arguments = [tiny, "--data.dir", shards, "--train.out", tmp_path / "run", *changes]
+        return load_config([str(argument) for argument in arguments])
+
+    return make
+
+
+def metrics_of(run: Path, kind: str = "train") -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+# A step
+
+
+def test_accumulated_micro_batches_equal_one_big_batch(configure):
+    results, weights = [], []
+    for micro_batch_size in (16, 4, 1):
+        config = configure("--train.micro_batch_size", micro_batch_size, "--model.dropout", 0)
+        trainer = train.Trainer(config, ALONE)
+        results.append([trainer.train_step() for _ in range(3)])
+        weights.append(torch.nn.utils.parameters_to_vector(trainer.model.parameters()))
+    for other, weight in zip(results[1:], weights[1:]):
+        for first, second in zip(results[0], other):
+            assert second.loss == pytest.approx(first.loss, rel=1e-6)
+            assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-4)
+        torch.testing.assert_close(weight, weights[0], rtol=0, atol=2e-5)
+
+
+def test_three_steps_equal_a_loop_written_out(configure, shards):
+    """The same in a dozen lines of plain PyTorch, without clipping, dropout or accumulation."""
+    config = configure("--model.dropout", 0, "--optim.grad_clip", 0, "--train.micro_batch_size", 16)
+    trainer = train.Trainer(config, ALONE)
+    losses = [trainer.train_step().loss for _ in range(3)]
+
+    torch.manual_seed(config.train.seed)
+    model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=32))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    stream = TokenStream(shards, "train")
+    tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
+    for step, loss in enumerate(losses):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config.optim, 40)
+        windows = step_windows(step, 16, (len(tokens) - 1) // 32, config.train.seed)
+        batch = torch.stack([tokens[w * 32 : w * 32 + 33] for w in windows])
+        expected = model(batch[:, :-1], batch[:, 1:])
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+
+
+def test_the_gradient_is_clipped_and_its_norm_told_before(configure):
+    config = configure("--optim.grad_clip", 0.01)
+    trainer = train.Trainer(config, ALONE)
+    norms = []
+    step = trainer.optimizer.step
+
+    def spy() -> None:
+        gradients = [p.grad.flatten() for p in trainer.model.parameters()]
+        norms.append(torch.cat(gradients).norm().item())
+        step()
+
+    trainer.optimizer.step = spy
+    assert trainer.train_step().grad_norm > 0.1
+    assert norms == pytest.approx([0.01], rel=1e-3)
+
+
+def test_dropout_depends_on_the_step_and_micro_batch_not_on_what_was_drawn_before(configure):
+    first, second = (train.Trainer(configure(), ALONE) for _ in range(2))
+    loss = first.train_step().loss
+    torch.manual_seed(99)
+    torch.rand(1000)
+    assert second.train_step().loss == loss
+    seeds = {train.draw_seed(1, step, micro) for step in range(20) for micro in range(20)}
+    assert len(seeds) == 400
+
+
+def test_the_rehearsal_leaves_no_trace(configure):
+    rehearsed, plain = (train.Trainer(configure(), ALONE) for _ in range(2))
+    rehearsed.rehearse()
+    for _ in range(2):
+        assert rehearsed.train_step() == plain.train_step()
+
+
+def test_a_compiled_model_computes_the_same_and_is_not_the_one_that_is_saved(configure, call):
+    config = configure("--train.compile", "true", "--train.max_steps", 2, "--model.dropout", 0)
+    compiled = train.Trainer(config, ALONE)
+    plain = train.Trainer(configure("--train.max_steps", 2, "--model.dropout", 0), ALONE)
+    for _ in range(2):
+        expected = plain.train_step()
+        assert compiled.train_step().loss == pytest.approx(expected.loss, rel=1e-5)
+    assert compiled.validate().loss == pytest.approx(plain.validate().loss, rel=1e-4)
+    compiled.prepare_folder()
+    compiled.save(None)
+    result = call("sample", "--checkpoint", config.train.out, "--max-new-tokens", 3, "--seed", 1)
+    assert result.status == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_reduced_precision_learns_too(configure, dtype):
+    trainer = train.Trainer(configure("--train.dtype", dtype), ALONE)
+    losses = [trainer.train_step().loss for _ in range(30)]
+    assert losses[-1] < losses[0] - 1
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_the_gradient_scaler_of_float16_is_resumed(configure):
+    config = configure("--train.dtype", "float16", "--train.max_steps", 3)
+    trainer = train.Trainer(config, ALONE)
+    trainer.train_step()
+    trainer.scaler.update(new_scale=1024.0)
+    trainer.prepare_folder()
+    trainer.save(None)
+    assert train.Trainer(config, ALONE).scaler.state_dict()["scale"] == 1024.0
+
+
+# A run
+
+
+def test_a_run_leaves_its_settings_vocabulary_metrics_and_checkpoints(trained, shards):
+    names = sorted(path.name for path in trained.iterdir())
+    assert names == ["checkpoints", "config.toml", "metrics.jsonl", "tokenizer.tiktoken"]
+    steps = sorted(path.name for path in (trained / "checkpoints").iterdir())
+    assert steps == ["step_000020", "step_000040"]
+    vocabulary = (shards / "tokenizer.tiktoken").read_bytes()
+    assert (trained / "tokenizer.tiktoken").read_bytes() == vocabulary
+    again = load_config([str(trained / "config.toml"), "--train.out", str(trained)])
+    assert again.to_toml() == (trained / "config.toml").read_text()
+
+
+def test_metrics_tell_every_step_once_and_the_model_learns(trained):
+    lines = metrics_of(trained)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["tokens"] for line in lines] == [512 * step for step in range(1, 41)]
+    assert abs(lines[0]["loss"] - math.log(300)) < 0.5
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1
+    keys = ["kind", "step", "loss", "learning_rate", "grad_norm", "tokens"]
+    assert list(lines[0])[:6] == keys
+    assert lines[0]["mfu"] is None  # nobody knows this CPU's peak
+
+
+def test_validation_loss_and_bits_per_byte_are_what_the_model_says(trained, shards):
+    from checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(trained / "checkpoints" / "step_000040")
+    model = GPT(checkpoint.meta.model).eval()
+    checkpoint.load_model(model)
+    stream, encoding = TokenStream(shards, "val"), encoding_of(shards)
+    nats, text = 0.0, b""
+    for window in range(512 // 32):
+        inputs, targets = stream.windows([window], 32)
+        with torch.no_grad():
+            nats += model(inputs, targets).item() * 32
+        text += encoding.decode_bytes([int(i) for i in targets.flatten() if i < 299])
+    line = metrics_of(trained, "val")[-1]
+    assert line["step"] == 40
+    assert line["loss"] == pytest.approx(nats / 512, rel=1e-6)
+    assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-6)
+    assert checkpoint.meta.val_loss == line["loss"]
+    assert checkpoint.meta.best_val_loss == min(m["loss"] for m in metrics_of(trained, "val"))
+
+
+def test_evaluate_prints_what_training_told(call, trained, shards):
+    result = call("evaluate", "--checkpoint", trained, "--tokens", 512)
+    line = metrics_of(trained, "val")[-1]
+    assert f"loss            {line['loss']:.4f} nats" in result.out
+    assert f"bits per byte   {line['bits_per_byte']:.3f}\n" in result.out
+    assert "xz -9e" in result.out
+
+
+def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--train.max_steps", 3)
+    told = call("train", tiny, *arguments).err
+    plan = told[: told.index("/3 [")]
+    assert "512 tokens per step = 1 processes × 8 micro-batches × 2 windows × 32 tokens" in plan
+    assert "36,096 parameters, vocabulary bpe-300 of 300" in plan
+    assert "3 steps take 1,536" in plan
+    assert "GB per process" in plan
+
+
+def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
+    arguments = ("--train.max_steps", 4, "--log.sample_every", 2, "--log.eval_every", 0)
+    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run", *arguments)
+    assert "step 2 writes:\n" in result.err
+    assert "step 4 writes:\n" in result.err
+    assert result.out == ""
+
+
+def test_tensorboard_shows_the_metrics(call, tiny, shards, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "run"
+    arguments = ("--train.max_steps", 3, "--log.tensorboard", "true")
+    call("train", tiny, "--data.dir", shards, "--train.out", out, *arguments)
+    reader = events.EventAccumulator(str(out / "tensorboard"))
+    reader.Reload()
+    told = [event.value for event in reader.Scalars("train/loss")]
+    assert told == pytest.approx([line["loss"] for line in metrics_of(out)])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(call, tiny, shards, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    before = {
+        p: p.read_bytes()
+        for p in (tmp_path / "run").rglob("*")
+        if p.name != "config.toml" and p.is_file()
+    }
+    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
+    assert result.status == 0
+    assert "already finished: 40 steps are done" in result.err
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+# What is refused
+
+
+def test_an_unknown_setting_is_one_line(call, tiny):
+    assert "did you mean --model.n_layer?" in call("train", tiny, "--model.n_layr", 3).error()
+
+
+def test_a_missing_data_folder_is_one_line(call, tiny, tmp_path):
+    result = call("train", tiny, "--data.dir", tmp_path / "nowhere", "--train.out", tmp_path / "o")
+    assert "nowhere doesn't exist: make it with prepare_fineweb.py" in result.error()
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_truncated_shard_is_one_line(call, tiny, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    shard = tmp_path / "data" / "train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    result = call("train", tiny, "--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
+    assert "train_000000.bin is damaged: its header says 4000 tokens" in result.error()
+
+
+def test_a_step_that_cannot_be_shared_out_is_one_line(call, tiny, shards, tmp_path):
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o")
+    result = call("train", tiny, *arguments, "--train.tokens_per_step", 500)
+    assert "nearest: 448 or 512" in result.error()
+
+
+def test_data_of_another_vocabulary_is_one_line(call, tiny, trained, tmp_path):
+    import prepare_fineweb
+
+    (tmp_path / "text.txt").write_text("Some other text, and then some more of it. " * 200)
+    prepare = f"--source {tmp_path}/text.txt --out {tmp_path}/data --tokenizer bpe:270"
+    prepare_fineweb.main(
+        prepare_fineweb.parse_arguments([*prepare.split(), "--val-tokens", "100", "--workers", "1"])
+    )
+    shutil.copytree(trained, tmp_path / "run")
+    arguments = ("--data.dir", tmp_path / "data", "--train.max_steps", 50)
+    result = call("train", tiny, *arguments, "--train.out", tmp_path / "run")
+    assert "has the vocabulary bpe-270 of 270 tokens" in result.error()
+    result = call("evaluate", "--checkpoint", trained, "--data", tmp_path / "data")
+    assert "has the vocabulary bpe-270 of 270 tokens" in result.error()
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("model.n_layer", 3),
+        ("model.n_embd", 64),
+        ("train.seed", 5),
+        ("train.tokens_per_step", 1024),
+    ],
+)
+def test_a_run_cannot_go_on_as_another_run(call, tiny, shards, trained, change, value):
+    arguments = ("--data.dir", shards, "--train.out", trained, "--train.max_steps", 50)
+    message = call("train", tiny, *arguments, f"--{change}", value).error()
+    assert f"was trained with {change} = " in message
+    assert f"now it is {value}" in message
+
+
+def test_a_used_run_folder_is_not_overwritten_when_resuming_is_off(call, tiny, shards, trained):
+    arguments = ("--data.dir", shards, "--train.out", trained, "--train.resume", "false")
+    assert "holds step_000040 and train.resume = false" in call("train", tiny, *arguments).error()
+
+
+def test_an_unwritable_run_folder_is_one_line(call, tiny, shards, tmp_path):
+    (tmp_path / "file").touch()
+    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "file" / "run")
+    assert "can't write to the run folder" in result.error()
+
+
+def test_too_little_data_is_one_line(call, tiny, shards, tmp_path):
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--model.block_size", 65536)
+    result = call("train", tiny, *arguments, "--train.tokens_per_step", 131072)
+    assert "one window takes 65537" in result.error()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(configure):
+    trainer = train.Trainer(configure(), ALONE)
+    with torch.no_grad():
+        trainer.model.ln_f.weight[0] = math.nan
+    before = trainer.model.wte.weight.clone()
+    with pytest.raises(train.UserError, match="step 1: loss nan"):
+        trainer.train_step()
+    assert torch.equal(trainer.model.wte.weight, before)
+
+
+def test_running_out_of_memory_names_the_knob(call, tiny, shards, tmp_path, monkeypatch):
+    def refuse(self) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Trainer, "rehearse", refuse)
+    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
+    assert "lower --train.micro_batch_size" in result.error()
+
+
+def test_a_package_that_was_asked_for_and_is_missing_is_named(call, tiny, shards, tmp_path):
+    pytest.importorskip("torch")
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--log.wandb", "x")
+        assert (
+            "wandb is not installed: pip install wandb" in call("train", tiny, *arguments).error()
+        )
+    else:
+        pytest.skip("wandb is installed")
