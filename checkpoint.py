@@ -54,6 +54,11 @@ class Checkpoint:
     path: Path
     meta: Meta
 
+    @classmethod
+    def at(cls, folder: Path, step: int) -> Checkpoint:
+        """The checkpoint of a step, whose files somebody else has checked."""
+        return read_checkpoint(folder / step_name(step), files=())
+
     def load_model(self, model: GPT) -> None:
         """Copy the weights into `model`, which may be on any device."""
         model.load_state_dict(_read_tensors(self.path / MODEL))
@@ -87,10 +92,33 @@ def save_checkpoint(
     folder: Path, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
     """Write a checkpoint into `folder`, then remove those beyond the `keep` newest and the best."""
-    final = folder / f"step_{meta.step:06d}"
+    final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)  # a save that was cut short
-    temporary.mkdir(parents=True)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # a save that was cut short
+        temporary.mkdir(parents=True)
+        _write(temporary, meta, model, optimizer)
+        if final.exists():  # a damaged one, or this step would not have been run again
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"can't save {final}: {error}; make room or mend the disk, then give the same command "
+            "again to go on from the checkpoint before it"
+        ) from error
+    _remove_old(folder, keep)
+    return final
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint folder."""
+    return f"step_{step:06d}"
+
+
+def _write(temporary: Path, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint's three files and see them onto the disk."""
     save_file(_contiguous(model.state_dict()), temporary / MODEL)
     save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
     content = asdict(meta) | {
@@ -101,12 +129,6 @@ def save_checkpoint(
     (temporary / META).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in (temporary / MODEL, temporary / OPTIMIZER, temporary / META, temporary):
         _sync(path)
-    if final.exists():  # a damaged one, or this step would not have been run again
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(folder)
-    _remove_old(folder, keep)
-    return final
 
 
 def newest_checkpoint(

@@ -17,13 +17,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
-import torch
+
+if TYPE_CHECKING:  # preparing needs no torch, and each worker would pay a second and 200 MB for it
+    import torch
 
 from errors import UserError
 from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE, gpt2_encoding, load_vocabulary
@@ -34,6 +38,7 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+PROGRESS = "progress.json"  # in the place of a manifest while prepare_fineweb.py is at work
 VOCABULARY = "tokenizer.tiktoken"
 SPLITS = ("train", "val")
 
@@ -81,7 +86,7 @@ def open_shard(path: Path) -> np.ndarray:
 def _open_npy(path: Path) -> np.ndarray:
     """build-nanogpt's shards: a one-dimensional uint16 array in NumPy's own format."""
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        tokens = np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
         raise UserError(f"{path} is damaged or no NumPy array: {error}") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
@@ -142,13 +147,38 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise UserError(
                 f"{path} has version {content['version']}, this code reads {MANIFEST_VERSION}"
             )
-        return Manifest(
+        manifest = Manifest(
             settings=dict(content["settings"]),
             tokenizer=TokenizerRecord(**content["tokenizer"]),
             shards=tuple(ShardRecord(**shard) for shard in content["shards"]),
         )
+        for shard in manifest.shards:
+            if Path(shard.file).name != shard.file:
+                raise UserError(f"{path} names the shard {shard.file!r}, expected a plain name")
+        return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest: {error!r}") from error
+
+
+def check_contents(folder: Path, shards: Iterable[ShardRecord]) -> None:
+    """Raises UserError, naming the file, if a shard isn't there or isn't what was written."""
+    for record in shards:
+        try:
+            sha256 = _file_sha256(folder / record.file)
+        except OSError as error:
+            raise UserError(
+                f"can't read the shard {folder / record.file}: {error.strerror}"
+            ) from error
+        if sha256 != record.sha256:
+            raise UserError(
+                f"{folder / record.file} has been damaged or changed since it was written (its "
+                "SHA-256 is another): delete the folder and prepare it again"
+            )
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_of(folder: Path) -> TokenizerRecord:
@@ -184,6 +214,32 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock out of `folder`.
+
+    The system lifts the lock when the process ends, however it ends. Windows has none of the kind,
+    and some network file systems don't either: there it is up to the user. Raises UserError if
+    another process holds it.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing to {folder}: wait until it is done") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 @dataclass
@@ -231,8 +287,7 @@ class ShardWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        with self.partial.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = _file_sha256(self.partial)
         self.partial.replace(path)
         self.records.append(ShardRecord(path.name, self.split, self.pending, sha256))
         self.pending = 0
@@ -257,6 +312,11 @@ class TokenStream:
                 f"the data folder {folder} doesn't exist: make it with prepare_fineweb.py, "
                 "or name another"
             )
+        if (folder / PROGRESS).exists():
+            raise UserError(
+                f"{folder} is not finished: give the same prepare_fineweb.py command again, it "
+                "goes on where it stopped"
+            )
         manifest = read_manifest(folder)
         self.folder = folder
         self.split = split
@@ -268,7 +328,7 @@ class TokenStream:
 
     def num_windows(self, block_size: int) -> int:
         """How many windows of `block_size` tokens, each with the token after it, there are."""
-        return (len(self) - 1) // block_size
+        return max(0, len(self) - 1) // block_size
 
     def read(self, start: int, count: int) -> np.ndarray:
         """The tokens [start, start + count) as uint16 array, across shard borders."""
@@ -283,6 +343,8 @@ class TokenStream:
 
     def windows(self, indices: Iterable[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The windows `indices` as (inputs, targets), each int64 (B, T): targets are one ahead."""
+        import torch
+
         rows = [self.read(int(index) * block_size, block_size + 1) for index in indices]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return tokens[:, :-1], tokens[:, 1:]
@@ -294,8 +356,6 @@ def _listed_shards(folder: Path, split: str, manifest: Manifest | None) -> list[
     for record in manifest.shards if manifest else ():
         if record.split != split:
             continue
-        if Path(record.file).name != record.file:
-            raise UserError(f"{folder / MANIFEST} names {record.file!r}, expected a plain name")
         shard = open_shard(folder / record.file)
         if len(shard) != record.tokens:
             raise UserError(

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,6 +77,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+        return False
     features = torch.cpu.get_capabilities()
     return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
 
@@ -110,12 +111,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, value: Any = None) -> Any:
-        """Rank 0's value, on every rank. So decisions are made once and followed by all."""
-        box = [value]
+    def agree(self, number: int) -> int:
+        """Rank 0's number, on every rank. So a decision is made once and followed by all."""
+        box = torch.tensor(number, device=self.device)
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+            dist.broadcast(box, src=0)
+        return int(box)
 
     def wait_for_all(self) -> None:
         """Return once every rank has come here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,14 @@ from config import Config
 from distributed import Ranks, peak_flops
 from errors import UserError
 from model import GPT
+
+
+def _step_of(line: str) -> float:
+    """The step of a line in metrics.jsonl; infinity for one that a crash cut short."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Metrics:
@@ -30,9 +39,7 @@ class Metrics:
         kept = []
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start
-            ]
+            kept = [line for line in lines if _step_of(line) <= start]
         temporary = folder / "metrics.jsonl.partial"
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self.path)

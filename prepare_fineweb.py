@@ -65,15 +65,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     ARGUMENTS = parse_arguments()
 
-import hashlib
 import itertools
 import json
 import multiprocessing
 import queue
 import shutil
+import signal
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -83,11 +84,15 @@ from tqdm import tqdm
 
 from data import (
     MANIFEST,
+    PROGRESS,
     VOCABULARY,
     Manifest,
     ShardRecord,
     ShardWriter,
     TokenizerRecord,
+    check_contents,
+    find_encoding,
+    locked,
     read_manifest,
     write_atomically,
 )
@@ -98,12 +103,12 @@ from tokenizer import (
     make_encoding,
     save_vocabulary,
     train_bpe,
+    vocabulary_sha256,
 )
 
 BLOCK_TOKENS = 1 << 20  # what a worker sends at once
 BLOCKS_AHEAD = 8  # blocks that wait in memory for each worker
 BPE_TRAINING_CHARACTERS = 20_000_000
-PROGRESS = "progress.json"
 
 Item = TypeVar("Item")
 
@@ -114,18 +119,18 @@ Item = TypeVar("Item")
 def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
     """Cut a long text so that encoding its pieces one by one gives the tokens of the whole.
 
-    The cut is before a blank or a line end that follows a letter or digit: there a word of
-    tokenizer.WORD_PATTERN always ends, whatever comes before and after.
+    The cut is before a blank or a line end that follows something else: there a word of
+    tokenizer.WORD_PATTERN always ends, whatever comes before and after. Only where PIECE_CHARACTERS
+    have no such place, a cut may divide a word: no text is like that, and memory stays bounded.
     """
     rest = ""
     for piece in pieces:
         rest += piece
         if len(rest) >= PIECE_CHARACTERS:
-            places = range(len(rest) - 1, max(0, len(rest) - 4096), -1)
-            safe = (at for at in places if rest[at] in " \n" and rest[at - 1].isalnum())
-            cut = next(safe, 0)
-            if cut:
-                yield rest[:cut]
+            places = range(len(rest) - 1, 0, -1)
+            safe = (at for at in places if rest[at] in " \n" and not rest[at - 1].isspace())
+            cut = next(safe, len(rest))
+            yield rest[:cut]
             rest = rest[cut:]
     yield rest
 
@@ -138,7 +143,8 @@ def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> Iterator[np.ndarr
     for pieces in batch():
         block.append(start)
         for piece in safe_pieces(pieces):
-            block.append(np.array(encoding.encode_ordinary(piece), dtype="<u2"))
+            # This is encode_ordinary without the detour over a list of Python numbers.
+            block.append(encoding.encode_to_numpy(piece, disallowed_special=()).astype("<u2"))
             size += 1 + len(block[-1])
             if size >= BLOCK_TOKENS:
                 yield np.concatenate(block)
@@ -164,8 +170,8 @@ def work(source: Source, vocabulary: Path, first: int, stride: int, pipe: Connec
             pipe.send_bytes(END_OF_BATCH)
         pipe.send_bytes(END_OF_SOURCE)
     except UserError as error:
-        pipe.send_bytes(FAILED + str(error).encode())
-    except (BrokenPipeError, KeyboardInterrupt):
+        pipe.send_bytes(FAILED + str(error).encode(errors="backslashreplace"))
+    except BrokenPipeError:
         pass
 
 
@@ -174,7 +180,7 @@ def messages(pipe: Connection, process: multiprocessing.Process) -> Iterator[byt
     while True:
         try:
             message = pipe.recv_bytes()
-        except EOFError:
+        except (EOFError, OSError):  # OSError: in the middle of a message
             process.join()
             raise UserError(
                 f"a worker process died (exit status {process.exitcode}; -9 usually means that "
@@ -193,6 +199,8 @@ def encoded(
     """The source's tokens in order, from batch `first` on: (batch's number, uint16 array)."""
     context = multiprocessing.get_context("spawn")
     processes, streams = [], []
+    # Workers inherit that Ctrl-C is ignored: it is for this process, which then ends them.
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for worker in range(workers):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
@@ -202,6 +210,7 @@ def encoded(
         theirs.close()  # so that a dead worker is the end of the pipe
         processes.append(process)
         streams.append(prefetch(messages(ours, process), BLOCKS_AHEAD))
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         for number, stream in enumerate(itertools.cycle(streams), first):
             for message in stream:
@@ -246,26 +255,39 @@ class Progress:
     """How far a run has come: after the last finished shard, where to go on in the source."""
 
     settings: dict[str, object]
+    tokenizer: TokenizerRecord
     shards: tuple[ShardRecord, ...] = ()
     batch: int = 0  # the first batch whose tokens are not all in finished shards
     skip: int = 0  # the tokens of that batch which are
 
-    def save(self, path: Path) -> None:
-        """Write it to `path`."""
-        write_atomically(path, json.dumps(asdict(self), indent=1))
+    def save(self, folder: Path) -> None:
+        """Write it into the shards' folder."""
+        write_atomically(folder / PROGRESS, json.dumps(asdict(self), indent=1))
 
 
-def load_progress(path: Path, settings: dict[str, object]) -> Progress:
-    """What an interrupted run left, or the beginning. Raises UserError if it was another run."""
+def load_progress(folder: Path, settings: dict[str, object]) -> Progress | None:
+    """What an interrupted run left, or None if it has no finished shard.
+
+    Raises UserError if it was another run, or if what it left is damaged.
+    """
+    path = folder / PROGRESS
     if not path.exists():
-        return Progress(settings)
+        return None
     try:
         content = json.loads(path.read_bytes())
-        content["shards"] = tuple(ShardRecord(**shard) for shard in content["shards"])
-        progress = Progress(**content)
+        progress = Progress(
+            dict(content["settings"]),
+            TokenizerRecord(**content["tokenizer"]),
+            tuple(ShardRecord(**shard) for shard in content["shards"]),
+            int(content["batch"]),
+            int(content["skip"]),
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged: delete the folder and start again") from error
-    check_same(progress.settings, settings, f"{path.parent} holds an unfinished run")
+    if not progress.shards:
+        return None
+    check_same(progress.settings, settings, f"{folder} holds an unfinished run")
+    check_contents(folder, progress.shards)
     return progress
 
 
@@ -282,32 +304,47 @@ def check_same(then: dict[str, object], now: dict[str, object], what: str) -> No
 # The command
 
 
+def asked_tokenizer(name: str) -> str:
+    """What --tokenizer asks for: gpt2, bpe:N, or a vocabulary file, told by its SHA-256."""
+    if name == "gpt2":
+        return name
+    if not name.startswith("bpe:"):
+        return "SHA-256 " + vocabulary_sha256(load_vocabulary(Path(name)))
+    if not name[4:].isdecimal():
+        raise UserError(f"--tokenizer {name}: expected a number, as in bpe:4096")
+    return f"bpe:{int(name[4:])}"
+
+
 def choose_encoding(name: str, source: Source, val_tokens: int) -> tiktoken.Encoding:
     """`gpt2`, a vocabulary file, or `bpe:N`: a vocabulary learned from the source."""
     if name == "gpt2":
         return gpt2_encoding()
     if not name.startswith("bpe:"):
         return load_vocabulary(Path(name))
-    if not name[4:].isdecimal():
-        raise UserError(f"--tokenizer {name}: expected a number, as in bpe:4096")
     return make_encoding(train_bpe(training_texts(source, val_tokens), int(name[4:])))
 
 
 def training_texts(source: Source, val_tokens: int) -> Iterator[str]:
     """Up to 20 million characters to learn a vocabulary from.
 
-    They begin well behind the validation text, which nothing should have seen: a vocabulary of a
-    few thousand tokens makes less than four characters a token.
+    They begin well behind the validation text, which nothing should have seen: in prose even the
+    largest vocabulary makes less than six characters a token. Raises UserError if nothing is there.
     """
+    passed_over = 6 * val_tokens
     read = 0
     for batch in batches(source):
         for pieces in batch():
             for piece in pieces:
                 read += len(piece)
-                if read > 4 * val_tokens:
+                if read > passed_over:
                     yield piece
-                if read > 4 * val_tokens + BPE_TRAINING_CHARACTERS:
+                if read > passed_over + BPE_TRAINING_CHARACTERS:
                     return
+    if read <= passed_over:
+        raise UserError(
+            f"the source has only {read:,} characters; to learn a vocabulary, the first "
+            f"{passed_over:,} (6 × --val-tokens) are passed over: give a smaller --val-tokens"
+        )
 
 
 def check_disk(folder: Path, tokens: int) -> None:
@@ -321,7 +358,7 @@ def check_disk(folder: Path, tokens: int) -> None:
 
 
 def write_shards(
-    source: Source, vocabulary: Path, progress: Progress, arguments: argparse.Namespace, total: int
+    source: Source, progress: Progress, arguments: argparse.Namespace, total: int
 ) -> list[ShardRecord]:
     """Encode and write until the source or --max-tokens is used up; returns all shards."""
     folder = arguments.out
@@ -329,29 +366,29 @@ def write_shards(
     writer = ShardWriter(
         folder, arguments.shard_tokens, arguments.val_tokens, list(progress.shards)
     )
+    stream = encoded(source, folder / VOCABULARY, arguments.workers, progress.batch)
     bar = tqdm(total=total, initial=writer.written, unit="tok", unit_scale=True, desc="tokens")
     batch, used = progress.batch, 0  # tokens of the present batch that have been dealt with
-    for number, tokens in encoded(source, vocabulary, arguments.workers, progress.batch):
-        if number != batch:
-            batch, used = number, 0
-        if number == progress.batch and used < progress.skip:
-            skipped = min(progress.skip - used, len(tokens))
-            tokens, used = tokens[skipped:], used + skipped
-        while len(tokens) and writer.written + writer.pending < limit:
-            part = tokens[: min(writer.room, limit - writer.written - writer.pending)]
-            writer.write(part)
-            bar.update(len(part))
-            tokens, used = tokens[len(part) :], used + len(part)
-            if writer.room == 0:
-                writer.finish()
-                done = Progress(progress.settings, tuple(writer.records), batch, used)
-                done.save(folder / PROGRESS)
-        if writer.written + writer.pending >= limit:
-            break
-    bar.close()
-    if writer.pending:
-        writer.finish()
-    writer.close()
+    with closing(writer), closing(stream), bar:
+        for number, tokens in stream:
+            if number != batch:
+                batch, used = number, 0
+            if number == progress.batch and used < progress.skip:
+                skipped = min(progress.skip - used, len(tokens))
+                tokens, used = tokens[skipped:], used + skipped
+            while len(tokens) and writer.written + writer.pending < limit:
+                part = tokens[: min(writer.room, limit - writer.written - writer.pending)]
+                writer.write(part)
+                bar.update(len(part))
+                tokens, used = tokens[len(part) :], used + len(part)
+                if writer.room == 0:
+                    writer.finish()
+                    done = replace(progress, shards=tuple(writer.records), batch=batch, skip=used)
+                    done.save(folder)
+            if writer.written + writer.pending >= limit:
+                break
+        if writer.pending:
+            writer.finish()
     return writer.records
 
 
@@ -359,45 +396,65 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
     """Do what the command line says, going on where an earlier run stopped."""
     folder = arguments.out
     source = find_source(arguments.source)
-    encoding = choose_encoding(arguments.tokenizer, source, arguments.val_tokens)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from error
-    sha256 = save_vocabulary(encoding, folder / VOCABULARY)
-    files = hashlib.sha256(repr((source.files, source.sizes)).encode()).hexdigest()
     settings = {
         "source": source.name,
         "revision": source.revision,
-        "files": {"count": len(source.files), "sha256": files},
-        "tokenizer": arguments.tokenizer,
+        "tokenizer": asked_tokenizer(arguments.tokenizer),
         "shard_tokens": arguments.shard_tokens,
         "val_tokens": arguments.val_tokens,
         "max_tokens": arguments.max_tokens,
     }
-    finished = read_manifest(folder)
-    if finished:
-        check_same(finished.settings, settings, f"{folder} holds finished shards")
-        return finished
-    progress = load_progress(folder / PROGRESS, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        manifest = read_manifest(folder)
+        if manifest:
+            check_same(manifest.settings, settings, f"{folder} holds finished shards")
+            check_contents(folder, manifest.shards)
+        else:
+            progress = load_progress(folder, settings) or begin(source, settings, arguments)
+            manifest = finish(source, progress, arguments)
+        (folder / PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def begin(source: Source, settings: dict[str, object], arguments: argparse.Namespace) -> Progress:
+    """A fresh run's progress; from here on the folder is marked as unfinished."""
+    encoding = choose_encoding(arguments.tokenizer, source, arguments.val_tokens)
+    sha256 = save_vocabulary(encoding, arguments.out / VOCABULARY)
+    progress = Progress(settings, TokenizerRecord(encoding.name, encoding.n_vocab, sha256))
+    progress.save(arguments.out)
+    return progress
+
+
+def finish(source: Source, progress: Progress, arguments: argparse.Namespace) -> Manifest:
+    """Write the shards that are missing, then the manifest. Raises UserError if none is to train on."""
+    folder = arguments.out
+    find_encoding(folder, progress.tokenizer)  # still what the run began with?
     expected = min(estimated_tokens(source), arguments.max_tokens or sys.maxsize)
     check_disk(folder, expected - sum(shard.tokens for shard in progress.shards))
-    shards = write_shards(source, folder / VOCABULARY, progress, arguments, expected)
+    shards = write_shards(source, progress, arguments, expected)
     if not any(shard.split == "train" for shard in shards):
+        progress.save(folder)  # as it was at the start: nothing here is worth keeping
         raise UserError(
             f"the source has only {sum(shard.tokens for shard in shards):,} tokens, and "
             f"--val-tokens {arguments.val_tokens:,} leaves none to train on: give a smaller one"
         )
-    tokenizer = TokenizerRecord(encoding.name, encoding.n_vocab, sha256)
-    manifest = Manifest(settings, tokenizer, tuple(shards))
+    manifest = Manifest(progress.settings, progress.tokenizer, tuple(shards))
     write_atomically(folder / MANIFEST, manifest.to_json())
-    (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Prepare, and say what came of it."""
-    manifest = prepare(arguments)
+    if arguments.max_tokens and arguments.max_tokens <= arguments.val_tokens:
+        raise UserError(
+            f"--max-tokens {arguments.max_tokens:,} leaves none to train on, because the first "
+            f"{arguments.val_tokens:,} are --val-tokens: give fewer of those"
+        )
+    try:
+        manifest = prepare(arguments)
+    except OSError as error:
+        raise UserError(f"can't write to {arguments.out}: {error.strerror or error}") from error
     print(
         f"{arguments.out}: {manifest.total('train'):,} tokens to train on, "
         f"{manifest.total('val'):,} to validate on, in {len(manifest.shards)} shards; "

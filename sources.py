@@ -16,7 +16,9 @@ import json
 import re
 import sys
 import sysconfig
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import UserError
+from tokenizer import well_formed
 
 HUB_NAMES = {
     "fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-10BT",
@@ -36,7 +39,11 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (".parquet", *LINE_SUFFIXES, *TEXT_SUFFIXES)
 BATCH_BYTES = 4 << 20  # of a JSON-lines file, per batch
-PIECE_CHARACTERS = 1 << 20  # longer texts are handed out in pieces, so that memory stays bounded
+PARQUET_BUFFER = 8 << 20  # bytes of a column that are in memory at once, however long it is
+PARQUET_ROWS = 32
+# Longer texts are handed out in pieces, so that memory stays bounded. It also keeps tiktoken alive:
+# its regular expressions give up on a run of a million blanks.
+PIECE_CHARACTERS = 1 << 18
 
 Document = Iterable[str]  # a text, in one or several pieces
 Batch = Callable[[], Iterator[Document]]
@@ -48,8 +55,8 @@ class Source:
 
     name: str
     files: tuple[str, ...]
-    sizes: tuple[int, ...]  # bytes; with the names they tell whether a source has changed
-    revision: str | None = None  # the commit, for a dataset of the Hub
+    sizes: tuple[int, ...]  # bytes
+    revision: str  # another one means another content: a commit, a Python version, a hash
 
     def open(self, file: str) -> pa.NativeFile:
         """A file for pyarrow to read; .gz and .zst are decompressed on the way."""
@@ -70,8 +77,11 @@ def find_source(name: str) -> Source:
         return hub_source(name, HUB_NAMES[name])
     files = local_files(name)
     if files:
-        sizes = tuple(Path(file).stat().st_size for file in files)
-        return Source(name, tuple(map(str, files)), sizes)
+        stats = [file.stat() for file in files]
+        state = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)]
+        revision = "files " + hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+        sizes = tuple(stat.st_size for stat in stats)
+        return Source(name, tuple(map(str, files)), sizes, revision)
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
         return hub_source(name, name)
     raise UserError(
@@ -81,12 +91,19 @@ def find_source(name: str) -> Source:
 
 
 def local_files(name: str) -> list[Path]:
-    """The readable files that a file name, a folder or a glob stands for, sorted."""
+    """The readable files that a file name, a folder or a glob stands for, sorted.
+
+    Of a folder, what lies in hidden folders such as .git or .venv is left out, as a glob does it.
+    """
     path = Path(name)
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        found = path.rglob("*")
+        found = [
+            file
+            for file in path.rglob("*")
+            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]
     else:
         found = map(Path, glob.glob(name, recursive=True))
     return sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
@@ -135,18 +152,13 @@ def batches(source: Source) -> Iterator[Batch]:
             yield from line_batches(source, file)
 
 
-class named_errors:
-    """A context that turns an error of reading `file` into a UserError that names it."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (OSError, pa.ArrowException, UnicodeDecodeError)):
-            raise UserError(f"can't read {self.file}: {' '.join(str(error).split())}") from error
+@contextmanager
+def named_errors(file: str) -> Iterator[None]:
+    """Turn an error of reading `file` into a UserError that names it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"can't read {file}: {' '.join(str(error).split())}") from error
 
 
 def text_documents(file: str) -> Iterator[Document]:
@@ -163,14 +175,15 @@ def text_documents(file: str) -> Iterator[Document]:
 def parquet_documents(source: Source, file: str, group: int) -> Iterator[Document]:
     """One row group's `text` column, a document per row."""
     with named_errors(file):
-        table = pq.ParquetFile(source.open(file), pre_buffer=False)
+        table = pq.ParquetFile(source.open(file), pre_buffer=False, buffer_size=PARQUET_BUFFER)
         if "text" not in table.schema_arrow.names:
             raise UserError(
                 f"{file} has the columns {', '.join(table.schema_arrow.names)}; expected 'text'"
             )
-        for rows in table.iter_batches(batch_size=256, row_groups=[group], columns=["text"]):
-            for text in rows.column(0).to_pylist():
-                yield document(text, file)
+        row = 0
+        for rows in table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=["text"]):
+            for row, text in enumerate(rows.column(0), row + 1):
+                yield document(text.as_py(), f"{file}, row {row} of row group {group + 1}")
 
 
 def line_batches(source: Source, file: str) -> Iterator[Batch]:
@@ -188,7 +201,7 @@ def line_documents(file: str, first: int, lines: list[bytes]) -> Iterator[Docume
         if line.strip():
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f'{file}, line {number}: expected an object such as {{"text": "…"}}'
                 ) from error
@@ -198,7 +211,9 @@ def line_documents(file: str, first: int, lines: list[bytes]) -> Iterator[Docume
 def document(text: object, where: str) -> Document:
     """One document's text in pieces. Raises UserError if it is no text."""
     if not isinstance(text, str):
-        raise UserError(f"{where}: a document is {type(text).__name__}, expected text")
+        found = "empty (null)" if text is None else f"of type {type(text).__name__}"
+        raise UserError(f"{where}: the document is {found}, expected text")
+    text = well_formed(text)
     return (
         text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS)
     )
@@ -236,14 +251,26 @@ def _library_docstrings() -> Iterator[str]:
     """The docstrings of each module, read without importing it."""
     library = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.rglob("*.py")):
         if left_out.isdisjoint(path.relative_to(library).parts):
-            tree = ast.parse(path.read_bytes())
-            nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
-            docstrings = [text for text in map(ast.get_docstring, nodes) if text]
+            definitions = _definitions(ast.parse(path.read_bytes()))
+            docstrings = [text for text in map(ast.get_docstring, definitions) if text]
             if docstrings:
                 yield "\n\n".join(docstrings)
+
+
+def _definitions(tree: ast.Module) -> Iterator[ast.AST]:
+    """The module and its classes and functions, in the order of ast.walk.
+
+    ast.walk also visits every expression, where no definition can be: that takes a second longer.
+    """
+    nodes: deque[ast.AST] = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes.extend(getattr(node, block, ()))
 
 
 def estimated_tokens(source: Source) -> int:

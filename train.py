@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import Meta, newest_checkpoint, save_checkpoint
+from checkpoint import Checkpoint, Meta, newest_checkpoint, save_checkpoint
 from data import VOCABULARY, BatchShape, TokenStream, encoding_of, micro_batches, tokenizer_of
 from distributed import Ranks, choose_dtype, process_group
 from evaluate import Validation, evaluating, validate
@@ -111,9 +111,11 @@ class Trainer:
     def _resume(self, data: Path) -> None:
         """Go on from the newest complete checkpoint, if there is one. Rank 0 chooses it."""
         folder = self.out / "checkpoints"
-        checkpoint = self.ranks.agree(newest_checkpoint(folder) if self.ranks.is_first else None)
-        if checkpoint is None:
+        newest = newest_checkpoint(folder) if self.ranks.is_first else None
+        step = self.ranks.agree(newest.meta.step if newest else 0)
+        if step == 0:
             return
+        checkpoint = Checkpoint.at(folder, step)
         if not self.config.train.resume:
             raise UserError(
                 f"{self.out} holds {checkpoint.path.name} and train.resume = false: "
@@ -364,7 +366,7 @@ class Trainer:
             {
                 "loss": result.loss,
                 "learning_rate": result.learning_rate,
-                "grad_norm": result.grad_norm,
+                "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
                 "tokens": self.tokens,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
