@@ -254,8 +254,12 @@ class ShardWriter:
 
     def __post_init__(self) -> None:
         self.partial = self.folder / "shard.partial"
+        self._begin()
+
+    def _begin(self) -> None:
         self.file = self.partial.open("wb")
         self.file.write(shard_header(0))
+        self.pending = 0
 
     @property
     def written(self) -> int:
@@ -290,8 +294,7 @@ class ShardWriter:
         sha256 = _file_sha256(self.partial)
         self.partial.replace(path)
         self.records.append(ShardRecord(path.name, self.split, self.pending, sha256))
-        self.pending = 0
-        self.__post_init__()
+        self._begin()
 
     def close(self) -> None:
         """Throw the unfinished shard away."""

@@ -73,7 +73,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -91,7 +91,6 @@ from data import (
     ShardWriter,
     TokenizerRecord,
     check_contents,
-    find_encoding,
     locked,
     read_manifest,
     write_atomically,
@@ -162,17 +161,16 @@ def work(source: Source, vocabulary: Path, first: int, stride: int, pipe: Connec
 
     A parent that is gone breaks the pipe, and so ends the worker too.
     """
-    try:
-        encoding = load_vocabulary(vocabulary)
-        for batch in itertools.islice(batches(source), first, None, stride):
-            for tokens in encode_batch(encoding, batch):
-                pipe.send_bytes(TOKENS + tokens.tobytes())
-            pipe.send_bytes(END_OF_BATCH)
-        pipe.send_bytes(END_OF_SOURCE)
-    except UserError as error:
-        pipe.send_bytes(FAILED + str(error).encode(errors="backslashreplace"))
-    except BrokenPipeError:
-        pass
+    with suppress(BrokenPipeError):
+        try:
+            encoding = load_vocabulary(vocabulary)
+            for batch in itertools.islice(batches(source), first, None, stride):
+                for tokens in encode_batch(encoding, batch):
+                    pipe.send_bytes(TOKENS + tokens.tobytes())
+                pipe.send_bytes(END_OF_BATCH)
+            pipe.send_bytes(END_OF_SOURCE)
+        except UserError as error:
+            pipe.send_bytes(FAILED + str(error).encode(errors="backslashreplace"))
 
 
 def messages(pipe: Connection, process: multiprocessing.Process) -> Iterator[bytes]:
@@ -222,6 +220,7 @@ def encoded(
     finally:
         for process in processes:
             process.terminate()
+            process.join()
 
 
 def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
@@ -265,17 +264,14 @@ class Progress:
         write_atomically(folder / PROGRESS, json.dumps(asdict(self), indent=1))
 
 
-def load_progress(folder: Path, settings: dict[str, object]) -> Progress | None:
-    """What an interrupted run left, or None if it has no finished shard.
-
-    Raises UserError if it was another run, or if what it left is damaged.
-    """
+def read_progress(folder: Path) -> Progress | None:
+    """What an interrupted run left, or None. Raises UserError if it is damaged."""
     path = folder / PROGRESS
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_bytes())
-        progress = Progress(
+        return Progress(
             dict(content["settings"]),
             TokenizerRecord(**content["tokenizer"]),
             tuple(ShardRecord(**shard) for shard in content["shards"]),
@@ -284,11 +280,6 @@ def load_progress(folder: Path, settings: dict[str, object]) -> Progress | None:
         )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged: delete the folder and start again") from error
-    if not progress.shards:
-        return None
-    check_same(progress.settings, settings, f"{folder} holds an unfinished run")
-    check_contents(folder, progress.shards)
-    return progress
 
 
 def check_same(then: dict[str, object], now: dict[str, object], what: str) -> None:
@@ -395,7 +386,8 @@ def write_shards(
 def prepare(arguments: argparse.Namespace) -> Manifest:
     """Do what the command line says, going on where an earlier run stopped."""
     folder = arguments.out
-    source = find_source(arguments.source)
+    earlier = read_manifest(folder) or read_progress(folder)
+    source = find_source(arguments.source, earlier and earlier.settings.get("revision"))
     settings = {
         "source": source.name,
         "revision": source.revision,
@@ -411,30 +403,53 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
             check_same(manifest.settings, settings, f"{folder} holds finished shards")
             check_contents(folder, manifest.shards)
         else:
-            progress = load_progress(folder, settings) or begin(source, settings, arguments)
+            progress = continued(folder, settings) or begun(source, settings, arguments)
             manifest = finish(source, progress, arguments)
         (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
 
 
-def begin(source: Source, settings: dict[str, object], arguments: argparse.Namespace) -> Progress:
-    """A fresh run's progress; from here on the folder is marked as unfinished."""
+def continued(folder: Path, settings: dict[str, object]) -> Progress | None:
+    """The progress of an interrupted run that finished a shard, or None if there is nothing yet.
+
+    Raises UserError if it was another run, or if its shards aren't what they were.
+    """
+    progress = read_progress(folder)
+    if progress is None or not progress.shards:
+        return None
+    check_same(progress.settings, settings, f"{folder} holds an unfinished run")
+    check_contents(folder, progress.shards)
+    return progress
+
+
+def begun(source: Source, settings: dict[str, object], arguments: argparse.Namespace) -> Progress:
+    """A fresh run's progress. From here on the folder is marked as unfinished."""
+    folder = arguments.out
+    if any(folder.glob("*.bin")) and not (folder / PROGRESS).exists():
+        raise UserError(f"{folder} holds shards of another origin: choose another --out")
     encoding = choose_encoding(arguments.tokenizer, source, arguments.val_tokens)
-    sha256 = save_vocabulary(encoding, arguments.out / VOCABULARY)
+    sha256 = save_vocabulary(encoding, folder / VOCABULARY)
     progress = Progress(settings, TokenizerRecord(encoding.name, encoding.n_vocab, sha256))
-    progress.save(arguments.out)
+    progress.save(folder)
     return progress
 
 
 def finish(source: Source, progress: Progress, arguments: argparse.Namespace) -> Manifest:
-    """Write the shards that are missing, then the manifest. Raises UserError if none is to train on."""
+    """Write the shards that are missing, then the manifest.
+
+    Raises UserError if the disk is too small, or if the source has no text left to train on.
+    """
     folder = arguments.out
-    find_encoding(folder, progress.tokenizer)  # still what the run began with?
+    load_vocabulary(
+        folder / VOCABULARY, progress.tokenizer.sha256
+    )  # still what the run began with?
     expected = min(estimated_tokens(source), arguments.max_tokens or sys.maxsize)
     check_disk(folder, expected - sum(shard.tokens for shard in progress.shards))
     shards = write_shards(source, progress, arguments, expected)
     if not any(shard.split == "train" for shard in shards):
-        progress.save(folder)  # as it was at the start: nothing here is worth keeping
+        replace(progress, shards=(), batch=0, skip=0).save(folder)
+        for shard in shards:
+            (folder / shard.file).unlink()
         raise UserError(
             f"the source has only {sum(shard.tokens for shard in shards):,} tokens, and "
             f"--val-tokens {arguments.val_tokens:,} leaves none to train on: give a smaller one"

@@ -68,13 +68,16 @@ class Source:
         return pa.input_stream(file) if compressed else pa.OSFile(file)
 
 
-def find_source(name: str) -> Source:
-    """Look a source up. Raises UserError if it is nowhere to be found."""
+def find_source(name: str, revision: str | None = None) -> Source:
+    """Look a source up. Raises UserError if it is nowhere to be found.
+
+    `revision` is the one that an earlier run read: a dataset on the Hub is read at the same again.
+    """
     if name == PYTHON_DOCS:
         version = ".".join(map(str, sys.version_info[:3]))
         return Source(name, files=(PYTHON_DOCS,), sizes=(0,), revision=f"Python {version}")
     if name in HUB_NAMES:
-        return hub_source(name, HUB_NAMES[name])
+        return hub_source(name, HUB_NAMES[name], revision)
     files = local_files(name)
     if files:
         stats = [file.stat() for file in files]
@@ -83,7 +86,7 @@ def find_source(name: str) -> Source:
         sizes = tuple(stat.st_size for stat in stats)
         return Source(name, tuple(map(str, files)), sizes, revision)
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
-        return hub_source(name, name)
+        return hub_source(name, name, revision)
     raise UserError(
         f"--source {name}: expected fineweb-edu, fineweb, {PYTHON_DOCS}, a dataset on the Hub "
         f"(owner/name), or files ending in {' '.join(SUFFIXES)}; nothing of the kind is there"
@@ -109,11 +112,11 @@ def local_files(name: str) -> list[Path]:
     return sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
 
 
-def hub_source(name: str, address: str) -> Source:
+def hub_source(name: str, address: str, commit: str | None) -> Source:
     """The Parquet files of `owner/dataset[:config][@revision]`'s train split.
 
-    A revision that isn't named is the newest; either way it is resolved to a commit here, once, and
-    recorded, so that a run that goes on later reads the same files.
+    Without a `commit` that an earlier run settled on, the revision, or else the newest state, is
+    resolved to a commit here, once, so that every file comes from the same one.
     """
     from datasets import load_dataset_builder
     from huggingface_hub import HfFileSystem
@@ -121,19 +124,23 @@ def hub_source(name: str, address: str) -> Source:
     address, _, revision = address.partition("@")
     repository, _, config = address.partition(":")
     try:
-        builder = load_dataset_builder(repository, config or None, revision=revision or None)
+        builder = load_dataset_builder(
+            repository, config or None, revision=commit or revision or None
+        )
         files = tuple(builder.config.data_files["train"])
         sizes = tuple(HfFileSystem().size(file) for file in files)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--source {name}: can't find it on the Hub: {reason}") from error
+        raise UserError(
+            f"--source {name}: there is no such file, and it can't be had from the Hub: {reason}"
+        ) from error
     if not all(file.endswith(".parquet") for file in files):
         raise UserError(
             f"--source {name}: its files are not Parquet; download them and give --source the "
             "folder, or use the Hub's own conversion, @refs/convert/parquet"
         )
-    commit = re.search(r"@([0-9a-f]{40})/", files[0])
-    return Source(name, files, sizes, revision=commit.group(1) if commit else revision)
+    found = re.search(r"@([0-9a-f]{40})/", files[0])
+    return Source(name, files, sizes, revision=found.group(1) if found else revision)
 
 
 def batches(source: Source) -> Iterator[Batch]:
@@ -180,10 +187,10 @@ def parquet_documents(source: Source, file: str, group: int) -> Iterator[Documen
             raise UserError(
                 f"{file} has the columns {', '.join(table.schema_arrow.names)}; expected 'text'"
             )
-        row = 0
-        for rows in table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=["text"]):
-            for row, text in enumerate(rows.column(0), row + 1):
-                yield document(text.as_py(), f"{file}, row {row} of row group {group + 1}")
+        rows = table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=["text"])
+        texts = itertools.chain.from_iterable(some.column(0) for some in rows)
+        for row, text in enumerate(texts, 1):
+            yield document(text.as_py(), f"{file}, row {row} of row group {group + 1}")
 
 
 def line_batches(source: Source, file: str) -> Iterator[Batch]:
@@ -233,7 +240,7 @@ def python_docs() -> Iterator[Document]:
     seen: set[str] = set()
     for text in texts:
         paragraphs = []
-        for paragraph in text.split("\n\n"):
+        for paragraph in re.split(r"\n\n+", text.strip("\n")):
             if paragraph.strip() and paragraph not in seen:
                 seen.add(paragraph)
                 paragraphs.append(paragraph)

@@ -61,7 +61,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             f"a vocabulary of {vocab_size} tokens: expected 257 (every byte and {END_OF_TEXT}) "
             f"to {MAX_VOCAB_SIZE} (what fits into two bytes)"
         )
-    word_counts = Counter(word for text in texts for word in word_pattern().findall(text))
+    word_counts = Counter(
+        word for text in texts for word in word_pattern().findall(well_formed(text))
+    )
     words: list[list[bytes]] = []
     counts: list[int] = []
     size = 0

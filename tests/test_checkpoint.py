@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pickle
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 from checkpoint import (
     META,
     MODEL,
@@ -66,9 +68,8 @@ def test_a_resumed_model_and_optimizer_go_on_bit_for_bit(tmp_path):
     model, optimizer = trained()
     path = save_checkpoint(tmp_path, META_1, model, optimizer, keep=1)
     again, optimizer_again = trained(seed=1)
-    checkpoint = read_checkpoint(path)
-    checkpoint.load_model(again)
-    checkpoint.load_optimizer(again, optimizer_again)
+    read_checkpoint(path).load_model(again)
+    read_checkpoint(path).load_optimizer(again, optimizer_again)
     for _ in range(3):
         take_step(model, optimizer)
         take_step(again, optimizer_again)
@@ -112,6 +113,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert str(victim) in capsys.readouterr().err
 
 
+def test_a_changed_number_in_meta_is_damage_too(tmp_path):
+    path = save(tmp_path, step=1, val_loss=2.5)
+    text = (path / META).read_text()
+    assert text.count('"val_loss": 2.5') == 1
+    (path / META).write_text(text.replace('"val_loss": 2.5', '"val_loss": 1.5'))
+    with pytest.raises(UserError, match="meta.json is damaged"):
+        read_checkpoint(path)
+
+
 def test_if_all_are_damaged_nothing_starts_from_zero(tmp_path):
     (save(tmp_path) / MODEL).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .* is undamaged"):
@@ -133,6 +143,35 @@ def test_without_validation_only_the_newest_are_kept(tmp_path):
     for step in range(1, 5):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_a_save_that_dies_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Stands for the end of the process: nothing in the product catches it."""
+
+    def die(*arguments: object) -> None:
+        raise Killed
+
+    save(tmp_path, 1)
+    for victim in ("save_file", "_fingerprint", "_sync"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(checkpoint, victim, die)
+            save(tmp_path, 2)
+        assert newest_checkpoint(tmp_path).meta.step == 1
+    save(tmp_path, 2)
+    assert newest_checkpoint(tmp_path).meta.step == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device"):
+        patch.setattr(checkpoint, "_sync", full)
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_a_save_that_was_cut_short_is_replaced(tmp_path):

@@ -117,6 +117,7 @@ def test_a_seed_gives_the_same_text_again_and_no_seed_gives_another(call, traine
     arguments = ("sample", "--checkpoint", trained, "--prompt", "T", "--temperature", 1.5)
     first, again = (call(*arguments, "--seed", 3).out for _ in range(2))
     assert first == again
+    assert call(*arguments, "--seed", 4).out != first
     unseeded = {call(*arguments).out for _ in range(3)}
     assert len(unseeded) > 1
     assert "seed " in call(*arguments).err  # so that a text that pleases can be had again

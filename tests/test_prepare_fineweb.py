@@ -1,0 +1,693 @@
+"""Preparing is a pure function of its source, whoever is killed when; and refuses in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare_fineweb
+from data import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, locked, read_manifest
+from errors import UserError
+from prepare_fineweb import encode_batch, safe_pieces, training_texts
+from sources import batches, find_source
+from tests.conftest import ROOT, TEXT, run
+from tests.test_tokenizer import AWKWARD
+from tokenizer import (
+    gpt2_encoding,
+    make_encoding,
+    save_vocabulary,
+    train_bpe,
+    vocabulary_of,
+    well_formed,
+)
+
+SCRIPT = "prepare_fineweb.py"
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Every file of a folder, hidden ones too, with its content's hash."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def stream_of(folder: Path) -> list[int]:
+    """All tokens, validation first: the order of the source."""
+    return [
+        token
+        for split in ("val", "train")
+        for stream in [TokenStream(folder, split)]
+        for token in stream.read(0, len(stream)).tolist()
+    ]
+
+
+def in_this_process(source, vocabulary, workers, first):
+    """What prepare_fineweb.encoded promises, without workers: the many small tests use it."""
+    from tokenizer import load_vocabulary
+
+    encoding = load_vocabulary(vocabulary)
+    for number, batch in enumerate(batches(source)):
+        if number >= first:
+            for tokens in encode_batch(encoding, batch):
+                yield number, tokens
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Encode here instead of in workers, which take half a second each to start."""
+    monkeypatch.setattr(prepare_fineweb, "encoded", in_this_process)
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """A folder of a dozen small text files."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02d}.txt").write_text(TEXT * (number + 1), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def prepare(call, quick, texts, tmp_path):
+    """Prepare the small texts into tmp_path/out: prepare("--max-tokens", 1000)."""
+
+    def prepare_texts(*options: object, source: object = texts, out: object = tmp_path / "out"):
+        defaults = ["--tokenizer", vocabulary, "--val-tokens", 500, "--shard-tokens", 700]
+        return call("prepare_fineweb", "--source", source, "--out", out, *defaults, *options)
+
+    vocabulary = tmp_path / "vocabulary"
+    save_vocabulary(make_encoding(train_bpe([TEXT], 300)), vocabulary)
+    return prepare_texts
+
+
+# The whole corpus, with real workers and real kills
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> tuple[list[object], Path]:
+    """The command line for the whole corpus, and the folder that one worker makes of it."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = [SCRIPT, "--source", corpus / "corpus-*.parquet", "--val-tokens", 300_000]
+    command += ["--shard-tokens", 1_000_000]
+    result = run(*command, "--out", folder / "one", "--workers", 1)
+    assert result.status == 0, result.err
+    return command, folder / "one"
+
+
+def test_the_corpus_becomes_end_of_text_and_tiktokens_tokens_document_by_document(whole, corpus):
+    _, folder = whole
+    encoding = gpt2_encoding()
+    streams = [TokenStream(folder, split) for split in ("val", "train")]
+    tokens = np.concatenate([stream.read(0, len(stream)) for stream in streams])
+    at = 0
+    for file in sorted(corpus.glob("*.parquet")):
+        for text in pq.read_table(file, columns=["text"]).column(0).to_pylist():
+            expected = [encoding.eot_token, *encoding.encode_ordinary(text)]
+            assert np.array_equal(tokens[at : at + len(expected)], expected)
+            at += len(expected)
+    assert at == len(tokens) > 10_000_000
+    assert len(streams[0]) == 300_000
+    assert encoding_of(folder).name == "gpt2"
+    assert [len(shard) for shard in streams[1].shards[:-1]] == [1_000_000] * 10
+
+
+def test_three_workers_give_the_same_bytes_as_one(whole, tmp_path):
+    command, one = whole
+    result = run(*command, "--out", tmp_path / "three", "--workers", 3)
+    assert result.status == 0, result.err
+    assert fingerprint(tmp_path / "three") == fingerprint(one)
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """Start preparing in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.005)
+
+
+def shards_finished(folder: Path) -> int:
+    """How many shards the progress file records."""
+    try:
+        return len(json.loads((folder / PROGRESS).read_text())["shards"])
+    except FileNotFoundError:
+        return 0
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The worker processes, without multiprocessing's resource tracker."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [int(pid) for pid, command in commands.items() if b"spawn_main" in command]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+
+
+@needs_proc
+def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whole, tmp_path):
+    command, one = whole
+    out = tmp_path / "out"
+    arguments = [*command[1:], "--out", out]
+
+    # kill -9 of the parent alone: the workers notice and end as well
+    process = start(*arguments, "--workers", 2)
+    wait_for(lambda: shards_finished(out) >= 2, "two shards")
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(is_alive, workers)), "the workers' end", seconds=20)
+    with pytest.raises(UserError, match="is not finished"):
+        TokenStream(out, "train")
+
+    # Ctrl-C, which the terminal sends to the whole group
+    process = start(*arguments, "--workers", 2)
+    wait_for(lambda: shards_finished(out) >= 4, "four shards")
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+
+    # kill -9 of them all
+    process = start(*arguments, "--workers", 1)
+    wait_for(lambda: shards_finished(out) >= 7, "seven shards")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert (out / "shard.partial").exists()
+    assert not (out / MANIFEST).exists()
+
+    assert run(SCRIPT, *arguments, "--workers", 3).status == 0
+    assert fingerprint(out) == fingerprint(one)
+
+
+@needs_proc
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(corpus, tmp_path):
+    command = ["--source", corpus / "corpus-*.parquet", "--out", tmp_path / "out"]
+    process = start(*command, "--val-tokens", 100_000, "--workers", 2, "--max-tokens", 5_000_000)
+    wait_for(lambda: shards_finished(tmp_path / "out") >= 1, "a shard")
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "a worker process died (exit status -9" in errors[0]
+    assert "Traceback" not in err
+    assert process.returncode == 2
+
+
+def test_what_a_worker_refuses_ends_the_run_with_its_line(call, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    result = call(
+        *["prepare_fineweb", "--source", tmp_path / "a.jsonl", "--out", tmp_path / "out"],
+        *["--tokenizer", "gpt2", "--val-tokens", 1, "--workers", 2],
+    )
+    assert f"{tmp_path / 'a.jsonl'}, line 2: the document is empty (null)" in result.error()
+    with pytest.raises(UserError, match="is not finished"):
+        TokenStream(tmp_path / "out", "train")
+
+
+@needs_proc
+def test_memory_stays_bounded_however_large_a_row_group_is(tmp_path):
+    """One row group of 400 MB: read whole, it would be in memory twice."""
+    text = TEXT * 60
+    rows = 400_000_000 // len(text.encode())
+    pq.write_table(
+        pa.table({"text": pa.array([text]).take(pa.array(np.zeros(rows, np.int32)))}),
+        tmp_path / "a.parquet",
+        row_group_size=rows,
+        compression="none",
+        use_dictionary=False,
+    )
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    assert (tmp_path / "a.parquet").stat().st_size > 350e6
+    process = start(
+        *["--source", tmp_path / "a.parquet", "--out", tmp_path / "out", "--workers", 2],
+        *["--val-tokens", 1000, "--max-tokens", 6_000_000],
+    )
+    peak: dict[int, int] = {}
+    while process.poll() is None:
+        try:
+            for pid in [process.pid, *workers_of(process)]:
+                status = Path(f"/proc/{pid}/status").read_text()
+                peak[pid] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            pass  # it has just ended
+        time.sleep(0.02)
+    assert process.returncode == 0, process.stderr.read()
+    assert len(peak) == 3
+    assert sum(peak.values()) < 600e6
+
+
+# Documents to tokens
+
+
+@pytest.mark.parametrize("limit", [1, 3, 10])
+@settings(max_examples=200)
+@given(st.data())
+def test_encoding_a_text_in_pieces_gives_the_tokens_of_the_whole(limit, data):
+    """Of texts that have a place to cut at least every few characters."""
+    words = data.draw(st.lists(st.text("ab'sé1.-\t\x1c\u3000", max_size=6), max_size=12))
+    text = "".join(
+        word + data.draw(st.sampled_from(["x ", "x\n", ". ", "'\n", "x  "])) for word in words
+    )
+    encoding = make_encoding(train_bpe(["an as ab ba's sa. -- ab'"], 270))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_fineweb, "PIECE_CHARACTERS", 20 * limit)
+        safe = list(safe_pieces(pieces))
+    assert "".join(safe) == text
+    ids = [token for piece in safe for token in encoding.encode_ordinary(piece)]
+    assert ids == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", ["word and  word\n\nis 'tis. " * 40_000, TEXT * 9_000])
+def test_a_long_text_is_cut_and_still_gives_the_tokens_of_the_whole(text):
+    encoding = gpt2_encoding()
+    pieces = list(
+        safe_pieces([text[start : start + 100_000] for start in range(0, len(text), 100_000)])
+    )
+    assert len(pieces) > 2
+    assert max(map(len, pieces)) < 400_000
+    ids = [token for piece in pieces for token in encoding.encode_ordinary(piece)]
+    assert ids == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", [" " * 3_000_000 + "x", "\n" * 2_500_000, "a" * 2_500_000])
+def test_millions_of_characters_without_a_place_to_cut_keep_their_text(prepare, tmp_path, text):
+    """tiktoken itself panics on a million blanks; here they only cost the cuts' exactness."""
+    (tmp_path / "a.txt").write_text(text + " end")
+    assert prepare(source=tmp_path / "a.txt").status == 0
+    tokens = stream_of(tmp_path / "out")
+    assert encoding_of(tmp_path / "out").decode(tokens[1:]) == text + " end"
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_a_batch_of_awkward_documents_becomes_their_tokens(block, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "BLOCK_TOKENS", block)
+    encoding = gpt2_encoding()
+    texts = [well_formed(text) for text in AWKWARD]
+    blocks = list(encode_batch(encoding, lambda: iter([text] if text else [] for text in texts)))
+    assert all(block.dtype == np.uint16 for block in blocks)
+    assert np.concatenate(blocks).tolist() == [
+        token for text in texts for token in [50256, *encoding.encode_ordinary(text)]
+    ]
+
+
+def test_folders_and_json_lines_are_prepared_in_sorted_order_by_any_number_of_workers(
+    texts, tmp_path, call
+):
+    (texts / "05.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    results = []
+    for workers in (1, 4):
+        options = "--tokenizer gpt2 --val-tokens 100 --shard-tokens 999".split()
+        out = tmp_path / f"out{workers}"
+        assert (
+            call(
+                "prepare_fineweb", "--source", texts, "--out", out, *options, "--workers", workers
+            ).status
+            == 0
+        )
+        results.append(fingerprint(out))
+    assert results[0] == results[1]
+    documents = [TEXT * (number + 1) for number in range(12)]
+    documents[5:5] = ["one", "two"]
+    assert gpt2_encoding().decode(stream_of(tmp_path / "out4")) == "".join(
+        f"<|endoftext|>{text}" for text in documents
+    )
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_crash_at_any_rename_is_mended_by_the_same_command(prepare, tmp_path, monkeypatch, when):
+    assert prepare("--max-tokens", 3000).status == 0
+    expected = fingerprint(tmp_path / "out")
+    rename = Path.replace
+    for crash_at in range(1, 100):
+        left = crash_at
+
+        def crashing(path, target):
+            nonlocal left
+            left -= 1
+            if left == 0 and when == "before":
+                raise KeyboardInterrupt
+            rename(path, target)
+            if left == 0:
+                raise KeyboardInterrupt
+
+        out = tmp_path / f"crash{crash_at}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", crashing)
+            status = prepare("--max-tokens", 3000, out=out).status
+        if status == 0:
+            break
+        assert status == 130
+        (out / "shard.partial").write_bytes(b"what a kill -9 would leave")
+        if not (out / MANIFEST).exists():
+            with pytest.raises(UserError):
+                TokenStream(out, "train")
+        assert prepare("--max-tokens", 3000, out=out).status == 0
+        (out / "shard.partial").unlink(missing_ok=True)  # stays if there was nothing left to write
+        assert fingerprint(out) == expected
+    assert crash_at > 12  # vocabulary, progress, five shards with their progress, manifest
+
+
+def test_giving_a_finished_command_again_changes_nothing(prepare, tmp_path, monkeypatch):
+    assert prepare().status == 0
+    before = {path: path.stat() for path in (tmp_path / "out").iterdir()}
+    for name in ("encoded", "train_bpe", "save_vocabulary"):
+        monkeypatch.setattr(prepare_fineweb, name, None)
+    result = prepare()
+    assert result.status == 0
+    assert "tokens to train on" in result.err
+    assert {path: path.stat() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_finished_folder_whose_shard_was_damaged_is_refused(prepare, tmp_path):
+    assert prepare().status == 0
+    path = tmp_path / "out" / "train_000001.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert f"{path} has been damaged or changed" in prepare().error()
+
+
+def interrupted(prepare, out: Path, monkeypatch) -> None:
+    """An unfinished run with three shards."""
+    with monkeypatch.context() as patch:
+        finish = prepare_fineweb.ShardWriter.finish
+
+        def stop(writer):
+            if len(writer.records) == 3:
+                raise KeyboardInterrupt
+            finish(writer)
+
+        patch.setattr(prepare_fineweb.ShardWriter, "finish", stop)
+        assert prepare(out=out).status == 130
+    assert shards_finished(out) == 3
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "options, what",
+    [
+        (["--val-tokens", 501], "another val_tokens: '500' then, '501' now"),
+        (["--shard-tokens", 701], "another shard_tokens: '700' then, '701' now"),
+        (["--max-tokens", 9000], "another max_tokens: 'None' then, '9000' now"),
+        (["--tokenizer", "bpe:280"], "another tokenizer: 'SHA-256 "),
+        (["--tokenizer", "gpt2"], "another tokenizer: 'SHA-256 "),
+    ],
+)
+def test_other_settings_into_the_same_folder_are_refused_and_leave_it_alone(
+    prepare, tmp_path, monkeypatch, options, what, finished
+):
+    out = tmp_path / "out"
+    if finished:
+        assert prepare().status == 0
+    else:
+        interrupted(prepare, out, monkeypatch)
+    before = fingerprint(out)
+    error = prepare(*options).error()
+    assert f"{out} holds {'finished shards' if finished else 'an unfinished run'} with" in error
+    assert what in error
+    assert fingerprint(out) == before
+
+
+def test_a_source_that_changed_in_between_is_refused(prepare, texts, tmp_path, monkeypatch):
+    interrupted(prepare, tmp_path / "out", monkeypatch)
+    (texts / "11.txt").write_text("changed")
+    assert "holds an unfinished run with another revision: 'files " in prepare().error()
+
+
+def test_another_vocabulary_file_of_the_same_name_is_refused(prepare, tmp_path, monkeypatch):
+    interrupted(prepare, tmp_path / "out", monkeypatch)
+    save_vocabulary(make_encoding(train_bpe([TEXT], 290)), tmp_path / "vocabulary")
+    assert "with another tokenizer: 'SHA-256" in prepare().error()
+
+
+def test_a_run_without_a_finished_shard_may_start_over_with_other_settings(
+    prepare, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prepare_fineweb, "encoded", None)
+    with pytest.raises(TypeError):
+        prepare()
+    monkeypatch.setattr(prepare_fineweb, "encoded", in_this_process)
+    assert prepare("--val-tokens", 100).status == 0
+    assert prepare("--val-tokens", 100, out=tmp_path / "fresh").status == 0
+    assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 1}', "\udcff"])
+def test_a_damaged_progress_file_is_refused_by_name(prepare, tmp_path, monkeypatch, text):
+    interrupted(prepare, tmp_path / "out", monkeypatch)
+    (tmp_path / "out" / PROGRESS).write_bytes(text.encode(errors="surrogateescape"))
+    assert f"{tmp_path / 'out' / PROGRESS} is damaged: delete the folder" in prepare().error()
+
+
+@pytest.mark.parametrize("name", ["val_000000.bin", "train_000001.bin", VOCABULARY])
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_going_on_is_refused_if_what_was_there_is_not_what_it_was(
+    prepare, tmp_path, monkeypatch, name, damage
+):
+    interrupted(prepare, tmp_path / "out", monkeypatch)
+    path = tmp_path / "out" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert str(path) in prepare().error()
+
+
+def test_two_runs_into_the_same_folder_do_not_meet(prepare, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out):
+        assert f"another process is writing to {out}" in prepare().error()
+    assert list(out.iterdir()) == []
+    assert prepare().status == 0
+
+
+def test_a_folder_with_somebody_elses_shards_is_left_alone(prepare, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train_000000.bin").write_text("mine")
+    assert f"{tmp_path / 'out'} holds shards of another origin" in prepare().error()
+    assert fingerprint(tmp_path / "out").keys() == {"train_000000.bin"}
+
+
+# Amounts
+
+
+def test_max_tokens_is_kept_to_the_token(prepare, tmp_path):
+    assert prepare("--max-tokens", 2345).status == 0
+    assert prepare(out=tmp_path / "all").status == 0
+    tokens = stream_of(tmp_path / "out")
+    assert len(tokens) == 2345
+    assert tokens == stream_of(tmp_path / "all")[:2345]
+    shards = read_manifest(tmp_path / "out").shards
+    assert [shard.tokens for shard in shards] == [500, 700, 700, 445]
+
+
+def test_validation_text_may_fill_several_shards(prepare, tmp_path):
+    assert prepare("--val-tokens", 1500).status == 0
+    shards = read_manifest(tmp_path / "out").shards
+    assert [s.tokens for s in shards if s.split == "val"] == [700, 700, 100]
+
+
+def test_validation_that_leaves_nothing_to_train_on_is_refused_and_can_be_mended(prepare, tmp_path):
+    error = prepare("--val-tokens", 1_000_000, "--shard-tokens", 1000).error()
+    assert "--val-tokens 1,000,000 leaves none to train on: give a smaller one" in error
+    assert not list((tmp_path / "out").glob("*.bin"))
+    with pytest.raises(UserError, match="is not finished"):
+        TokenStream(tmp_path / "out", "val")
+    assert prepare().status == 0
+    assert prepare(out=tmp_path / "fresh").status == 0
+    assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "fresh")
+
+
+def test_max_tokens_that_leave_nothing_to_train_on_are_refused(prepare, tmp_path):
+    assert "--max-tokens 500 leaves none to train on" in prepare("--max-tokens", 500).error()
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(prepare, tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(100, 90, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    error = prepare().error()
+    assert f"{tmp_path / 'out'} has 0.0 GB free: make room, or prepare less with --max-tok" in error
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_a_disk_that_fills_up_on_the_way_is_refused_and_can_be_mended(
+    prepare, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+
+        def full(writer, tokens):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(prepare_fineweb.ShardWriter, "write", full)
+        assert f"can't write to {tmp_path / 'out'}: No space left" in prepare().error()
+    assert prepare().status == 0
+
+
+# The vocabulary
+
+
+def test_a_learned_vocabulary_is_the_same_each_time_and_lies_beside_the_shards(prepare, tmp_path):
+    for name in ("a", "b"):
+        assert prepare("--tokenizer", "bpe:290", out=tmp_path / name).status == 0
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    encoding = encoding_of(tmp_path / "a")
+    assert (encoding.name, encoding.n_vocab) == ("bpe-290", 290)
+    assert read_manifest(tmp_path / "a").settings["tokenizer"] == "bpe:290"
+
+
+def test_a_run_that_goes_on_keeps_the_vocabulary_it_began_with(prepare, tmp_path, monkeypatch):
+    interrupted(lambda **to: prepare("--tokenizer", "bpe:290", **to), tmp_path / "out", monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_fineweb, "train_bpe", None)
+        assert prepare("--tokenizer", "bpe:290").status == 0
+    assert prepare("--tokenizer", "bpe:290", out=tmp_path / "fresh").status == 0
+    assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "fresh")
+
+
+def test_a_vocabulary_is_learned_from_text_behind_the_validation_part(corpus):
+    """Even with GPT-2's vocabulary, whose tokens are as long as any."""
+    source = find_source(str(corpus / "corpus-00000.parquet"))
+    val_tokens = 100_000
+    learned = next(iter(training_texts(source, val_tokens)))
+    read, passed = "", 0
+    for batch in batches(source):
+        for pieces in batch():
+            read += "".join(pieces)
+            passed += 1
+            if learned in read:
+                before = read[: read.index(learned)]
+                assert len(gpt2_encoding().encode_ordinary(before)) + passed > val_tokens
+                return
+
+
+def test_at_most_twenty_million_characters_are_learned_from(prepare, texts, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "BPE_TRAINING_CHARACTERS", 2000)
+    learned = list(training_texts(find_source(str(texts)), 1))
+    assert 2000 <= sum(map(len, learned)) <= 2000 + len(TEXT) * 12
+
+
+def test_a_source_too_small_to_learn_a_vocabulary_from_is_refused(prepare):
+    error = prepare("--tokenizer", "bpe:290", "--val-tokens", 100_000).error()
+    assert "the first 600,000 (6 × --val-tokens) are passed over: give a smaller --val" in error
+    assert "the text yields only" in prepare("--tokenizer", "bpe:9000").error()
+
+
+def test_gpt2s_own_vocabulary_as_a_file_gives_gpt2s_tokens(prepare, tmp_path):
+    save_vocabulary(gpt2_encoding(), tmp_path / "file")
+    assert prepare("--tokenizer", tmp_path / "file", out=tmp_path / "a").status == 0
+    assert prepare("--tokenizer", "gpt2", out=tmp_path / "b").status == 0
+    assert stream_of(tmp_path / "a") == stream_of(tmp_path / "b")
+    assert vocabulary_of(encoding_of(tmp_path / "a")) == vocabulary_of(gpt2_encoding())
+
+
+@pytest.mark.parametrize(
+    "name, complaint",
+    [
+        ("bpe:many", "--tokenizer bpe:many: expected a number, as in bpe:4096"),
+        ("bpe:", "--tokenizer bpe:: expected a number"),
+        ("bpe:100", "a vocabulary of 100 tokens: expected 257"),
+        ("bpe:70000", "a vocabulary of 70000 tokens: expected 257"),
+        ("none.tiktoken", "can't read the vocabulary none.tiktoken: No such file"),
+    ],
+)
+def test_a_tokenizer_that_is_not_to_be_had_is_refused(prepare, name, complaint):
+    assert complaint in prepare("--tokenizer", name).error()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ([], "the following arguments are required: --out"),
+        (["--out", "x", "--workers", "0"], "'0': expected a whole number above 0"),
+        (["--out", "x", "--val-tokens", "-1"], "'-1': expected a whole number above 0"),
+        (["--out", "x", "--max-tokens", "many"], "'many': expected a whole number above 0"),
+        (["--out", "x", "--sauce", "x"], "unrecognized arguments: --sauce x"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(call, options, complaint):
+    assert complaint in call("prepare_fineweb", *options).error()
+
+
+def test_a_source_that_is_not_there_is_refused_and_leaves_nothing_behind(prepare, tmp_path):
+    error = prepare(source=tmp_path / "none.parquet").error()
+    assert f"--source {tmp_path / 'none.parquet'}: expected fineweb-edu, fineweb" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/sub", "/proc/none", "/dev/null"])
+def test_a_folder_that_cannot_be_written_is_refused_by_name(prepare, tmp_path, out):
+    (tmp_path / "file").touch()
+    assert f"can't write to {tmp_path / out}: " in prepare(out=tmp_path / out).error()
+
+
+def test_help_and_a_typo_answer_without_the_slow_imports():
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{SCRIPT!r}, *sys.argv[1:]]\n"
+        "try:\n"
+        f"    runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    slow = {'torch', 'numpy', 'pyarrow', 'tiktoken', 'tqdm', 'datasets'} & set(sys.modules)\n"
+        "    print('slow:', *sorted(slow))"
+    )
+    result = run("-c", code, "--help")
+    assert result.status == 0
+    assert "--shard-tokens" in result.out
+    assert "slow:" in result.out.splitlines()
+    result = run("-c", code, "--out", "x", "--workers", "none")
+    assert "expected a whole number above 0" in result.error()
+    assert "slow:" in result.out.splitlines()
+
+
+def test_workers_need_no_torch(texts, tmp_path):
+    """It would cost each of them a second and 200 MB."""
+    code = (
+        "import sys, prepare_fineweb as p\n"
+        f"p.main(p.parse_arguments(['--source', {str(texts)!r}, '--out', {str(tmp_path / 'o')!r},"
+        " '--tokenizer', 'bpe:280', '--val-tokens', '100', '--workers', '1']))\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(f"if __name__ == '__main__':\n    exec({code!r})")
+    assert run(script, PYTHONPATH=str(ROOT)).status == 0

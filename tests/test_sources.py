@@ -1,0 +1,305 @@
+"""Every kind of file gives its documents, in order; whatever is broken is refused by name."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import sources
+from errors import UserError
+from sources import batches, estimated_tokens, find_source
+
+TEXTS = ["The first.\n", "zweiter Text, größer — 日本語 🙂", "", "fourth\r\nwith\tall  kinds \n\n"]
+
+
+def documents(name: object) -> list[str]:
+    """All texts of a source, pieces put together."""
+    source = find_source(str(name))
+    return ["".join(pieces) for batch in batches(source) for pieces in batch()]
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+WRITERS = {
+    "a.jsonl": lambda path, texts: path.write_bytes(json_lines(texts)),
+    "a.jsonl.gz": lambda path, texts: path.write_bytes(gzip.compress(json_lines(texts))),
+    "a.jsonl.zst": lambda path, texts: path.write_bytes(zstd(json_lines(texts))),
+    "a.parquet": lambda path, texts: pq.write_table(
+        pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=2
+    ),
+}
+
+
+# What is read
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_of_each_kind_gives_its_texts_in_order(tmp_path, name):
+    WRITERS[name](tmp_path / name, TEXTS)
+    assert documents(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_of_many_batches_gives_its_texts_in_order(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    texts = [f"text {number} " * (number % 7) for number in range(400)]
+    WRITERS[name](tmp_path / name, texts)
+    assert len(list(batches(find_source(str(tmp_path / name))))) > 10
+    assert documents(tmp_path / name) == texts
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".rst"])
+def test_a_text_file_is_one_document_with_its_line_ends_as_they_are(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes("größer\r\nnew\rold\n\n".encode())
+    assert documents(path) == ["größer\r\nnew\rold\n\n"]
+
+
+def test_a_text_in_several_gzip_members_is_read_to_the_end(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json_lines(TEXTS[:2])) + gzip.compress(json_lines(TEXTS[2:])))
+    assert documents(path) == TEXTS
+
+
+def test_empty_lines_are_passed_over_and_the_last_needs_no_end(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\n{"text": "a"}\r\n  \n{"text": "b"}')
+    assert documents(path) == ["a", "b"]
+
+
+def test_half_a_surrogate_pair_in_json_becomes_the_replacement_character(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(rb'{"text": "a \ud83d b \ud83d\ude42"}')
+    assert documents(path) == ["a \ufffd b 🙂"]
+
+
+def test_long_texts_come_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 10)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["é" * 25]))
+    (tmp_path / "b.txt").write_text("é" * 25, encoding="utf-8")
+    for batch in batches(find_source(str(tmp_path))):
+        assert [[len(piece) for piece in pieces] for pieces in batch()] == [[10, 10, 5]]
+
+
+def tree(folder: Path) -> None:
+    """Files whose sorted order differs from the order of their making and of their depth."""
+    for name in ("b/2.txt", "a.txt", "b/10.md", "c.text", "b/c/1.rst", ".git/x.txt", "b/.y.txt"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(name)
+    (folder / "d.txt").mkdir()
+
+
+def test_a_folder_gives_its_files_in_sorted_order_without_hidden_ones(tmp_path):
+    tree(tmp_path)
+    assert documents(tmp_path) == ["a.txt", "b/10.md", "b/2.txt", "b/c/1.rst"]
+
+
+def test_a_glob_gives_its_files_in_sorted_order(tmp_path):
+    tree(tmp_path)
+    assert documents(tmp_path / "b/*.*") == ["b/10.md", "b/2.txt"]
+    assert documents(tmp_path / "**/*.txt") == ["a.txt", "b/2.txt"]
+
+
+def test_empty_files_are_empty_documents_and_no_lines_are_none(tmp_path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.jsonl").touch()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    assert documents(tmp_path) == [""]
+
+
+def test_a_text_column_of_any_arrow_string_type_is_read(tmp_path):
+    for number, kind in enumerate(
+        (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))
+    ):
+        table = pa.table({"text": pa.array(TEXTS).cast(kind)})
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+        assert documents(tmp_path / f"{number}.parquet") == TEXTS
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("kind", ["none.txt", "empty folder", "unknown suffix", "*.jsonl"])
+def test_a_source_that_is_not_there_is_refused_by_name(tmp_path, kind):
+    (tmp_path / "empty folder").mkdir()
+    (tmp_path / "unknown suffix").write_text("text")
+    with pytest.raises(UserError) as error:
+        find_source(str(tmp_path / kind))
+    assert str(error.value).startswith(f"--source {tmp_path / kind}: expected fineweb-edu")
+
+
+def refusal(name: object) -> str:
+    with pytest.raises(UserError) as error:
+        documents(name)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "a"',
+        b'{"txt": "a"}',
+        b"[]",
+        b'"text"',
+        b"17",
+        b'{"text": "\xff"}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_broken_json_line_is_refused_by_file_and_line(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
+    assert refusal(path).startswith(f'{path}, line 3: expected an object such as {{"text"')
+
+
+def test_a_broken_json_line_far_down_is_refused_by_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BATCH_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(["text"] * 1233) + b"broken\n")
+    assert refusal(path).startswith(f"{path}, line 1234:")
+
+
+@pytest.mark.parametrize(
+    "value, found", [("null", "empty (null)"), ("3", "of type int"), ('["a"]', "of type list")]
+)
+def test_a_text_that_is_no_text_is_refused_by_file_and_line(tmp_path, value, found):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
+    assert refusal(path) == f"{path}, line 2: the document is {found}, expected text"
+
+
+def test_a_null_in_parquet_is_refused_by_file_and_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 70 + [None]}), path, row_group_size=40)
+    assert refusal(path) == (
+        f"{path}, row 31 of row group 2: the document is empty (null), expected text"
+    )
+
+
+def test_parquet_without_text_is_refused_with_the_columns_it_has(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1], "content": ["a"]}), path)
+    assert refusal(path) == f"{path} has the columns id, content; expected 'text'"
+
+
+def test_parquet_whose_text_is_a_structure_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [{"text": "a"}]}), path)
+    assert (
+        refusal(path)
+        == f"{path}, row 1 of row group 1: the document is of type dict, expected text"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_a_damaged_compressed_file_is_refused_by_name(tmp_path, name, damage):
+    path = tmp_path / name
+    WRITERS[name](path, [os.urandom(50).hex() for _ in range(2000)])
+    content = path.read_bytes()
+    path.write_bytes(
+        {"cut": content[: len(content) // 2], "garbage": b"no such format" * 9, "empty": b""}[
+            damage
+        ]
+    )
+    if damage == "empty" and name != "a.parquet":
+        assert documents(path) in ([], None)
+    else:
+        assert refusal(path).startswith(f"can't read {path}: ")
+
+
+def test_parquet_with_damaged_pages_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": [os.urandom(50).hex() for _ in range(2000)]}), path, compression="zstd"
+    )
+    content = bytearray(path.read_bytes())
+    content[2000:4000] = bytes(2000)
+    path.write_bytes(content)
+    assert refusal(path).startswith(f"can't read {path}: ")
+
+
+def test_a_text_that_is_not_utf8_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("Größe".encode("latin-1"))
+    assert refusal(path).startswith(f"can't read {path}: 'utf-8' codec can't decode byte 0xf6")
+
+
+# Revisions and estimates
+
+
+def test_changing_adding_or_touching_a_file_changes_the_revision(tmp_path):
+    def revision() -> str:
+        return find_source(str(tmp_path)).revision
+
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    seen = [revision()]
+    assert revision() == seen[0]
+    os.utime(path, ns=(0, 0))
+    seen.append(revision())
+    path.write_text("other")
+    os.utime(path, ns=(0, 0))
+    seen.append(revision())
+    (tmp_path / "b.txt").touch()
+    seen.append(revision())
+    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
+    seen.append(revision())
+    assert len(set(seen)) == 5
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "a.txt"])
+def test_the_estimate_of_tokens_is_of_the_right_size(tmp_path, name):
+    text = (Path(sources.__file__).read_text(encoding="utf-8") + "\n") * 3
+    write = WRITERS.get(name, lambda path, texts: path.write_text(texts[0], encoding="utf-8"))
+    write(tmp_path / name, [text])
+    estimate = estimated_tokens(find_source(str(tmp_path / name)))
+    if name.endswith((".gz", ".zst")):  # a guess: how well it compresses is not known beforehand
+        assert estimate > 1000
+    else:
+        assert estimate == pytest.approx(len(text.encode()) / 3.5, rel=0.1)
+
+
+# Python's documentation
+
+
+def test_python_docs_are_over_a_megabyte_of_paragraphs_that_never_repeat():
+    first = documents("python-docs")
+    assert sum(map(len, first)) > 1_000_000
+    paragraphs = [part.strip("\n") for text in first for part in text.split("\n\n")]
+    assert len(paragraphs) > 10_000
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert any("Return a list" in text for text in first)
+    assert documents("python-docs") == first
+
+
+def test_python_docs_walk_meets_the_definitions_that_ast_walk_meets():
+    import ast
+
+    code = (
+        "if a:\n def f(): 'f'\nelse:\n class C:\n  'C'\n  async def g(self):\n   'g'\n"
+        "try:\n def h(): 'h'\nexcept E:\n def i(): 'i'\nelse:\n def j(): 'j'\n"
+        "finally:\n def k(): 'k'\nmatch x:\n case 1:\n  def m(): 'm'\n"
+        "for y in z:\n while w:\n  with v:\n   def n(): 'n'\nq = lambda: [1 for _ in ()]\n"
+    )
+    tree = ast.parse(code)
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    expected = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    assert len(expected) == 10
+    assert list(sources._definitions(tree)) == expected
