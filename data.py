@@ -284,7 +284,8 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Complete the present shard and begin the next."""
-        index = sum(record.split == self.split for record in self.records)
+        split = self.split
+        index = sum(record.split == split for record in self.records)
         path = self.folder / f"{self.split}_{index:06d}.bin"
         self.file.seek(0)
         self.file.write(shard_header(self.pending))
@@ -330,8 +331,16 @@ class TokenStream:
         return int(self.starts[-1])
 
     def num_windows(self, block_size: int) -> int:
-        """How many windows of `block_size` tokens, each with the token after it, there are."""
-        return max(0, len(self) - 1) // block_size
+        """How many windows of `block_size` tokens, each with the token after it, there are.
+
+        Raises UserError if there is not one.
+        """
+        if len(self) <= block_size:
+            raise UserError(
+                f"the {self.split} split of {self.folder} has {len(self):,} tokens, one window "
+                f"takes {block_size + 1:,}: prepare more text or lower --model.block_size"
+            )
+        return (len(self) - 1) // block_size
 
     def read(self, start: int, count: int) -> np.ndarray:
         """The tokens [start, start + count) as uint16 array, across shard borders."""

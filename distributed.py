@@ -83,12 +83,22 @@ def _cpu_has_bfloat16() -> bool:
     return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
 
 
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, such as "NVIDIA H100 80GB HBM3", or else its kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a tensor found no room. On a CPU, torch tells it by a message only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The datasheet's bf16 FLOP/s of a GPU, or None for one that the table doesn't know."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if name.startswith(known)), None)
+    peaks = PEAK_FLOPS.items()
+    return next((peak for name, peak in peaks if device_name(device).startswith(name)), None)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, Meta, newest_checkpoint, save_checkpoint
 from data import VOCABULARY, BatchShape, TokenStream, encoding_of, micro_batches, tokenizer_of
-from distributed import Ranks, choose_dtype, process_group
+from distributed import Ranks, choose_dtype, device_name, is_out_of_memory, process_group
 from evaluate import Validation, evaluating, validate
 from metrics import Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
@@ -86,11 +87,7 @@ class Trainer:
             config.train.micro_batch_size,
             ranks.world_size,
         )
-        if self.train_stream.num_windows(config.model.block_size) < 1:
-            raise UserError(
-                f"{folder} has {len(self.train_stream)} training tokens, "
-                f"one window takes {config.model.block_size + 1}"
-            )
+        self.val_stream.num_windows(config.model.block_size)  # too short? say so now, not later
         self.dtype = choose_dtype(config.train.dtype, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         torch.manual_seed(config.train.seed)
@@ -100,13 +97,21 @@ class Trainer:
         self.step, self.best_val_loss = 0, math.inf
         self._resume(folder)
         self.wrapped = self._wrap()
-        self.encoding = None
-        try:
-            self.encoding = encoding_of(folder)
-        except UserError as error:
-            if ranks.is_first:
-                say(f"no bits per byte and no samples: {error}")
+        self.encoding = self._find_encoding(folder)
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
+
+    def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
+        """The data's encoding. Downloaded shards come without their vocabulary, which is GPT-2's;
+        on a machine that can't get it, training goes on without what needs text.
+        """
+        try:
+            return encoding_of(data)
+        except UserError as error:
+            if (data / VOCABULARY).exists():
+                raise
+            if self.ranks.is_first:
+                say(f"no bits per byte and no samples: {error}")
+            return None
 
     def _resume(self, data: Path) -> None:
         """Go on from the newest complete checkpoint, if there is one. Rank 0 chooses it."""
@@ -301,10 +306,7 @@ class Trainer:
         asked, there = train.max_steps * shape.tokens_per_step, len(self.train_stream)
         micro_batch = train.micro_batch_size * self.config.model.block_size
         memory = estimated_memory(model, micro_batch, self.dtype)
-        name = {"cuda": lambda: torch.cuda.get_device_name(self.ranks.device)}.get(
-            self.ranks.device.type, lambda: self.ranks.device.type
-        )()
-        precision = str(self.dtype).removeprefix("torch.")
+        device, precision = device_name(self.ranks.device), str(self.dtype).removeprefix("torch.")
         return "\n".join(
             [
                 f"model       {model.num_parameters():,} parameters, vocabulary "
@@ -312,7 +314,7 @@ class Trainer:
                 f"batch       {shape}",
                 f"compute     {model.flops_per_token() * shape.tokens_per_step:.3g} FLOP per step, "
                 f"{model.flops_per_token() * asked:.3g} in all",
-                f"device      {self.ranks.world_size} × {name}, {precision}",
+                f"device      {self.ranks.world_size} × {device}, {precision}",
                 f"memory      about {memory / 1e9:.2g} GB per process (estimate)",
                 f"data        {there:,} tokens to train on; {train.max_steps:,} steps take "
                 f"{asked:,}: {asked / there:.2f} epochs",
@@ -412,7 +414,9 @@ def train(config: Config) -> None:
     with process_group(config.train.device, config.train.timeout_seconds) as ranks:
         try:
             Trainer(config, ranks).run()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise UserError(
                 f"out of memory on {ranks.device} with micro-batches of "
                 f"{config.train.micro_batch_size} windows: lower --train.micro_batch_size (the "

@@ -314,7 +314,36 @@ def test_an_unwritable_run_folder_is_one_line(call, tiny, shards, tmp_path):
 def test_too_little_data_is_one_line(call, tiny, shards, tmp_path):
     arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--model.block_size", 65536)
     result = call("train", tiny, *arguments, "--train.tokens_per_step", 131072)
-    assert "one window takes 65537" in result.error()
+    assert "one window takes 65,537" in result.error()
+
+
+def test_another_vocabulary_file_beside_the_shards_is_one_line(call, tiny, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    vocabulary = tmp_path / "data" / "tokenizer.tiktoken"
+    vocabulary.write_bytes(vocabulary.read_bytes()[:-10])
+    result = call("train", tiny, "--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
+    assert "has SHA-256" in result.error()
+
+
+def test_downloaded_shards_train_where_gpt2s_vocabulary_cannot_be_had(
+    call, tiny, tmp_path, monkeypatch
+):
+    """llm.c's shards come without a manifest. The network is away, and the cache empty."""
+    from data import shard_header
+
+    tokens = np.random.RandomState(0).randint(0, 50_257, 5000).astype("<u2")
+    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        (tmp_path / name).write_bytes(shard_header(5000) + tokens.tobytes())
+
+    def unplugged(name: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("tiktoken.get_encoding", unplugged)
+    arguments = ("--data.dir", tmp_path, "--train.out", tmp_path / "o", "--train.max_steps", 2)
+    result = call("train", tiny, *arguments, "--log.sample_every", 1)
+    assert result.status == 0
+    assert "no bits per byte and no samples: GPT-2's vocabulary is not in" in result.err
+    assert metrics_of(tmp_path / "o", "val")[-1]["bits_per_byte"] is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(configure):
@@ -327,9 +356,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(configure):
     assert torch.equal(trainer.model.wte.weight, before)
 
 
-def test_running_out_of_memory_names_the_knob(call, tiny, shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_running_out_of_memory_names_the_knob(call, tiny, shards, tmp_path, monkeypatch, device):
     def refuse(self) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.empty(1 << 60)  # the real thing
 
     monkeypatch.setattr(train.Trainer, "rehearse", refuse)
     result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
