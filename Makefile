@@ -18,7 +18,7 @@ demo: $(VENV)/requirements.installed
 	$(RUN) sample.py --checkpoint out/demo --prompt "Return a list" --max-new-tokens 150 --seed 1
 
 test: $(VENV)/requirements-dev.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/requirements-dev.installed
 	$(RUN) -m ruff check .

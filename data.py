@@ -451,9 +451,9 @@ class BatchShape:
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_step:,} tokens per step = {self.world_size} processes "
-            f"× {self.accumulation} micro-batches × {self.micro_batch_size} windows "
-            f"× {self.block_size:,} tokens"
+            f"{self.tokens_per_step:,} tokens per step = processes {self.world_size} "
+            f"× micro-batches {self.accumulation} × windows {self.micro_batch_size} "
+            f"× tokens {self.block_size:,}"
         )
 
 

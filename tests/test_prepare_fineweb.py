@@ -191,9 +191,12 @@ def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whol
     with pytest.raises(UserError, match="is not finished"):
         TokenStream(out, "train")
 
-    # Ctrl-C, which the terminal sends to the whole group
+    # Ctrl-C, which the terminal sends to the whole group; workers leave it to their parent
     process = start(*arguments, "--workers", 2)
-    wait_for(lambda: shards_finished(out) >= 4, "four shards")
+    wait_for(lambda: shards_finished(out) >= 3, "three shards")
+    for worker in workers_of(process):
+        os.kill(worker, signal.SIGINT)
+    wait_for(lambda: shards_finished(out) >= 5, "five shards")
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
@@ -202,7 +205,7 @@ def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whol
 
     # kill -9 of them all
     process = start(*arguments, "--workers", 1)
-    wait_for(lambda: shards_finished(out) >= 7, "seven shards")
+    wait_for(lambda: shards_finished(out) >= 8, "eight shards")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert (out / "shard.partial").exists()
@@ -273,15 +276,16 @@ def test_memory_stays_bounded_however_large_a_row_group_is(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1, 3, 10])
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_encoding_a_text_in_pieces_gives_the_tokens_of_the_whole(limit, data):
     """Of texts that have a place to cut at least every few characters."""
     words = data.draw(st.lists(st.text("ab'sé1.-\t\x1c\u3000", max_size=6), max_size=12))
     text = "".join(
-        word + data.draw(st.sampled_from(["x ", "x\n", ". ", "'\n", "x  "])) for word in words
+        word + data.draw(st.sampled_from(["x ", "x\n", ". ", "'\n", "x    ", ".\n\n \n"]))
+        for word in words
     )
-    encoding = make_encoding(train_bpe(["an as ab ba's sa. -- ab'"], 266))
+    encoding = make_encoding(train_bpe(["an ab ba's sa. -- a    b  x\n\n \n"], 266))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
     with pytest.MonkeyPatch.context() as patch:
@@ -355,6 +359,7 @@ def test_folders_and_json_lines_are_prepared_in_sorted_order_by_any_number_of_wo
 def test_a_crash_at_any_rename_is_mended_by_the_same_command(prepare, tmp_path, monkeypatch, when):
     assert prepare("--max-tokens", 3000).status == 0
     expected = fingerprint(tmp_path / "out")
+    assert PROGRESS not in expected
     rename = Path.replace
     for crash_at in range(1, 100):
         left = crash_at

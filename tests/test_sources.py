@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -12,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import sources
+from data import MANIFEST, PROGRESS, TokenStream, encoding_of, read_manifest
 from errors import UserError
 from sources import batches, estimated_tokens, find_source
+from tests.conftest import Result, run
+from tests.fake_hub import FakeHub
 
 TEXTS = ["The first.\n", "zweiter Text, größer — 日本語 🙂", "", "fourth\r\nwith\tall  kinds \n\n"]
 
@@ -274,6 +278,141 @@ def test_the_estimate_of_tokens_is_of_the_right_size(tmp_path, name):
         assert estimate > 1000
     else:
         assert estimate == pytest.approx(len(text.encode()) / 3.5, rel=0.1)
+
+
+# The Hub: the real clients against a Hub on the loopback interface
+
+CARD = b"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+- config_name: held-out
+  data_files:
+  - split: test
+    path: sample/10BT/*
+- config_name: lines
+  data_files:
+  - split: train
+    path: lines/*
+---
+# FineWeb-Edu, much abridged
+"""
+OLD, NEW = "0123456789" * 4, "9876543210" * 4
+
+
+def parquet(texts: list[str]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), sink, row_group_size=2)
+    return sink.getvalue()
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    """FineWeb-Edu at two commits, of which the newer says other things."""
+    commits = {
+        commit: {
+            "README.md": CARD,
+            "data/CC-MAIN-2024-10/000_00000.parquet": parquet([f"{word} crawl"]),
+            "sample/10BT/001_00000.parquet": parquet([f"{word} six", f"{word} seven"]),
+            "sample/10BT/000_00000.parquet": parquet([f"{word} {n}" for n in range(5)]),
+            "lines/a.jsonl": b'{"text": "a"}\n',
+        }
+        for commit, word in ((OLD, "old"), (NEW, "new"))
+    }
+    return FakeHub("HuggingFaceFW/fineweb-edu", commits)
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """Run a command in a process that takes `hub` for the Hub: on_hub(hub, "-c", code)."""
+
+    def run_there(hub: FakeHub, *command: object) -> Result:
+        with hub.serving() as endpoint:
+            monkeypatch.setenv("HF_ENDPOINT", endpoint)
+            monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+            return run(*command)
+
+    return run_there
+
+
+def test_fineweb_edu_is_streamed_from_the_hub_and_its_commit_recorded(hub, on_hub, tmp_path):
+    hub.failures = 1  # the Hub is busy once in a while
+    out = tmp_path / "out"
+    command = ["prepare_fineweb.py", "--source", "fineweb-edu", "--out", out]
+    command += ["--val-tokens", 10, "--workers", 2]
+    assert on_hub(hub, *command).status == 0
+    manifest = read_manifest(out)
+    assert manifest.settings["revision"] == NEW
+    stream = [TokenStream(out, split) for split in ("val", "train")]
+    tokens = [token for part in stream for token in part.read(0, len(part)).tolist()]
+    texts = [*(f"new {number}" for number in range(5)), "new six", "new seven"]
+    assert encoding_of(out).decode(tokens) == "".join(f"<|endoftext|>{text}" for text in texts)
+    assert not [path for path in (tmp_path / "hf").rglob("*") if path.suffix == ".parquet"]
+
+
+def test_a_run_that_goes_on_reads_the_commit_it_began_with(hub, on_hub, tmp_path):
+    del hub.commits[NEW]
+    out = tmp_path / "out"
+    command = ["prepare_fineweb.py", "--source", "fineweb-edu", "--out", out]
+    command += ["--val-tokens", 10, "--workers", 1]
+    assert on_hub(hub, *command).status == 0
+    finished = {path.name: path.read_bytes() for path in out.iterdir()}
+    content = json.loads((out / MANIFEST).read_text())
+    for path in (MANIFEST, "train_000000.bin"):  # as if it had been killed after the first shard
+        (out / path).unlink()
+    unfinished = {"shards": content["shards"][:1], "batch": 1, "skip": 4}  # 6 + 4 = val_tokens
+    unfinished |= {key: content[key] for key in ("settings", "tokenizer")}
+    (out / PROGRESS).write_text(json.dumps(unfinished))
+    hub.commits[NEW] = {"README.md": CARD, "sample/10BT/000_00000.parquet": parquet(["x"])}
+    assert on_hub(hub, *command).status == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == finished
+
+
+def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, on_hub):
+    names = {
+        "fineweb-edu": "ok",
+        f"HuggingFaceFW/fineweb-edu@{OLD}": "ok",
+        "HuggingFaceFW/fineweb-edu:sample-11BT": "sample-10BT",
+        "HuggingFaceFW/fineweb-edu:held-out": "train",
+        "HuggingFaceFW/fineweb-edu:lines": "its files are not Parquet",
+        "HuggingFaceFW/fineweb-edu@none": "none",
+        "nobody/nothing": "nobody/nothing",
+        "fineweb": "HuggingFaceFW/fineweb",
+    }
+    code = (
+        "from sources import *\n"
+        f"for name in {list(names)!r}:\n"
+        "    try:\n"
+        "        source = find_source(name)\n"
+        "        print('ok', source.revision, *source.sizes)\n"
+        "    except UserError as error:\n"
+        "        print(error)\n"
+    )
+    result = on_hub(hub, "-c", code)
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()
+    assert len(lines) == len(names), result.out
+    files = hub.commits[NEW]
+    sizes = [len(files[name]) for name in sorted(files) if "10BT" in name]
+    assert lines[0] == f"ok {NEW} {sizes[0]} {sizes[1]}"
+    assert lines[1].startswith(f"ok {OLD} ")
+    for (name, complaint), line in list(zip(names.items(), lines))[2:]:
+        assert line.startswith(f"--source {name}: ")
+        assert complaint in line.removeprefix(f"--source {name}: ")
+
+
+def test_a_hub_that_cannot_be_reached_is_refused_in_one_line(hub, on_hub, monkeypatch):
+    with FakeHub("a/b", {}).serving() as gone:
+        pass
+    monkeypatch.setenv("HF_ENDPOINT", gone)
+    error = run("prepare_fineweb.py", "--source", "fineweb-edu", "--out", "/dev/null/x").error()
+    assert error.startswith("error: --source fineweb-edu: there is no such file, and it can't be")
 
 
 # Python's documentation

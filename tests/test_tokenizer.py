@@ -74,7 +74,7 @@ def trained() -> dict[bytes, int]:
 # Encoding
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(TEXTS)
 def test_bpe_from_scratch_with_gpt2s_merges_gives_tiktokens_ids_on_any_text(gpt2, gpt2_ranks, text):
     assert encode_from_scratch(text, gpt2_ranks) == gpt2.encode_ordinary(text)
@@ -95,19 +95,19 @@ def ours(gpt2_ranks) -> tiktoken.Encoding:
     return make_encoding(gpt2_ranks)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(TEXTS)
 def test_our_encoding_of_gpt2s_vocabulary_is_tiktokens_on_any_text(gpt2, ours, text):
     assert ours.encode_ordinary(text) == gpt2.encode_ordinary(text)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(TEXTS)
 def test_a_trained_vocabulary_encodes_alike_from_scratch_and_through_tiktoken(trained, text):
     assert encode_from_scratch(text, trained) == make_encoding(trained).encode_ordinary(text)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(TEXTS)
 def test_decoding_gives_the_text_back(trained, text):
     encoding = make_encoding(trained)
@@ -180,11 +180,12 @@ def test_the_order_of_the_texts_does_not_change_the_vocabulary():
 
 
 def test_training_keeps_to_the_commonest_words_when_there_are_too_many(monkeypatch):
+    text = "common common common rare"
+    assert b" ra" in train_bpe([text], 265)
     monkeypatch.setattr(tokenizer, "MAX_TRAINING_BYTES", 8)
-    ranks = train_bpe(["common common common rare"], 260)
-    assert [token for token, rank in ranks.items() if rank >= 256] == [b"co", b"com", b"comm"][:3]
-    with pytest.raises(UserError, match="the text yields only"):
-        train_bpe(["common common rare"], 270)
+    assert len(train_bpe([text], 263)) == 262  # every part of " common"
+    with pytest.raises(UserError, match="the text yields only 262 tokens"):
+        train_bpe([text], 265)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 256, 65_537])
@@ -243,7 +244,7 @@ def test_saving_replaces_the_old_file_at_once_or_not_at_all(trained, tmp_path, m
 def damage(lines: list[bytes], kind: str) -> list[bytes]:
     match kind:
         case "broken base64":
-            lines[3] = b"A$== 3"
+            lines[3] = b"A$w== 3"  # without the $ it is right
         case "not a number":
             lines[3] = lines[3].split()[0] + b" three"
         case "a line without a number":

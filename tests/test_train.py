@@ -203,7 +203,7 @@ def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
     arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--train.max_steps", 3)
     told = call("train", tiny, *arguments).err
     plan = told[: told.index("/3 [")]
-    assert "512 tokens per step = 1 processes × 8 micro-batches × 2 windows × 32 tokens" in plan
+    assert "512 tokens per step = processes 1 × micro-batches 8 × windows 2 × tokens 32" in plan
     assert "36,096 parameters, vocabulary bpe-300 of 300" in plan
     assert "3 steps take 1,536" in plan
     assert "GB per process" in plan
