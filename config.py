@@ -71,7 +71,7 @@ class TrainSettings:
     tokens_per_step: int = setting(524_288, "tokens per optimizer step, over all GPUs", minimum=1)
     micro_batch_size: int = setting(16, "windows that one GPU takes at once", minimum=1)
     max_steps: int = setting(19_073, "optimizer steps in the whole run", minimum=1)
-    seed: int = setting(1337, "decides weights, data order and dropout", minimum=0)
+    seed: int = setting(1337, "decides weights, data order and dropout", minimum=0, below=2**32)
     device: str = setting("auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = setting(
         "auto",

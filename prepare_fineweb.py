@@ -440,9 +440,7 @@ def finish(source: Source, progress: Progress, arguments: argparse.Namespace) ->
     Raises UserError if the disk is too small, or if the source has no text left to train on.
     """
     folder = arguments.out
-    load_vocabulary(
-        folder / VOCABULARY, progress.tokenizer.sha256
-    )  # still what the run began with?
+    load_vocabulary(folder / VOCABULARY, progress.tokenizer.sha256)  # is it still the same?
     expected = min(estimated_tokens(source), arguments.max_tokens or sys.maxsize)
     check_disk(folder, expected - sum(shard.tokens for shard in progress.shards))
     shards = write_shards(source, progress, arguments, expected)

@@ -63,7 +63,8 @@ class Source:
         if file.startswith(HUB_PREFIX):
             from huggingface_hub import HfFileSystem
 
-            return pa.PythonFile(HfFileSystem().open(file, "rb"), mode="r")
+            # Uncached: reading ahead would fetch what other workers read, so nearly all twice.
+            return pa.PythonFile(HfFileSystem().open(file, "rb", cache_type="none"), mode="r")
         compressed = file.endswith((".gz", ".zst"))
         return pa.input_stream(file) if compressed else pa.OSFile(file)
 

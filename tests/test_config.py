@@ -65,7 +65,7 @@ def test_every_config_in_the_repository_is_valid_and_states_real_settings(path):
     learning_rate=st.floats(1e-3, 10),
     out=st.text(st.characters(exclude_categories=["Cs", "Cc"])),
     compile_it=st.booleans(),
-    seed=st.integers(0, 2**62),
+    seed=st.integers(0, 2**32 - 1),
 )
 def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, seed):
     values = {"train": {"out": out, "compile": compile_it, "seed": seed}}

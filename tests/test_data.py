@@ -385,6 +385,16 @@ def test_reading_across_shard_borders_gives_the_shards_put_together(tmp_path_fac
         assert targets.flatten().tolist() == whole[1 : used + 1].tolist()
 
 
+def test_every_stretch_of_a_stream_is_what_it_is_in_the_whole(tmp_path):
+    for number, tokens in enumerate(([1, 2, 3], [], [4, 5], [6, 7, 8, 9])):
+        write_shard(tmp_path / f"train_{number}.bin", tokens)
+    stream = TokenStream(tmp_path, "train")
+    for start in range(9):
+        for count in range(1, 10 - start):
+            expected = list(range(start + 1, start + count + 1))
+            assert stream.read(start, count).tolist() == expected
+
+
 # The order
 
 

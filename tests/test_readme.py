@@ -1,4 +1,4 @@
-"""README: its commands parse, its files and links exist, its numbers are those that were measured."""
+"""README: its commands parse, its files and links exist, its numbers are as measured."""
 
 from __future__ import annotations
 

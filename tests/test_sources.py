@@ -342,6 +342,8 @@ def on_hub(tmp_path, monkeypatch):
 
 
 def test_fineweb_edu_is_streamed_from_the_hub_and_its_commit_recorded(hub, on_hub, tmp_path):
+    long = [os.urandom(150_000).hex() for _ in range(6)]
+    hub.commits[NEW]["sample/10BT/002_00000.parquet"] = parquet(long)
     hub.failures = 1  # the Hub is busy once in a while
     out = tmp_path / "out"
     command = ["prepare_fineweb.py", "--source", "fineweb-edu", "--out", out]
@@ -351,8 +353,9 @@ def test_fineweb_edu_is_streamed_from_the_hub_and_its_commit_recorded(hub, on_hu
     assert manifest.settings["revision"] == NEW
     stream = [TokenStream(out, split) for split in ("val", "train")]
     tokens = [token for part in stream for token in part.read(0, len(part)).tolist()]
-    texts = [*(f"new {number}" for number in range(5)), "new six", "new seven"]
+    texts = [*(f"new {number}" for number in range(5)), "new six", "new seven", *long]
     assert encoding_of(out).decode(tokens) == "".join(f"<|endoftext|>{text}" for text in texts)
+    assert hub.bytes_sent < 1.3 * sum(map(len, hub.commits[NEW].values()))
     assert not [path for path in (tmp_path / "hf").rglob("*") if path.suffix == ".parquet"]
 
 
@@ -407,12 +410,12 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, on_hub):
         assert complaint in line.removeprefix(f"--source {name}: ")
 
 
-def test_a_hub_that_cannot_be_reached_is_refused_in_one_line(hub, on_hub, monkeypatch):
-    with FakeHub("a/b", {}).serving() as gone:
-        pass
-    monkeypatch.setenv("HF_ENDPOINT", gone)
-    error = run("prepare_fineweb.py", "--source", "fineweb-edu", "--out", "/dev/null/x").error()
-    assert error.startswith("error: --source fineweb-edu: there is no such file, and it can't be")
+def test_a_hub_that_cannot_be_reached_is_refused_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    result = run("prepare_fineweb.py", "--source", "fineweb-edu", "--out", tmp_path / "out")
+    assert "--source fineweb-edu: there is no such file, and it can't be had" in result.error()
+    assert not (tmp_path / "out").exists()
 
 
 # Python's documentation
