@@ -37,7 +37,8 @@ HUB_PREFIX = "hf://"
 PYTHON_DOCS = "python-docs"
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (".parquet", *LINE_SUFFIXES, *TEXT_SUFFIXES)
+KINDS = ((".parquet",), LINE_SUFFIXES, TEXT_SUFFIXES)
+SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind)
 BATCH_BYTES = 4 << 20  # of a JSON-lines file, per batch
 PARQUET_BUFFER = 8 << 20  # bytes of a column that are in memory at once, however long it is
 PARQUET_ROWS = 32
@@ -97,20 +98,20 @@ def find_source(name: str, revision: str | None = None) -> Source:
 def local_files(name: str) -> list[Path]:
     """The readable files that a file name, a folder or a glob stands for, sorted.
 
-    Of a folder, what lies in hidden folders such as .git or .venv is left out, as a glob does it.
+    Of a folder, what lies in hidden folders such as .git or .venv is left out, as a glob does it,
+    and only files of one kind are taken: beside Parquet or JSON lines, a README.md is no document.
     """
     path = Path(name)
-    if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        found = [
-            file
-            for file in path.rglob("*")
-            if not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-    else:
-        found = map(Path, glob.glob(name, recursive=True))
-    return sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
+    if not path.is_dir():
+        found = [path] if path.is_file() else map(Path, glob.glob(name, recursive=True))
+        return sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if not any(part.startswith(".") for part in file.relative_to(path).parts) and file.is_file()
+    )
+    kinds = ([file for file in found if file.name.endswith(kind)] for kind in KINDS)
+    return next(filter(None, kinds), [])
 
 
 def hub_source(name: str, address: str, commit: str | None) -> Source:

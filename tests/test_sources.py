@@ -123,7 +123,16 @@ def test_empty_files_are_empty_documents_and_no_lines_are_none(tmp_path):
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.jsonl").touch()
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
-    assert documents(tmp_path) == [""]
+    assert documents(tmp_path / "*") == [""]
+
+
+def test_a_readme_beside_a_folders_parquet_files_is_no_document(tmp_path):
+    (tmp_path / "README.md").write_text("What these files are.")
+    (tmp_path / "notes.jsonl").write_text('{"text": "line"}\n')
+    assert documents(tmp_path) == ["line"]
+    pq.write_table(pa.table({"text": ["row"]}), tmp_path / "c.parquet")
+    assert documents(tmp_path) == ["row"]
+    assert len(documents(tmp_path / "*")) == 3
 
 
 def test_a_text_column_of_any_arrow_string_type_is_read(tmp_path):
