@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import TokenizerRecord, find_encoding, tokenizer_of
 from errors import UserError
 from model import GPT, GPTConfig
+from shards import TokenizerRecord, find_encoding, tokenizer_of
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"

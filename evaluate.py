@@ -44,9 +44,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import find_checkpoint
-from data import TokenStream
+from data import load_windows
 from distributed import Ranks, choose_device
 from model import GPT
+from shards import TokenStream
 from tokenizer import token_byte_lengths
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
@@ -102,7 +103,8 @@ def validate(
     count = min(stream.num_windows(block_size), max(1, max_tokens // block_size))
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for first in range(ranks.rank * batch_size, count, ranks.world_size * batch_size):
-        inputs, targets = stream.windows(range(first, min(first + batch_size, count)), block_size)
+        windows = range(first, min(first + batch_size, count))
+        inputs, targets = load_windows(stream, windows, block_size)
         if byte_lengths is not None:
             sums[2] += int(byte_lengths[targets.numpy()].sum())
         loss = loss_of(inputs.to(ranks.device), targets.to(ranks.device))

@@ -82,7 +82,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from data import (
+from shards import (
     MANIFEST,
     PROGRESS,
     VOCABULARY,

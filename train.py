@@ -32,12 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, Meta, newest_checkpoint, save_checkpoint
-from data import VOCABULARY, BatchShape, TokenStream, encoding_of, micro_batches, tokenizer_of
+from data import BatchShape, micro_batches
 from distributed import Ranks, choose_dtype, device_name, is_out_of_memory, process_group
 from evaluate import Validation, evaluating, validate
 from metrics import Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer
+from shards import VOCABULARY, TokenStream, encoding_of, tokenizer_of
 from tokenizer import token_byte_lengths
 
 SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then

@@ -26,10 +26,10 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import OptimSettings
-from data import TokenizerRecord
 from errors import UserError
 from model import GPT, GPTConfig
 from optim import make_optimizer
+from shards import TokenizerRecord
 
 SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)
 META_1 = Meta(1, SMALL, TokenizerRecord("gpt2", 50_257, "0" * 64), {}, None, None, None)

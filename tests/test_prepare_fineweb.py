@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_fineweb
-from data import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, locked, read_manifest
 from errors import UserError
 from prepare_fineweb import encode_batch, safe_pieces, training_texts
+from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, locked, read_manifest
 from sources import batches, find_source
 from tests.conftest import ROOT, TEXT, run
 from tests.test_tokenizer import AWKWARD
@@ -329,7 +329,7 @@ def test_a_batch_of_awkward_documents_becomes_their_tokens(block, monkeypatch):
     ]
 
 
-def test_folders_and_json_lines_are_prepared_in_sorted_order_by_any_number_of_workers(
+def test_texts_and_json_lines_are_prepared_in_sorted_order_by_any_number_of_workers(
     texts, tmp_path, call
 ):
     (texts / "05.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
@@ -339,7 +339,8 @@ def test_folders_and_json_lines_are_prepared_in_sorted_order_by_any_number_of_wo
         out = tmp_path / f"out{workers}"
         assert (
             call(
-                "prepare_fineweb", "--source", texts, "--out", out, *options, "--workers", workers
+                *("prepare_fineweb", "--source", texts / "*", "--out", out),
+                *(*options, "--workers", workers),
             ).status
             == 0
         )

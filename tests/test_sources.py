@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import sources
-from data import MANIFEST, PROGRESS, TokenStream, encoding_of, read_manifest
 from errors import UserError
+from shards import MANIFEST, PROGRESS, TokenStream, encoding_of, read_manifest
 from sources import batches, estimated_tokens, find_source
 from tests.conftest import Result, run
 from tests.fake_hub import FakeHub

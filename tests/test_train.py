@@ -13,10 +13,11 @@ import torch
 
 import train
 from config import load_config
-from data import TokenStream, encoding_of, step_windows
+from data import load_windows, step_windows
 from distributed import Ranks
 from model import GPT, GPTConfig
 from optim import learning_rate_at
+from shards import TokenStream, encoding_of
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -179,7 +180,7 @@ def test_validation_loss_and_bits_per_byte_are_what_the_model_says(trained, shar
     stream, encoding = TokenStream(shards, "val"), encoding_of(shards)
     nats, text = 0.0, b""
     for window in range(512 // 32):
-        inputs, targets = stream.windows([window], 32)
+        inputs, targets = load_windows(stream, [window], 32)
         with torch.no_grad():
             nats += model(inputs, targets).item() * 32
         text += encoding.decode_bytes([int(i) for i in targets.flatten() if i < 299])
@@ -329,7 +330,7 @@ def test_downloaded_shards_train_where_gpt2s_vocabulary_cannot_be_had(
     call, tiny, tmp_path, monkeypatch
 ):
     """llm.c's shards come without a manifest. The network is away, and the cache empty."""
-    from data import shard_header
+    from shards import shard_header
 
     tokens = np.random.RandomState(0).randint(0, 50_257, 5000).astype("<u2")
     for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):

@@ -1,0 +1,374 @@
+"""Token shards: the files that hold a text's tokens, how they are written, checked and read.
+
+A shard is a flat file of tokens in the layout of llm.c and modded-nanogpt: a header of 256
+little-endian int32 (magic number, version, token count, zeros), then the tokens as little-endian
+uint16. A folder of shards has a `manifest.json`, written last, that says what the shards hold.
+Folders without one are read too: shards that somebody else tokenised for GPT-2, and the `.npy`
+shards of build-nanogpt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from errors import UserError
+from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE, gpt2_encoding, load_vocabulary
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+PROGRESS = "progress.json"  # in the place of a manifest while prepare_fineweb.py is at work
+VOCABULARY = "tokenizer.tiktoken"
+SPLITS = ("train", "val")
+
+# Shard files
+
+
+def shard_header(tokens: int) -> bytes:
+    """The 1,024 bytes before a shard's tokens."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
+    return header.tobytes()
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Map a shard's tokens into memory: uint16 array of shape (tokens,), read from disk when used.
+
+    Raises UserError, naming the file, for a wrong header or a length that doesn't match it.
+    """
+    try:
+        if path.suffix == ".npy":
+            return _open_npy(path)
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"can't read the shard {path}: {error.strerror}") from error
+    if len(header) < HEADER_BYTES:
+        raise UserError(f"{path} has {size} bytes, a shard's header alone has {HEADER_BYTES}")
+    magic, version, tokens = (int(number) for number in header.view("<i4")[:3])
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(
+            f"{path} is no token shard: it begins with {magic}, {version}, "
+            f"expected {SHARD_MAGIC}, {SHARD_VERSION}"
+        )
+    if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
+        raise UserError(
+            f"{path} is damaged: its header says {tokens} tokens, so {HEADER_BYTES + 2 * tokens} "
+            f"bytes, but it has {size}; prepare or download it again"
+        )
+    if tokens == 0:
+        return np.zeros(0, dtype="<u2")  # an empty file part can't be mapped
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    """build-nanogpt's shards: a one-dimensional uint16 array in NumPy's own format."""
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or no NumPy array: {error}") from error
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise UserError(
+            f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected uint16 in one dimension"
+        )
+    return tokens
+
+
+# The manifest
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of one shard."""
+
+    file: str
+    split: str  # "train" or "val"
+    tokens: int
+    sha256: str  # of the whole file, in hexadecimal
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Which vocabulary made the tokens. The vocabulary itself lies beside, as `VOCABULARY`."""
+
+    name: str
+    vocab_size: int
+    sha256: str  # of the vocabulary file
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A shard folder's table of contents."""
+
+    settings: dict[str, object]  # what prepare_fineweb.py was asked for, and its source's revision
+    tokenizer: TokenizerRecord
+    shards: tuple[ShardRecord, ...]
+
+    def total(self, split: str) -> int:
+        """How many tokens a split has."""
+        return sum(shard.tokens for shard in self.shards if shard.split == split)
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`; equal manifests give equal bytes."""
+        totals = {split: self.total(split) for split in SPLITS}
+        return json.dumps({"version": MANIFEST_VERSION, **asdict(self), "totals": totals}, indent=1)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest, or None where it has none. Raises UserError if it is not one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        if content["version"] != MANIFEST_VERSION:
+            raise UserError(
+                f"{path} has version {content['version']}, this code reads {MANIFEST_VERSION}"
+            )
+        manifest = Manifest(
+            settings=dict(content["settings"]),
+            tokenizer=TokenizerRecord(**content["tokenizer"]),
+            shards=tuple(ShardRecord(**shard) for shard in content["shards"]),
+        )
+        for shard in manifest.shards:
+            if Path(shard.file).name != shard.file:
+                raise UserError(f"{path} names the shard {shard.file!r}, expected a plain name")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest: {error!r}") from error
+
+
+def check_contents(folder: Path, shards: Iterable[ShardRecord]) -> None:
+    """Raises UserError, naming the file, if a shard isn't there or isn't what was written."""
+    for record in shards:
+        try:
+            sha256 = _file_sha256(folder / record.file)
+        except OSError as error:
+            raise UserError(
+                f"can't read the shard {folder / record.file}: {error.strerror}"
+            ) from error
+        if sha256 != record.sha256:
+            raise UserError(
+                f"{folder / record.file} has been damaged or changed since it was written (its "
+                "SHA-256 is another): delete the folder and prepare it again"
+            )
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_of(folder: Path) -> TokenizerRecord:
+    """Which vocabulary the folder's tokens are of; without a manifest, GPT-2's is assumed."""
+    manifest = read_manifest(folder)
+    return manifest.tokenizer if manifest else TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)
+
+
+def encoding_of(folder: Path) -> tiktoken.Encoding:
+    """The encoding that made the folder's tokens, from the vocabulary file beside them.
+
+    Without such a file it must be GPT-2's. Raises UserError if the vocabulary can't be had.
+    """
+    return find_encoding(folder, tokenizer_of(folder))
+
+
+def find_encoding(folder: Path, record: TokenizerRecord) -> tiktoken.Encoding:
+    """The encoding of `record`, from the vocabulary file in `folder` or, for GPT-2's, tiktoken."""
+    path = folder / VOCABULARY
+    if not path.exists() and record.sha256 == GPT2_SHA256:
+        return gpt2_encoding()
+    return load_vocabulary(path, record.sha256)
+
+
+# Writing
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by new text, so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock out of `folder`.
+
+    The system lifts the lock when the process ends, however it ends. Windows has none of the kind,
+    and some network file systems don't either: there it is up to the user. Raises UserError if
+    another process holds it.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing to {folder}: wait until it is done") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@dataclass
+class ShardWriter:
+    """Fills shards one after another: the split "val" up to `val_tokens`, then "train"."""
+
+    folder: Path
+    shard_tokens: int
+    val_tokens: int
+    records: list[ShardRecord] = field(default_factory=list)
+    pending: int = 0  # tokens in the shard that is being filled
+
+    def __post_init__(self) -> None:
+        self.partial = self.folder / "shard.partial"
+        self._begin()
+
+    def _begin(self) -> None:
+        self.file = self.partial.open("wb")
+        self.file.write(shard_header(0))
+        self.pending = 0
+
+    @property
+    def written(self) -> int:
+        """Tokens in finished shards."""
+        return sum(record.tokens for record in self.records)
+
+    @property
+    def split(self) -> str:
+        """The split that is being filled."""
+        return "val" if self.written < self.val_tokens else "train"
+
+    @property
+    def room(self) -> int:
+        """Tokens that the present shard still takes."""
+        left = self.val_tokens - self.written if self.split == "val" else self.shard_tokens
+        return min(left, self.shard_tokens) - self.pending
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append at most `room` tokens to the present shard."""
+        self.file.write(tokens.tobytes())
+        self.pending += len(tokens)
+
+    def finish(self) -> None:
+        """Complete the present shard and begin the next."""
+        split = self.split
+        index = sum(record.split == split for record in self.records)
+        path = self.folder / f"{self.split}_{index:06d}.bin"
+        self.file.seek(0)
+        self.file.write(shard_header(self.pending))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        sha256 = _file_sha256(self.partial)
+        self.partial.replace(path)
+        self.records.append(ShardRecord(path.name, self.split, self.pending, sha256))
+        self._begin()
+
+    def close(self) -> None:
+        """Throw the unfinished shard away."""
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+# Reading
+
+
+class TokenStream:
+    """All shards of one split, end to end, as one stream of tokens."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Open the split's shards. Raises UserError if there are none or one doesn't fit."""
+        if not folder.is_dir():
+            raise UserError(
+                f"the data folder {folder} doesn't exist: make it with prepare_fineweb.py, "
+                "or name another"
+            )
+        if (folder / PROGRESS).exists():
+            raise UserError(
+                f"{folder} is not finished: give the same prepare_fineweb.py command again, it "
+                "goes on where it stopped"
+            )
+        manifest = read_manifest(folder)
+        self.folder = folder
+        self.split = split
+        self.shards = _listed_shards(folder, split, manifest) or _found_shards(folder, split)
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def num_windows(self, block_size: int) -> int:
+        """How many windows of `block_size` tokens, each with the token after it, there are.
+
+        Raises UserError if there is not one.
+        """
+        if len(self) <= block_size:
+            raise UserError(
+                f"the {self.split} split of {self.folder} has {len(self):,} tokens, one window "
+                f"takes {block_size + 1:,}: prepare more text or lower --model.block_size"
+            )
+        return (len(self) - 1) // block_size
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """The tokens [start, start + count) as uint16 array, across shard borders."""
+        parts = []
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while count > 0:
+            offset = start - self.starts[shard]
+            part = self.shards[shard][offset : offset + count]
+            parts.append(part)
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _listed_shards(folder: Path, split: str, manifest: Manifest | None) -> list[np.ndarray]:
+    """The split's shards in the manifest's order, each checked against it."""
+    shards = []
+    for record in manifest.shards if manifest else ():
+        if record.split != split:
+            continue
+        shard = open_shard(folder / record.file)
+        if len(shard) != record.tokens:
+            raise UserError(
+                f"{folder / record.file} has {len(shard)} tokens, the manifest says {record.tokens}"
+            )
+        shards.append(shard)
+    if manifest and not shards:
+        raise UserError(f"{folder / MANIFEST} lists no {split} shard")
+    return shards
+
+
+def _found_shards(folder: Path, split: str) -> list[np.ndarray]:
+    """The split's shards in a folder without a manifest, in the order of their names."""
+    for suffix in ("bin", "npy"):
+        paths = sorted(path for path in folder.glob(f"*.{suffix}") if split in path.stem.split("_"))
+        if paths:
+            return [open_shard(path) for path in paths]
+    raise UserError(
+        f"{folder} holds no {split} shard: expected {split}_000000.bin or the like; "
+        "make shards with prepare_fineweb.py"
+    )

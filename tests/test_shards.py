@@ -1,0 +1,392 @@
+"""Shards on disk, the manifest beside them, and the stream that they form."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import load_windows
+from errors import UserError
+from shards import (
+    MANIFEST,
+    PROGRESS,
+    VOCABULARY,
+    Manifest,
+    ShardRecord,
+    ShardWriter,
+    TokenizerRecord,
+    TokenStream,
+    check_contents,
+    encoding_of,
+    locked,
+    open_shard,
+    read_manifest,
+    shard_header,
+    tokenizer_of,
+    write_atomically,
+)
+from tests.conftest import ROOT
+from tokenizer import GPT2_SHA256
+
+RECORD = TokenizerRecord("gpt2", 50_257, GPT2_SHA256)
+
+
+def write_shard(path: Path, tokens) -> None:
+    """A shard as llm.c's documentation describes it, written without our own code."""
+    header = struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253)
+    path.write_bytes(header + struct.pack(f"<{len(tokens)}H", *tokens))
+
+
+def write_manifest(folder: Path, *shards: ShardRecord) -> None:
+    (folder / MANIFEST).write_text(Manifest({"source": "test"}, RECORD, shards).to_json())
+
+
+# Shard files
+
+
+def test_a_header_is_256_little_endian_int32_magic_version_and_count():
+    header = shard_header(0x01020304)
+    assert len(header) == 1024
+    assert header[:12] == bytes.fromhex("88d83401 01000000 04030201")
+    assert header[12:] == bytes(1012)
+
+
+def test_a_shard_that_llmc_could_have_written_reads_as_its_tokens(tmp_path):
+    write_shard(tmp_path / "a.bin", [50256, 0, 1, 258, 65535])
+    shard = open_shard(tmp_path / "a.bin")
+    assert shard.dtype == np.uint16
+    assert shard.tolist() == [50256, 0, 1, 258, 65535]
+    assert isinstance(shard, np.memmap)
+
+
+def test_an_empty_shard_reads_as_no_tokens(tmp_path):
+    write_shard(tmp_path / "a.bin", [])
+    assert open_shard(tmp_path / "a.bin").tolist() == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 65535), max_size=60),
+    st.integers(1, 20),
+    st.integers(1, 30),
+    st.integers(1, 7),
+)
+def test_what_a_writer_wrote_is_read_back(tmp_path_factory, tokens, shard_tokens, val, at_once):
+    folder = tmp_path_factory.mktemp("written")
+    writer = ShardWriter(folder, shard_tokens, val)
+    rest = np.array(tokens, dtype="<u2")
+    while len(rest):
+        part, rest = np.split(rest, [min(writer.room, at_once)])
+        writer.write(part)
+        if writer.room == 0:
+            writer.finish()
+    if writer.pending:
+        writer.finish()
+    writer.close()
+    written = [open_shard(folder / record.file) for record in writer.records]
+    assert [token for shard in written for token in shard.tolist()] == tokens
+    assert sum(r.tokens for r in writer.records if r.split == "val") == min(val, len(tokens))
+    assert all(len(shard) <= shard_tokens for shard in written)
+    assert {path.name for path in folder.iterdir()} == {record.file for record in writer.records}
+    for split in ("val", "train"):
+        names = [record.file for record in writer.records if record.split == split]
+        assert names == [f"{split}_{index:06d}.bin" for index in range(len(names))]
+    check_contents(folder, writer.records)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "has 0 bytes, a shard's header alone has 1024"),
+        (bytes(1023), "has 1023 bytes"),
+        (struct.pack("<256i", 20240521, 1, *[0] * 254), "is no token shard"),
+        (struct.pack("<256i", 20240520, 2, *[0] * 254), "is no token shard"),
+        (struct.pack(">256i", 20240520, 1, *[0] * 254), "is no token shard"),
+        (struct.pack("<256i", 20240520, 1, -1, *[0] * 253), "says -1 tokens"),
+        (struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + b"aabb", "says 3 tokens, so 1030"),
+        (struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + b"aabbc", "but it has 1029"),
+        (struct.pack("<256i", 20240520, 1, 1, *[0] * 253) + b"aabb", "says 1 tokens"),
+    ],
+)
+def test_a_damaged_shard_is_refused_by_name(tmp_path, content, complaint):
+    path = tmp_path / "train_000000.bin"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_shard(path)
+    assert str(path) in str(error.value)
+    assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["none.bin", "none.npy"])
+def test_a_missing_shard_is_refused_by_name(tmp_path, name):
+    with pytest.raises(UserError, match=f"can't read the shard {tmp_path / name}: No such file"):
+        open_shard(tmp_path / name)
+
+
+def test_a_folder_in_a_shards_place_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=f"can't read the shard {tmp_path}: Is a directory"):
+        open_shard(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "is damaged or no NumPy array"),
+        (b"no numpy", "is damaged or no NumPy array"),
+        (np.arange(3, dtype=np.int64), "holds int64 of shape"),
+        (np.zeros((2, 2), np.uint16), r"holds uint16 of shape \(2, 2\)"),
+        (np.array([None]), "is damaged or no NumPy array"),
+    ],
+)
+def test_a_damaged_npy_shard_is_refused_by_name(tmp_path, content, complaint):
+    path = tmp_path / "edufineweb_train_000001.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(UserError, match=f"{path} {complaint}"):
+        open_shard(path)
+
+
+def test_a_truncated_npy_shard_is_refused_by_name(tmp_path):
+    path = tmp_path / "a_train_0.npy"
+    np.save(path, np.arange(1000, dtype=np.uint16))
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        open_shard(path)
+
+
+# Folders
+
+
+def test_build_nanogpts_npy_shards_are_read_without_a_manifest(tmp_path):
+    np.save(tmp_path / "edufineweb_train_000002.npy", np.array([3, 4], np.uint16))
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.array([1, 2], np.uint16))
+    np.save(tmp_path / "edufineweb_val_000000.npy", np.array([9], np.uint16))
+    assert TokenStream(tmp_path, "train").read(0, 4).tolist() == [1, 2, 3, 4]
+    assert TokenStream(tmp_path, "val").read(0, 1).tolist() == [9]
+    assert tokenizer_of(tmp_path) == RECORD
+
+
+def test_llmcs_published_shards_are_read_without_a_manifest(tmp_path):
+    write_shard(tmp_path / "fineweb_val_000000.bin", [7])
+    for number in (10, 2, 1):
+        write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", [number])
+    assert TokenStream(tmp_path, "train").read(0, 3).tolist() == [1, 2, 10]
+    assert TokenStream(tmp_path, "val").read(0, 1).tolist() == [7]
+    assert encoding_of(tmp_path).name == "gpt2"
+
+
+def test_a_folder_that_is_missing_or_empty_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=f"the data folder {tmp_path / 'none'} doesn't exist"):
+        TokenStream(tmp_path / "none", "train")
+    with pytest.raises(UserError, match=f"{tmp_path} holds no val shard"):
+        TokenStream(tmp_path, "val")
+
+
+def test_a_folder_that_is_still_being_prepared_is_refused(tmp_path):
+    write_shard(tmp_path / "train_000000.bin", [1, 2, 3])
+    (tmp_path / PROGRESS).write_text("{}")
+    with pytest.raises(UserError, match=f"{tmp_path} is not finished: give the same prepare_"):
+        TokenStream(tmp_path, "train")
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path):
+    shards = (ShardRecord("val_000000.bin", "val", 3, "ab"), ShardRecord("t.bin", "train", 5, "cd"))
+    manifest = Manifest({"source": "x", "max_tokens": None}, RECORD, shards)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    assert read_manifest(tmp_path) == manifest
+    assert json.loads(manifest.to_json())["totals"] == {"train": 5, "val": 3}
+    assert (manifest.total("train"), manifest.total("val")) == (5, 3)
+
+
+def test_the_manifest_decides_which_shards_belong_to_a_split_and_in_which_order(tmp_path):
+    for name, token in (("z.bin", 1), ("a.bin", 2), ("train_000009.bin", 3)):
+        write_shard(tmp_path / name, [token])
+    write_manifest(
+        tmp_path, ShardRecord("z.bin", "train", 1, ""), ShardRecord("a.bin", "train", 1, "")
+    )
+    assert TokenStream(tmp_path, "train").read(0, 2).tolist() == [1, 2]
+    with pytest.raises(UserError, match="lists no val shard"):
+        TokenStream(tmp_path, "val")
+
+
+def broken_manifest(**changes) -> str:
+    content = {"version": 1, "settings": {}, "tokenizer": asdict(RECORD), "shards": []}
+    return json.dumps({**content, **changes})
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("", "is not a manifest"),
+        ("not JSON", "is not a manifest"),
+        ("[]", "is not a manifest"),
+        ("\udc80", "is not a manifest"),
+        ("{}", "is not a manifest: KeyError"),
+        (broken_manifest(version=2), "has version 2, this code reads 1"),
+        (broken_manifest(shards=None), "is not a manifest"),
+        (broken_manifest(shards=[{"file": "x"}]), "is not a manifest"),
+        (broken_manifest(tokenizer="gpt2"), "is not a manifest"),
+    ],
+)
+def test_a_broken_manifest_is_refused_by_name(tmp_path, text, complaint):
+    (tmp_path / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as error:
+        TokenStream(tmp_path, "train")
+    assert str(tmp_path / MANIFEST) in str(error.value)
+    assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../train_000000.bin", "/etc/passwd", "sub/train_000000.bin"])
+def test_a_manifest_that_points_out_of_its_folder_is_refused(tmp_path, name):
+    write_shard(tmp_path / "train_000000.bin", [1])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_manifest(folder, ShardRecord(name, "train", 1, ""))
+    with pytest.raises(UserError, match=f"names the shard '{name}', expected a plain name"):
+        TokenStream(folder, "train")
+
+
+def test_a_shard_with_other_tokens_than_the_manifest_says_is_refused_by_name(tmp_path):
+    write_shard(tmp_path / "train_000000.bin", [1, 2])
+    write_manifest(tmp_path, ShardRecord("train_000000.bin", "train", 3, ""))
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/train_000000.bin has 2 tokens, the manifest says 3"
+    ):
+        TokenStream(tmp_path, "train")
+
+
+def test_checking_contents_finds_a_changed_byte_and_a_missing_shard(tmp_path):
+    writer = ShardWriter(tmp_path, 10, 10)
+    writer.write(np.arange(5, dtype="<u2"))
+    writer.finish()
+    writer.close()
+    check_contents(tmp_path, writer.records)
+    path = tmp_path / "val_000000.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path} has been damaged or changed"):
+        check_contents(tmp_path, writer.records)
+    path.unlink()
+    with pytest.raises(UserError, match=f"can't read the shard {path}"):
+        check_contents(tmp_path, writer.records)
+
+
+def test_the_encoding_of_a_folder_is_the_vocabulary_file_beside_the_shards(shards):
+    encoding = encoding_of(shards)
+    assert (encoding.name, encoding.n_vocab) == ("bpe-300", 300)
+    assert tokenizer_of(shards).vocab_size == 300
+    tokens = TokenStream(shards, "val").read(0, 600)
+    assert tokens[0] == encoding.eot_token
+    assert encoding.decode(tokens[1:].tolist()).startswith("The quick brown fox")
+
+
+def test_a_folder_whose_vocabulary_is_missing_or_another_is_refused(tmp_path):
+    write_manifest(tmp_path)
+    assert encoding_of(tmp_path).name == "gpt2"  # GPT-2's is to be had elsewhere
+    (tmp_path / VOCABULARY).write_text("IQ== 0\n")
+    with pytest.raises(UserError, match=f"{tmp_path / VOCABULARY} has SHA-256"):
+        encoding_of(tmp_path)
+    manifest = Manifest({}, TokenizerRecord("bpe-300", 300, "ab"), ())
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    (tmp_path / VOCABULARY).unlink()
+    with pytest.raises(UserError, match=f"can't read the vocabulary {tmp_path / VOCABULARY}"):
+        encoding_of(tmp_path)
+
+
+def test_a_crash_while_writing_atomically_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_lock_keeps_other_processes_out_until_its_owner_is_gone(tmp_path):
+    code = (
+        "import sys, pathlib, shards\n"
+        f"with shards.locked(pathlib.Path({str(tmp_path)!r})):\n"
+        "    print('locked', flush=True); sys.stdin.read()"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert owner.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
+            with locked(tmp_path):
+                pass
+    finally:
+        owner.kill()
+        owner.communicate()
+    with locked(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_shards_needs_no_torch():
+    code = "import sys, shards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# The stream
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 25), min_size=1, max_size=8), st.data())
+def test_reading_across_shard_borders_gives_the_shards_put_together(tmp_path_factory, sizes, data):
+    folder = tmp_path_factory.mktemp("stream")
+    total = sum(sizes)
+    whole = np.random.default_rng(0).integers(0, 65536, total).astype(np.uint16)
+    for number, part in enumerate(np.split(whole, np.cumsum(sizes)[:-1])):
+        write_shard(folder / f"train_{number:06d}.bin", part.tolist())
+    stream = TokenStream(folder, "train")
+    assert len(stream) == total
+    if total:
+        start = data.draw(st.integers(0, total - 1))
+        count = data.draw(st.integers(1, total - start))
+        part = stream.read(start, count)
+        assert part.dtype == np.uint16
+        assert part.tolist() == whole[start : start + count].tolist()
+    block_size = data.draw(st.integers(1, 12))
+    if total <= block_size:
+        with pytest.raises(UserError, match=f"one window takes {block_size + 1}: prepare more"):
+            stream.num_windows(block_size)
+    else:
+        windows = stream.num_windows(block_size)
+        assert windows == (total - 1) // block_size
+        inputs, targets = load_windows(stream, range(windows), block_size)
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs.shape == targets.shape == (windows, block_size)
+        used = windows * block_size
+        assert inputs.flatten().tolist() == whole[:used].tolist()
+        assert targets.flatten().tolist() == whole[1 : used + 1].tolist()
+
+
+def test_every_stretch_of_a_stream_is_what_it_is_in_the_whole(tmp_path):
+    for number, tokens in enumerate(([1, 2, 3], [], [4, 5], [6, 7, 8, 9])):
+        write_shard(tmp_path / f"train_{number}.bin", tokens)
+    stream = TokenStream(tmp_path, "train")
+    for start in range(9):
+        for count in range(1, 10 - start):
+            expected = list(range(start + 1, start + count + 1))
+            assert stream.read(start, count).tolist() == expected
