@@ -15,7 +15,8 @@ demo: $(VENV)/requirements.installed
 		--tokenizer bpe:2048 --val-tokens 32768 --workers 1
 	$(RUN) train.py configs/demo.toml
 	$(RUN) evaluate.py --checkpoint out/demo
-	$(RUN) sample.py --checkpoint out/demo --prompt "Return a list" --max-new-tokens 150 --seed 1
+	$(RUN) sample.py --checkpoint out/demo --prompt "Return a list" \
+		--max-new-tokens 120 --temperature 0.6 --top-k 20 --seed 2
 
 test: $(VENV)/requirements-dev.installed
 	$(RUN) -m pytest -n auto --dist loadfile

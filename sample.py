@@ -247,7 +247,11 @@ def main(arguments: argparse.Namespace) -> None:
     model.to(device=device, dtype=dtype).eval()
     generator = torch.Generator(device)
     seed = generator.seed() if arguments.seed is None else arguments.seed
-    print(f"{checkpoint.path}, {str(dtype)[6:]} on {device}, seed {seed}", file=sys.stderr)
+    print(
+        f"{checkpoint.path.name} of {arguments.checkpoint}, "
+        f"{str(dtype).removeprefix('torch.')} on {device}, seed {seed}",
+        file=sys.stderr,
+    )
     for prompt in read_prompts(arguments):
         generator.manual_seed(seed)
         try:

@@ -51,7 +51,7 @@ def processes(torchrun: list[str]) -> int:
     from torch.distributed.run import get_args_parser
 
     parsed = get_args_parser().parse_args([*torchrun[1:], "train.py"])
-    return int(parsed.nnodes) * int(parsed.nproc_per_node)
+    return int(parsed.nnodes.split(":")[-1]) * int(parsed.nproc_per_node)
 
 
 def test_every_file_that_is_linked_exists():
@@ -73,6 +73,10 @@ def test_the_numbers_of_the_demo_are_those_that_were_measured():
         assert f"{DEMO[key]:.2f}" in README
     assert f"bits per byte   {DEMO['bits_per_byte']:.3f}" in README
     assert f"{DEMO['parameters']:,} parameters" in README
+    assert f"from {DEMO['training_text_mb']} MB of text" in README
+    assert f"took {DEMO['total_seconds']} seconds on two cores, {DEMO['training_seconds']} of" in (
+        " ".join(README.split())
+    )
 
 
 def test_the_table_of_sizes_is_what_the_configs_build():
