@@ -127,6 +127,19 @@ def shards(tmp_path_factory) -> Path:
     return folder / "out"
 
 
+def without_key_biases(weights: dict) -> dict:
+    """The weights but for the keys' biases, for comparisons of runs that round differently.
+
+    A key's bias adds the same to all scores of a row, which softmax doesn't notice: its gradient is
+    0 but for rounding, and AdamW makes steps of full size out of that noise.
+    """
+    result = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    for name, tensor in result.items():
+        if name.endswith("c_attn.bias"):
+            tensor.view(3, -1)[1] = 0
+    return result
+
+
 TINY = """
 [model]
 n_layer = 2
