@@ -162,6 +162,7 @@ def load_config(arguments: list[str] | None = None) -> Config:
 def make_parser() -> Parser:
     """The command line: the config file, and an option for each setting."""
     parser = Parser(
+        usage="%(prog)s CONFIG.toml [--section.key VALUE …]",
         description="Train a GPT. Settings come from the config file; options change them.",
         allow_abbrev=False,
     )
