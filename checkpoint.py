@@ -28,7 +28,8 @@ from torch import Tensor
 
 from errors import UserError
 from model import GPT, GPTConfig
-from shards import TokenizerRecord, find_encoding, tokenizer_of
+from shards import VOCABULARY, TokenizerRecord, find_encoding, tokenizer_of
+from tokenizer import gpt2_encoding
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
@@ -45,6 +46,7 @@ class Meta:
     val_loss: float | None  # nats per token, if this step was evaluated
     best_val_loss: float | None  # the lowest so far
     scaler: dict[str, float] | None  # the gradient scaler's state, for float16
+    data: str  # TokenStream.fingerprint of the training data
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,18 @@ class Checkpoint:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def encoding(self) -> tiktoken.Encoding:
-        """The encoding that the model was trained with, from the run folder."""
-        return find_encoding(self.path.parent.parent, self.meta.tokenizer)
+        """The encoding that the model was trained with, from the run folder.
+
+        A checkpoint that was moved out of it may have the vocabulary beside its weights.
+        """
+        for folder in (self.path, self.path.parent.parent):
+            if (folder / VOCABULARY).exists():
+                return find_encoding(folder, self.meta.tokenizer)
+        if self.meta.tokenizer.name == "gpt2":
+            return gpt2_encoding()
+        raise UserError(
+            f"{self.path} lacks its vocabulary: copy {VOCABULARY} from the run folder into it"
+        )
 
     def check_vocabulary(self, folder: Path) -> None:
         """Raises UserError if the shards in `folder` were made with another vocabulary."""
@@ -193,7 +205,9 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
 
 def _steps(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
+    whole = [path for path, step in steps.items() if step.isdecimal() and path.is_dir()]
+    return sorted(whole, key=lambda path: int(steps[path]))
 
 
 def _remove_old(folder: Path, keep: int) -> None:
@@ -255,6 +269,8 @@ def _checksum(content: dict[str, object]) -> str:
 
 def _sync(path: Path) -> None:
     """Have a file's content, or a folder's list of names, on the disk before going on."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

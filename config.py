@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -153,7 +154,8 @@ def load_config(arguments: list[str] | None = None) -> Config:
         for name, text in given.items():
             section, key = name.split(".")
             values.setdefault(section, {})[key] = _from_text(name, _type(section, key), text)
-        values.setdefault("train", {}).setdefault("out", f"out/{parsed.config.stem}")
+        train = values.setdefault("train", {})
+        train["out"] = train.get("out") or f"out/{parsed.config.stem}"
         return make_config(values)
     except UserError as error:
         parser.error(str(error))
@@ -251,12 +253,15 @@ def _checked(section: str, key: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{name} = {value!r}: expected {_type_name(kind)}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name} = {value}: expected a finite number")
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{name} = {value!r}: expected one of {', '.join(limits['choices'])}")
     if limits["minimum"] is not None and not value >= limits["minimum"]:
         raise UserError(f"{name} = {value}: expected {limits['minimum']} or more")
-    if limits["below"] is not None and not value < limits["below"]:
-        raise UserError(f"{name} = {value}: expected less than {limits['below']}")
+    below = limits["below"] or (2**31 if kind is int else None)
+    if below is not None and not value < below:
+        raise UserError(f"{name} = {value}: expected less than {below}")
     return value
 
 

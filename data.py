@@ -21,9 +21,17 @@ from shards import TokenStream
 def load_windows(
     stream: TokenStream, windows: Iterable[int], block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows as (inputs, targets), each int64 (B, T): the targets are one token ahead."""
-    rows = [stream.read(int(window) * block_size, block_size + 1) for window in windows]
-    tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+    """Windows as (inputs, targets), each int64 (B, T): the targets are one token ahead.
+
+    Raises UserError if a token isn't in the vocabulary: then a shard is damaged.
+    """
+    rows = np.stack([stream.read(int(at) * block_size, block_size + 1) for at in windows])
+    if rows.max() >= stream.vocab_size:
+        raise UserError(
+            f"the {stream.split} split of {stream.folder} has a token {rows.max()}, its vocabulary "
+            f"only {stream.vocab_size:,}: a shard is damaged, prepare or download it again"
+        )
+    tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
     return tokens[:, :-1], tokens[:, 1:]
 
 

@@ -21,13 +21,16 @@ from torch import Tensor
 from errors import UserError
 
 # Dense bf16 matrix products per second, in FLOP/s, by what the device calls itself: the vendor's
-# datasheet for each. The longer name goes first where one begins another.
+# datasheet for each. A device that isn't here has no MFU: better none than a wrong one.
 PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
     "NVIDIA A10": 125e12,
@@ -88,17 +91,20 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a tensor found no room. On a CPU, torch tells it by a message only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn the error of a tensor that found no room into a UserError that gives this advice."""
+    try:
+        yield
+    except RuntimeError as error:  # on a CPU, torch tells it by a message only
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"out of memory: {advice}") from error
+        raise
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The datasheet's bf16 FLOP/s of a GPU, or None for one that the table doesn't know."""
-    if device.type != "cuda":
-        return None
-    peaks = PEAK_FLOPS.items()
-    return next((peak for name, peak in peaks if device_name(device).startswith(name)), None)
+    return PEAK_FLOPS.get(device_name(device))
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def validate(
 
 def xz_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding, tokens: int) -> float | None:
     """What `xz -9e` makes of the text of the first tokens; None if that is over a million bytes."""
-    ids = stream.read(0, min(tokens, len(stream))).astype(np.int64)
+    ids = stream.read(1, tokens).astype(np.int64)  # the first token is never guessed
     text = encoding.decode_bytes(ids[ids != encoding.eot_token].tolist())
     if len(text) > XZ_LIMIT:
         return None
@@ -143,11 +143,13 @@ def main(arguments: argparse.Namespace) -> None:
             model, stream, block_size, 16, arguments.tokens, alone, token_byte_lengths(encoding)
         )
     print(f"checkpoint      {checkpoint.path.name} of {arguments.checkpoint}")
-    print(f"validation      {result.tokens:,} tokens, {result.text_bytes:,} bytes of {folder}")
+    print(f"validation      {result.tokens:,} tokens, {result.text_bytes or 0:,} bytes of {folder}")
     print(f"loss            {result.loss:.4f} nats per token")
     print(f"perplexity      {result.perplexity:.2f}")
+    if result.bits_per_byte is None:  # nothing but <|endoftext|>
+        return
     print(f"bits per byte   {result.bits_per_byte:.3f}")
-    xz = xz_bits_per_byte(stream, encoding, arguments.tokens)
+    xz = xz_bits_per_byte(stream, encoding, result.tokens)
     if xz is not None:
         print(f"xz -9e          {xz:.3f} bits per byte on the same text")
 

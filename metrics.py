@@ -21,9 +21,10 @@ from model import GPT
 def _step_of(line: str) -> float:
     """The step of a line in metrics.jsonl; infinity for one that a crash cut short."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+        step = json.loads(line)["step"] if line.endswith("\n") else None
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class Metrics:
@@ -38,7 +39,7 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         kept = []
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.path.read_text("utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= start]
         temporary = folder / "metrics.jsonl.partial"
         temporary.write_text("".join(kept), encoding="utf-8")

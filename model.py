@@ -241,7 +241,7 @@ class GPT(nn.Module):
         new = window
         for _ in range(max_new_tokens):
             if window.size(1) > block_size:
-                window = new = window[:, -(block_size // 2) :]
+                window = new = window[:, -max(1, block_size // 2) :]
                 cache.length = 0
             hidden = self.hidden_states(new, cache)  # (B, T, C)
             logits = self.logits(hidden[:, -1])  # (B, V)
@@ -266,7 +266,8 @@ def choose_next(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # the likeliest: 0
+    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -274,6 +275,7 @@ def choose_next(
     if top_p is not None:
         ordered, order = probabilities.sort(descending=True, stable=True)  # 2 × (B, V)
         before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones reach together
+        before[:, 0] = -1.0  # the likeliest stays, however small p is
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

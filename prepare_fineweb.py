@@ -58,7 +58,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="tokens for validation, from the source's beginning (100,000,000)",
     )
     add("--max-tokens", type=positive, help="stop after so many tokens (all)")
-    add("--workers", type=positive, default=os.cpu_count(), help="processes (one per core)")
+    workers = min(8, os.cpu_count() or 1)  # about 140 MB each
+    add("--workers", type=positive, default=workers, help="processes (one per core, at most 8)")
     return parser.parse_args(arguments)
 
 
@@ -464,6 +465,8 @@ def main(arguments: argparse.Namespace) -> None:
             f"--max-tokens {arguments.max_tokens:,} leaves none to train on, because the first "
             f"{arguments.val_tokens:,} are --val-tokens: give fewer of those"
         )
+    if arguments.shard_tokens >= 2**31:
+        raise UserError(f"--shard-tokens {arguments.shard_tokens:,}: a shard holds less than 2^31")
     try:
         manifest = prepare(arguments)
     except OSError as error:

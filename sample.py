@@ -30,7 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-k", type=positive, help="draw from the k likeliest tokens only")
     add("--top-p", type=_probability, help="draw from the likeliest that reach probability p")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before it; repeatable")
-    add("--seed", type=int, help="the same seed gives the same text (random)")
+    add("--seed", type=_seed, help="the same seed gives the same text (random)")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     add("--jsonl", action="store_true", help="one JSON object per sample, nothing else")
@@ -49,6 +49,13 @@ def _probability(text: str) -> float:
     if not 0 < _number(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, up to 1")
     return float(text)
+
+
+def _seed(text: str) -> int:
+    """An argparse type: what a generator takes."""
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 2^64 - 1")
+    return int(text)
 
 
 def _number(text: str) -> float:
@@ -70,7 +77,7 @@ import tiktoken
 import torch
 
 from checkpoint import find_checkpoint
-from distributed import choose_device, choose_dtype
+from distributed import choose_device, choose_dtype, memory_errors
 from model import GPT
 
 
@@ -103,6 +110,9 @@ class Completion:
         if found:
             self.text = self.text[: min(found)]
             self.finish_reason = "stop"
+            enough = len(self.text.encode())
+            while len(self.encoding.decode_bytes(self.tokens[:-1])) >= enough and self.tokens:
+                self.tokens.pop()  # a token that only made the stop text is no part of the text
 
     def finish(self, reason: str) -> None:
         """End the text here; half a character that is left becomes U+FFFD."""
@@ -165,13 +175,16 @@ def read_prompts(arguments: argparse.Namespace) -> Iterator[str | None]:
         yield from _typed_prompts()
         return
     prompt = arguments.prompt
-    if arguments.prompt_file == "-":
-        prompt = sys.stdin.read()
-    elif arguments.prompt_file:
-        try:
+    try:
+        if arguments.prompt_file == "-":
+            prompt = sys.stdin.buffer.read().decode()
+        elif arguments.prompt_file:
             prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"can't read the prompt {arguments.prompt_file}: {error}") from error
+        elif prompt:
+            prompt.encode()
+    except (OSError, UnicodeError) as error:
+        name = arguments.prompt_file or "on the command line"
+        raise UserError(f"can't read the prompt {name}: {error}") from error
     if prompt == "":
         raise UserError("the prompt is empty: give some text, or no prompt to begin a document")
     yield prompt
@@ -182,7 +195,7 @@ def _typed_prompts() -> Iterator[str]:
     print("Type a beginning; Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline().decode(errors="replace")
         if not line:
             print(file=sys.stderr)
             return
@@ -198,12 +211,14 @@ def answer(
     generator: torch.Generator,
 ) -> None:
     """Continue one prompt and print the samples."""
-    ids = [encoding.eot_token] if prompt is None else encoding.encode_ordinary(prompt)
     context = model.config.block_size
+    ids = [encoding.eot_token]
+    if prompt is not None:
+        # A token has 128 characters at most; tiktoken gives up on a run of a million blanks.
+        ids = encoding.encode_ordinary(prompt[-min(256 * context, 500_000) :])
     if len(ids) > context:
         print(
-            f"the prompt has {len(ids):,} tokens, the context {context:,}: "
-            f"only its last {context:,} are used",
+            f"the prompt is longer than the context: only its last {context:,} tokens are used",
             file=sys.stderr,
         )
     if arguments.jsonl:
@@ -252,10 +267,12 @@ def main(arguments: argparse.Namespace) -> None:
         f"{str(dtype).removeprefix('torch.')} on {device}, seed {seed}",
         file=sys.stderr,
     )
+    generator.manual_seed(seed)
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     for prompt in read_prompts(arguments):
-        generator.manual_seed(seed)
         try:
-            answer(model, encoding, prompt, arguments, generator)
+            with memory_errors("lower --num-samples"):
+                answer(model, encoding, prompt, arguments, generator)
         except KeyboardInterrupt:
             if not arguments.interactive:
                 raise

@@ -191,7 +191,13 @@ def find_encoding(folder: Path, record: TokenizerRecord) -> tiktoken.Encoding:
     path = folder / VOCABULARY
     if not path.exists() and record.sha256 == GPT2_SHA256:
         return gpt2_encoding()
-    return load_vocabulary(path, record.sha256)
+    encoding = load_vocabulary(path, record.sha256)
+    if encoding.n_vocab != record.vocab_size:
+        raise UserError(
+            f"{path} has {encoding.n_vocab:,} tokens, {record.vocab_size:,} were expected: "
+            "prepare the data again"
+        )
+    return encoding
 
 
 # Writing
@@ -317,6 +323,12 @@ class TokenStream:
         self.split = split
         self.shards = _listed_shards(folder, split, manifest) or _found_shards(folder, split)
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.vocab_size = tokenizer_of(folder).vocab_size
+        hashes = (
+            [shard.sha256 for shard in manifest.shards if shard.split == split] if manifest else []
+        )
+        content = repr(([len(shard) for shard in self.shards], hashes))
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()  # other data, another one
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -75,6 +75,8 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
     `revision` is the one that an earlier run read: a dataset on the Hub is read at the same again.
     """
+    if not name:
+        raise UserError("--source is empty: expected a file, a folder or a dataset's name")
     if name == PYTHON_DOCS:
         version = ".".join(map(str, sys.version_info[:3]))
         return Source(name, files=(PYTHON_DOCS,), sizes=(0,), revision=f"Python {version}")

@@ -3,7 +3,7 @@
     python train.py configs/demo.toml
     torchrun --standalone --nproc-per-node=8 train.py configs/gpt2_124m.toml
 
-The loop is at the end of the file, in `Trainer.run`. A run that was stopped goes on from its newest
+The loop is in `Trainer._loop`, a step in `Trainer.train_step`. A run that was stopped goes on from its newest
 checkpoint when the same command is given again, and computes what it would have computed anyway.
 """
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,15 +33,16 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, Meta, newest_checkpoint, save_checkpoint
 from data import BatchShape, micro_batches
-from distributed import Ranks, choose_dtype, device_name, is_out_of_memory, process_group
+from distributed import Ranks, choose_dtype, device_name, memory_errors, process_group
 from evaluate import Validation, evaluating, validate
 from metrics import Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer
-from shards import VOCABULARY, TokenStream, encoding_of, tokenizer_of
+from shards import VOCABULARY, TokenStream, encoding_of, locked, tokenizer_of
 from tokenizer import token_byte_lengths
 
 SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
+DROPOUT, SAMPLE = 0, 1  # what a random draw is for
 
 
 def say(text: str) -> None:
@@ -49,13 +50,15 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def draw_seed(*key: int) -> int:
-    """A generator's seed from a key such as (run's seed, step, micro-batch).
+def draw_seed(purpose: int, seed: int, step: int, micro_batch: int) -> int:
+    """A generator's seed for one use of random numbers in a run.
 
     Every random draw has such a key, so that no generator's state has to be saved: a resumed run,
     or one with another number of processes, draws the same numbers.
     """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return int(
+        np.random.SeedSequence((purpose, seed, step, micro_batch)).generate_state(1, np.uint64)[0]
+    )
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,10 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.out = Path(config.train.out)
         folder = Path(config.data.dir)
-        self.train_stream, self.val_stream = (
-            TokenStream(folder, name) for name in ("train", "val")
-        )
+        self.train_stream, self.val_stream = TokenStream(folder, "train"), None
+        if config.log.eval_every:
+            self.val_stream = TokenStream(folder, "val")
+            self.val_stream.num_windows(config.model.block_size)  # too short? say so now, not later
         self.tokenizer = tokenizer_of(folder)
         self.shape = BatchShape(
             config.train.tokens_per_step,
@@ -88,7 +92,6 @@ class Trainer:
             config.train.micro_batch_size,
             ranks.world_size,
         )
-        self.val_stream.num_windows(config.model.block_size)  # too short? say so now, not later
         self.dtype = choose_dtype(config.train.dtype, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         torch.manual_seed(config.train.seed)
@@ -129,6 +132,11 @@ class Trainer:
             )
         checkpoint.check_vocabulary(data)
         check_same_run(checkpoint.meta.config, self.config, checkpoint.path)
+        if checkpoint.meta.data != self.train_stream.fingerprint:
+            raise UserError(
+                f"{checkpoint.path} was trained on other data than {data} holds now: a run goes on "
+                "with the same shards, or starts anew with another --train.out"
+            )
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.optimizer)
         if checkpoint.meta.scaler:
@@ -180,7 +188,13 @@ class Trainer:
         one that was never stopped.
         """
         _, inputs, targets = next(self._micro_batches(self.step))
-        self.loss_of(inputs, targets).backward()
+        try:
+            self.loss_of(inputs, targets).backward()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"torch.compile failed ({reason}): give --train.compile false to do without"
+            ) from error
         self.optimizer.zero_grad(set_to_none=True)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -208,7 +222,7 @@ class Trainer:
             group["lr"] = learning_rate
         loss_sum = torch.zeros((), device=self.ranks.device)
         for done, (number, inputs, targets) in enumerate(self._micro_batches(self.step), 1):
-            torch.manual_seed(draw_seed(self.config.train.seed, self.step, number))  # for dropout
+            torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, self.step, number))
             with self.syncing(last=done == accumulation):
                 # Each micro-batch has the same number of tokens, so the mean of their means is the
                 # mean over all tokens of the step. DDP takes the mean over the ranks.
@@ -256,7 +270,7 @@ class Trainer:
     def sample(self) -> str:
         """A text from nothing but <|endoftext|>, as the model writes it now."""
         generator = torch.Generator(self.ranks.device)
-        generator.manual_seed(draw_seed(self.config.train.seed, self.step))
+        generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, self.step, 0))
         start = torch.tensor([[self.encoding.eot_token]], device=self.ranks.device)
         with evaluating(self.model):
             ids = [
@@ -278,6 +292,7 @@ class Trainer:
                 val_loss=val_loss,
                 best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
                 scaler=self.scaler.state_dict() or None,
+                data=self.train_stream.fingerprint,
             )
             keep = self.config.train.keep_checkpoints
             save_checkpoint(self.out / "checkpoints", meta, self.model, self.optimizer, keep)
@@ -285,12 +300,26 @@ class Trainer:
 
     # The whole run
 
+    @contextmanager
+    def own_folder(self) -> Iterator[None]:
+        """Make the run folder and keep other runs out of it. Raises UserError if one is there."""
+        if not self.ranks.is_first:
+            yield
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"can't write to the run folder {self.out}: {error.strerror}"
+            ) from error
+        with locked(self.out):
+            yield
+
     def prepare_folder(self) -> Metrics | None:
-        """Rank 0 makes the run folder: settings, vocabulary, metrics. Returns its metrics."""
+        """Rank 0 puts settings and vocabulary into the run folder. Returns its metrics."""
         if not self.ranks.is_first:
             return None
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
             vocabulary = Path(self.config.data.dir) / VOCABULARY
             if vocabulary.exists():
@@ -323,23 +352,31 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """The training loop, from the present step to the last."""
+        """From the present step to the last, unless there is nothing left to do."""
         config, first = self.config, self.ranks.is_first
-        metrics = self.prepare_folder()
-        if first:
-            say(self.plan())
         if self.step >= config.train.max_steps:
             if first:
                 say(f"already finished: {self.step:,} steps are done (train.max_steps)")
             return
+        metrics = self.prepare_folder()
+        if first:
+            say(self.plan())
         self.rehearse()
-        bar = tqdm(
+        with tqdm(
             total=config.train.max_steps,
             initial=self.step,
             unit="step",
             disable=not first,
             dynamic_ncols=True,
-        )
+        ) as bar:
+            self._loop(metrics, bar)
+        if first:
+            metrics.close()
+            say(f"done: python sample.py --checkpoint {self.out}")
+
+    def _loop(self, metrics: Metrics | None, bar: tqdm) -> None:
+        """Step after step, and what is due after some of them."""
+        config, first = self.config, self.ranks.is_first
         speed = Speed(self.tokens, self.model.flops_per_token(), self.ranks)
         while self.step < config.train.max_steps:
             result = self.train_step()
@@ -355,10 +392,6 @@ class Trainer:
                     self.save(val_loss)
                 if first and self.encoding and _due(self.step, config.log.sample_every, last):
                     say(f"step {self.step:,} writes:\n{self.sample()}\n")
-        bar.close()
-        if first:
-            metrics.close()
-            say(f"done: python sample.py --checkpoint {self.out}")
 
     def _report(self, result: StepResult, metrics: Metrics, speed: Speed, bar: tqdm) -> None:
         """One line into the metrics, and the newest numbers beside the bar."""
@@ -413,16 +446,14 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
 def train(config: Config) -> None:
     """Train as `config` says, together with the other processes if torchrun started several."""
     with process_group(config.train.device, config.train.timeout_seconds) as ranks:
-        try:
-            Trainer(config, ranks).run()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"out of memory on {ranks.device} with micro-batches of "
-                f"{config.train.micro_batch_size} windows: lower --train.micro_batch_size (the "
-                "batch of a step stays the same: more micro-batches make it up)"
-            ) from error
+        with memory_errors("the model and its optimizer don't fit; make the model smaller"):
+            trainer = Trainer(config, ranks)
+        advice = (
+            f"micro-batches of {config.train.micro_batch_size} windows are too large; lower "
+            "--train.micro_batch_size (the batch of a step stays the same: more of them make it up)"
+        )
+        with memory_errors(advice), trainer.own_folder():
+            trainer.run()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from optim import make_optimizer
 from shards import TokenizerRecord
 
 SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)
-META_1 = Meta(1, SMALL, TokenizerRecord("gpt2", 50_257, "0" * 64), {}, None, None, None)
+META_1 = Meta(1, SMALL, TokenizerRecord("gpt2", 50_257, "0" * 64), {}, None, None, None, "data")
 
 
 def trained(seed: int = 0) -> tuple[GPT, torch.optim.Optimizer]:
@@ -161,6 +161,14 @@ def test_a_save_that_dies_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, 
     save(tmp_path, 2)
     assert newest_checkpoint(tmp_path).meta.step == 2
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_copy_that_a_user_made_of_a_checkpoint_is_let_be(tmp_path):
+    shutil.copytree(save(tmp_path, 1), tmp_path / "step_000001.bak")
+    (tmp_path / "step_000009").touch()
+    assert newest_checkpoint(tmp_path).meta.step == 1
+    save(tmp_path, 2, keep=1)
+    assert (tmp_path / "step_000001.bak").is_dir()
 
 
 def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ def test_the_run_folder_is_named_after_the_config_file(config_file):
     path = config_file("")
     assert load_config([str(path)]).train.out == "out/mine"
     assert load_config([str(path), "--train.out", "x"]).train.out == "x"
+    assert load_config([str(path), "--train.out", ""]).train.out == "out/mine"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -84,11 +85,13 @@ def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, 
         (["stray"], "'stray': expected one config file"),
         (["--model.n_layer", "three"], "model.n_layer = 'three': expected a whole number"),
         (["--optim.learning_rate", "fast"], "optim.learning_rate = 'fast': expected a number"),
-        (["--optim.learning_rate", "nan"], "optim.learning_rate = nan: expected 0 or more"),
+        (["--optim.learning_rate", "nan"], "optim.learning_rate = nan: expected a finite number"),
         (["--train.compile", "yes"], "train.compile = 'yes': expected true or false"),
         (["--train.dtype", "int8"], "train.dtype = 'int8': expected one of auto, bfloat16"),
         (["--model.dropout", "1"], "model.dropout = 1.0: expected less than 1"),
         (["--model.n_layer", "0"], "model.n_layer = 0: expected 1 or more"),
+        (["--optim.learning_rate", "1e999"], "optim.learning_rate = inf: expected a finite number"),
+        (["--model.n_embd", "1" + "0" * 20], "expected less than 2147483648"),
         (["--model.n_head", "5"], "n_embd = 768 is not a multiple of model.n_head = 5"),
         (["--optim.min_learning_rate", "1"], "is above optim.learning_rate = 0.0006"),
         (["--model.n_layer"], "expected one argument"),

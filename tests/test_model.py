@@ -193,6 +193,11 @@ def greedy_without_cache(model: GPT, ids: torch.Tensor, count: int) -> torch.Ten
     return torch.stack(new)
 
 
+def test_a_context_of_a_single_token_generates_too():
+    model = make_model(GPTConfig(vocab_size=9, block_size=1, n_layer=1, n_head=1, n_embd=8))
+    assert len(list(model.generate(torch.tensor([[3]]), 4, temperature=0))) == 4
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("prompt_length", [1, 5, 15, 16, 17, 40])
 def test_greedy_with_the_cache_equals_greedy_without_to_and_past_the_end_of_the_context(
@@ -253,6 +258,12 @@ def test_the_same_seed_generates_the_same_tokens_and_another_seed_others():
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])
     assert choose_next(logits, temperature=0).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"top_p": 1e-50}])
+def test_the_smallest_temperature_and_top_p_take_the_likeliest(options):
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])
+    assert choose_next(logits, **options).tolist() == [1, 0]
 
 
 @given(

@@ -69,7 +69,7 @@ def test_a_stop_text_across_tokens_is_never_shown():
     completion, shown = feed(tokens, stops=["world!"])
     assert completion.finish_reason == "stop"
     assert completion.text == "".join(shown) == "Hello "
-    assert completion.tokens == tokens[:4]
+    assert completion.tokens == tokens[:2]
 
 
 def test_end_of_text_ends_and_is_no_part_of_the_text():
@@ -167,7 +167,7 @@ def test_a_prompt_longer_than_the_context_is_cropped_with_a_notice(call, trained
     (tmp_path / "long.txt").write_text(TEXT * 20, encoding="utf-8")
     arguments = ("--prompt-file", tmp_path / "long.txt", "--temperature", 0, "--jsonl")
     result = call("sample", "--checkpoint", trained, *arguments)
-    assert "the context 32: only its last 32 are used" in result.err
+    assert "longer than the context: only its last 32 tokens are used" in result.err
     encoding = find_checkpoint(str(trained)).encoding()
     last = encoding.decode(encoding.encode_ordinary(TEXT * 20)[-32:])
     arguments = ("--prompt", last, "--temperature", 0, "--jsonl")
@@ -220,6 +220,9 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
         (("--max-new-tokens", "0"), "'0': expected a whole number above 0"),
         (("--num-samples", "many"), "'many': expected a whole number above 0"),
         (("--stop", ""), "--stop is empty"),
+        (("--seed", "9" * 23), "expected a whole number from 0 to 2^64 - 1"),
+        (("--num-samples", 10**11), "out of memory: lower --num-samples"),
+        (("--prompt", "caf\udce9"), "can't read the prompt on the command line"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
         (("--nonsense",), "unrecognized arguments: --nonsense"),
     ],
@@ -241,6 +244,21 @@ def test_a_vocabulary_that_is_not_the_models_is_refused(call, trained, tmp_path)
     path = tmp_path / "run" / "tokenizer.tiktoken"
     path.write_bytes(path.read_bytes()[:-10])
     assert "has SHA-256" in call("sample", "--checkpoint", tmp_path / "run").error()
+
+
+def test_a_checkpoint_that_was_moved_asks_for_its_vocabulary(call, trained, tmp_path):
+    moved = tmp_path / "a" / "b" / "moved"
+    shutil.copytree(trained / "checkpoints" / "step_000040", moved)
+    message = call("sample", "--checkpoint", moved).error()
+    assert "copy tokenizer.tiktoken from the run folder into it" in message
+    shutil.copy(trained / "tokenizer.tiktoken", moved)
+    assert call("sample", "--checkpoint", moved, "--max-new-tokens", 2).status == 0
+
+
+def test_a_prompt_of_a_million_blanks_does_not_break_the_tokenizer(call, trained, tmp_path):
+    (tmp_path / "blank.txt").write_text(" " * 3_000_000)
+    arguments = ("--prompt-file", tmp_path / "blank.txt", "--max-new-tokens", 2)
+    assert call("sample", "--checkpoint", trained, *arguments).status == 0
 
 
 def test_help_does_not_wait_for_torch():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import without_key_biases
+from conftest import run, without_key_biases
 
 import train
 from config import load_config
@@ -104,8 +104,9 @@ def test_dropout_depends_on_the_step_and_micro_batch_not_on_what_was_drawn_befor
     torch.manual_seed(99)
     torch.rand(1000)
     assert second.train_step().loss == loss
-    seeds = {train.draw_seed(1, step, micro) for step in range(20) for micro in range(20)}
+    seeds = {train.draw_seed(0, 1, step, micro) for step in range(20) for micro in range(20)}
     assert len(seeds) == 400
+    assert train.draw_seed(0, 1, 10, 0) != train.draw_seed(1, 1, 10, 0)
 
 
 def test_the_rehearsal_leaves_no_trace(configure):
@@ -123,8 +124,9 @@ def test_a_compiled_model_computes_the_same_and_is_not_the_one_that_is_saved(con
         expected = plain.train_step()
         assert compiled.train_step().loss == pytest.approx(expected.loss, rel=1e-5)
     assert compiled.validate().loss == pytest.approx(plain.validate().loss, rel=1e-4)
-    compiled.prepare_folder()
-    compiled.save(None)
+    with compiled.own_folder():
+        compiled.prepare_folder()
+        compiled.save(None)
     result = call("sample", "--checkpoint", config.train.out, "--max-new-tokens", 3, "--seed", 1)
     assert result.status == 0
 
@@ -142,8 +144,9 @@ def test_the_gradient_scaler_of_float16_is_resumed(configure):
     trainer = train.Trainer(config, ALONE)
     trainer.train_step()
     trainer.scaler.update(new_scale=1024.0)
-    trainer.prepare_folder()
-    trainer.save(None)
+    with trainer.own_folder():
+        trainer.prepare_folder()
+        trainer.save(None)
     assert train.Trainer(config, ALONE).scaler.state_dict()["scale"] == 1024.0
 
 
@@ -232,11 +235,7 @@ def test_tensorboard_shows_the_metrics(call, tiny, shards, tmp_path):
 
 def test_a_finished_run_says_so_and_changes_nothing(call, tiny, shards, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    before = {
-        p: p.read_bytes()
-        for p in (tmp_path / "run").rglob("*")
-        if p.name != "config.toml" and p.is_file()
-    }
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
     assert result.status == 0
     assert "already finished: 40 steps are done" in result.err
@@ -305,6 +304,64 @@ def test_a_run_cannot_go_on_as_another_run(call, tiny, shards, trained, change, 
 def test_a_used_run_folder_is_not_overwritten_when_resuming_is_off(call, tiny, shards, trained):
     arguments = ("--data.dir", shards, "--train.out", trained, "--train.resume", "false")
     assert "holds step_000040 and train.resume = false" in call("train", tiny, *arguments).error()
+
+
+def test_a_run_does_not_go_on_with_other_data(call, tiny, shards, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(shards, tmp_path / "data")
+    arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "run")
+    assert call("train", tiny, *arguments, "--train.max_steps", 41).status == 0  # the same, moved
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest["shards"].pop()
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    message = call("train", tiny, *arguments, "--train.max_steps", 42).error()
+    assert "was trained on other data" in message
+
+
+def test_two_runs_in_one_folder_do_not_meet(configure):
+    first, second = (train.Trainer(configure(), ALONE) for _ in range(2))
+    with first.own_folder():
+        with pytest.raises(train.UserError, match="another process is writing to"):
+            with second.own_folder():
+                pass
+    with second.own_folder():
+        pass
+
+
+def test_a_token_that_is_not_in_the_vocabulary_is_one_line(call, tiny, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    shard = tmp_path / "data" / "train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:1024] + b"\xff" * 8000)
+    result = call("train", tiny, "--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
+    assert "has a token 65535, its vocabulary only 300" in result.error()
+
+
+def test_without_validation_no_validation_split_is_needed(call, tiny, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    for path in (tmp_path / "data").glob("val_*"):
+        path.unlink()
+    arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
+    short = ("--train.max_steps", 2, "--log.eval_every", 0)
+    assert call("train", tiny, *arguments, *short).status == 0
+    assert "can't read the shard" in call("train", tiny, *arguments).error()
+
+
+def test_metrics_that_a_crash_left_odd_are_mended(call, tiny, shards, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    lines = tmp_path / "run" / "metrics.jsonl"
+    lines.write_bytes(b'{"step": "a"}\n\xff\x00\n' + lines.read_bytes() + b'{"kind": "tra')
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--train.max_steps", 41)
+    assert call("train", tiny, *arguments).status == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, 42))
+
+
+def test_compiling_without_a_compiler_names_the_setting(call, tiny, shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--train.compile", "true")
+    shape = ("--model.n_embd", 24, "--model.n_layer", 1)
+    result = run("train.py", tiny, *arguments, *shape)
+    assert "--train.compile false" in result.error()
 
 
 def test_an_unwritable_run_folder_is_one_line(call, tiny, shards, tmp_path):
