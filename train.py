@@ -3,8 +3,9 @@
     python train.py configs/demo.toml
     torchrun --standalone --nproc-per-node=8 train.py configs/gpt2_124m.toml
 
-The loop is in `Trainer._loop`, a step in `Trainer.train_step`. A run that was stopped goes on from its newest
-checkpoint when the same command is given again, and computes what it would have computed anyway.
+The loop is in `Trainer._loop`, a step in `Trainer.train_step`. A run that was stopped goes on from
+its newest checkpoint when the same command is given again, and computes what it would have computed
+anyway.
 """
 
 from __future__ import annotations
