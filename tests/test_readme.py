@@ -72,6 +72,7 @@ def test_the_numbers_of_the_demo_are_those_that_were_measured():
     for key in ("bits_per_byte", "xz_bits_per_byte"):
         assert f"{DEMO[key]:.2f}" in README
     assert f"bits per byte   {DEMO['bits_per_byte']:.3f}" in README
+    assert f"xz -9e          {DEMO['xz_bits_per_byte']:.3f}" in README
     assert f"{DEMO['parameters']:,} parameters" in README
     assert f"from {DEMO['training_text_mb']} MB of text" in README
     assert f"took {DEMO['total_seconds']} seconds on two cores, {DEMO['training_seconds']} of" in (
