@@ -80,6 +80,11 @@ def test_the_numbers_of_the_demo_are_those_that_were_measured():
     )
 
 
+def test_the_closing_line_of_the_tests_is_one_that_was_seen():
+    seen = json.loads((ROOT / "results" / "tests.json").read_text(encoding="utf-8"))
+    assert f"```text\n{seen['closing_line']}\n```" in README
+
+
 def test_the_table_of_sizes_is_what_the_configs_build():
     rows = re.findall(r"\| \[`(\w+\.toml)`\].*\| (\d+) · (\d+) · (\d+) \| ([\d,]+) \|", README)
     assert {name for name, *_ in rows} == {path.name for path in ROOT.glob("configs/*.toml")}
