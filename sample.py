@@ -72,6 +72,7 @@ import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import tiktoken
 import torch
@@ -222,31 +223,28 @@ def answer(
             file=sys.stderr,
         )
     if arguments.jsonl:
-        for number, sample in enumerate(
-            complete(model, encoding, ids, arguments, generator, show=lambda text: None)
-        ):
-            result = {
-                "sample": number,
-                "prompt": prompt or "",
-                "completion": sample.text,
-                "tokens": sample.tokens,
-                "finish_reason": sample.finish_reason,
-            }
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+        samples = complete(model, encoding, ids, arguments, generator, show=lambda text: None)
+        print_objects(samples, prompt or "")
         return
-    beginning = prompt or ""
-    print(beginning, end="", flush=True)
-    first, *others = complete(
-        model,
-        encoding,
-        ids,
-        arguments,
-        generator,
-        show=lambda text: print(text, end="", flush=True),
-    )
+    print(prompt or "", end="", flush=True)
+    show = partial(print, end="", flush=True)
+    _, *others = complete(model, encoding, ids, arguments, generator, show)
     print()
     for sample in others:
-        print(f"---------------\n{beginning}{sample.text}")
+        print(f"---------------\n{prompt or ''}{sample.text}")
+
+
+def print_objects(samples: list[Completion], prompt: str) -> None:
+    """One JSON object per sample and line, for programs to read."""
+    for number, sample in enumerate(samples):
+        result = {
+            "sample": number,
+            "prompt": prompt,
+            "completion": sample.text,
+            "tokens": sample.tokens,
+            "finish_reason": sample.finish_reason,
+        }
+        print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
 def main(arguments: argparse.Namespace) -> None:
