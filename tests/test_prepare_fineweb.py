@@ -180,9 +180,10 @@ def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whol
     out = tmp_path / "out"
     arguments = [*command[1:], "--out", out]
 
+    # Of twelve shards. Each blow falls seconds before the end would come, so that it always lands.
     # kill -9 of the parent alone: the workers notice and end as well
     process = start(*arguments, "--workers", 2)
-    wait_for(lambda: shards_finished(out) >= 2, "two shards")
+    wait_for(lambda: shards_finished(out) >= 1, "a shard")
     workers = workers_of(process)
     assert len(workers) == 2
     process.kill()
@@ -192,11 +193,11 @@ def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whol
         TokenStream(out, "train")
 
     # Ctrl-C, which the terminal sends to the whole group; workers leave it to their parent
-    process = start(*arguments, "--workers", 2)
-    wait_for(lambda: shards_finished(out) >= 3, "three shards")
+    process = start(*arguments, "--workers", 1)
+    wait_for(lambda: workers_of(process), "a worker")
     for worker in workers_of(process):
         os.kill(worker, signal.SIGINT)
-    wait_for(lambda: shards_finished(out) >= 5, "five shards")
+    wait_for(lambda: shards_finished(out) >= 4, "four shards")
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
@@ -205,7 +206,7 @@ def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whol
 
     # kill -9 of them all
     process = start(*arguments, "--workers", 1)
-    wait_for(lambda: shards_finished(out) >= 8, "eight shards")
+    wait_for(lambda: shards_finished(out) >= 7, "seven shards")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert (out / "shard.partial").exists()
