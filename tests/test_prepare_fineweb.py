@@ -392,15 +392,21 @@ def test_a_crash_at_any_rename_is_mended_by_the_same_command(prepare, tmp_path, 
     assert crash_at > 12  # vocabulary, progress, five shards with their progress, manifest
 
 
+def written(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """Which files there are, and when each was last written."""
+    stats = {path: path.stat() for path in folder.iterdir()}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
 def test_giving_a_finished_command_again_changes_nothing(prepare, tmp_path, monkeypatch):
     assert prepare().status == 0
-    before = {path: path.stat() for path in (tmp_path / "out").iterdir()}
+    before = written(tmp_path / "out")
     for name in ("encoded", "train_bpe", "save_vocabulary"):
         monkeypatch.setattr(prepare_fineweb, name, None)
     result = prepare()
     assert result.status == 0
     assert "tokens to train on" in result.err
-    assert {path: path.stat() for path in (tmp_path / "out").iterdir()} == before
+    assert written(tmp_path / "out") == before
 
 
 def test_a_finished_folder_whose_shard_was_damaged_is_refused(prepare, tmp_path):

@@ -20,6 +20,10 @@ from sample import Completion, parse_arguments
 from tokenizer import gpt2_encoding
 
 
+# A draw could end the text after a few tokens; the likeliest token never does.
+ENDLESS = ("--prompt", "The quick", "--temperature", "0", "--max-new-tokens", "1000000")
+
+
 def feed(tokens: list[int], stops: list[str] = ()) -> tuple[Completion, list[str]]:
     """A completion after these tokens (as many as it takes), and what it showed at each."""
     completion, shown = Completion(gpt2_encoding(), list(stops)), []
@@ -133,7 +137,7 @@ def test_several_samples_are_printed_one_under_the_other(call, trained):
 
 def test_text_streams_as_it_comes(trained):
     process = subprocess.Popen(
-        [sys.executable, "sample.py", "--checkpoint", trained, "--max-new-tokens", "1000000"],
+        [sys.executable, "sample.py", "--checkpoint", trained, *ENDLESS],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -269,7 +273,7 @@ def test_help_does_not_wait_for_torch():
 
 def test_the_output_can_be_cut_short_by_its_reader(trained):
     process = subprocess.Popen(
-        [sys.executable, "sample.py", "--checkpoint", trained, "--max-new-tokens", "100000"],
+        [sys.executable, "sample.py", "--checkpoint", trained, *ENDLESS],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
