@@ -19,7 +19,6 @@ from model import GPT
 from sample import Completion, parse_arguments
 from tokenizer import gpt2_encoding
 
-
 # A draw could end the text after a few tokens; the likeliest token never does.
 ENDLESS = ("--prompt", "The quick", "--temperature", "0", "--max-new-tokens", "1000000")
 
