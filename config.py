@@ -39,6 +39,7 @@ class ModelSettings:
     n_embd: int = setting(768, "channels: numbers per position", minimum=1)
     block_size: int = setting(1024, "context in tokens", minimum=1)
     dropout: float = setting(0.0, "probability of dropping an activation", minimum=0, below=1)
+    recompute: bool = setting(False, "keep each block's input only, compute the rest twice")
 
 
 @dataclass(frozen=True)

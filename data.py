@@ -8,6 +8,7 @@ processes, the micro-batch size and restarts don't enter into it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -96,6 +97,39 @@ class BatchShape:
             f"× micro-batches {self.accumulation} × windows {self.micro_batch_size} "
             f"× tokens {self.block_size:,}"
         )
+
+
+class StepLoader:
+    """One rank's micro-batches, step by step; a thread prepares a step ahead of its use."""
+
+    def __init__(
+        self, stream: TokenStream, shape: BatchShape, seed: int, rank: int, pin_memory: bool
+    ) -> None:
+        """`pin_memory` puts batches where a GPU can copy them from by itself."""
+        self.stream, self.shape, self.seed, self.rank = stream, shape, seed, rank
+        self.pin_memory = pin_memory
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.ahead: tuple[int, Future] | None = None  # the step being prepared
+
+    def load(self, step: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The (number, inputs (B, T), targets (B, T)) of a step; the next is begun at once.
+
+        Raises UserError if a token isn't in the vocabulary.
+        """
+        if self.ahead is None or self.ahead[0] != step:
+            self.ahead = (step, self.thread.submit(self._prepare, step))
+        batches = self.ahead[1].result()
+        self.ahead = (step + 1, self.thread.submit(self._prepare, step + 1))
+        return batches
+
+    def _prepare(self, step: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        batches = micro_batches(self.stream, self.shape, self.seed, step, self.rank)
+        if not self.pin_memory:
+            return list(batches)
+        return [
+            (number, inputs.pin_memory(), targets.pin_memory())
+            for number, inputs, targets in batches
+        ]
 
 
 def micro_batches(

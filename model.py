@@ -16,12 +16,13 @@ paper), and OpenAI's released code, openai/gpt-2 `src/model.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,33 +35,88 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0  # probability; 0 for pre-training, 0.1 when text is scarce
+    recompute: bool = False  # keep only each block's input for the backward pass: saves memory
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
+class LayerCache:
+    """The keys and values of one layer for the tokens so far, so that each is computed once."""
+
+    def __init__(self, shape: tuple[int, ...], position: Tensor, dtype: torch.dtype) -> None:
+        self.keys = torch.zeros(shape, device=position.device, dtype=dtype)  # (B, nh, block, hs)
+        self.values = torch.zeros_like(self.keys)
+        self.position = position
+        self.mask: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v, and attend to all that is stored. q, k, v and result: (B, nh, T, hs)."""
+        T = q.size(2)
+        if T > 1:  # the prompt, which sees nothing but itself
+            self.keys[:, :, :T], self.values[:, :, :T] = k, v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        self.keys.index_copy_(2, self.position, k)
+        self.values.index_copy_(2, self.position, v)
+        reach = self.mask.size(-1)
+        k, v = self.keys[:, :, :reach], self.values[:, :, :reach]  # 2 × (B, nh, reach, hs)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+
 class KVCache:
-    """The keys and values of the tokens so far, so that each is computed once.
+    """The keys and values of every layer: a prompt's all at once, then token by token.
 
     Memory for the whole context is taken at the start: 2 · layers · B · block_size · C numbers.
+
+    A new token looks at the first `reach` slots, a multiple of 128, through a mask that hides those
+    still unwritten. Its step then does the same to the same tensors for up to 128 tokens in a row,
+    which is what a CUDA graph needs (`RecordedDecoding`), and never reads much more than is there.
     """
 
     def __init__(
         self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
+        self.block_size = config.block_size
+        self.length = 0  # tokens stored in every layer
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # the same, on the device
+        self.slots = torch.arange(config.block_size, device=device)  # (block)
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, nh, block, hs)
-        self.values = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, nh, block, hs)
-        self.length = 0  # tokens whose keys and values are stored, in every layer
+        shape = (batch_size, config.n_head, config.block_size, head_size)
+        self.layers = [LayerCache(shape, self.position, dtype) for _ in range(config.n_layer)]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new k and v (B, nh, T, hs) after the old; returns all (B, nh, length + T, hs)."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    @property
+    def reach(self) -> int:
+        """How many slots the next token looks at, unwritten ones included."""
+        return min(self.block_size, self.length // 128 * 128 + 128)
+
+    def begin(self, T: int) -> Tensor:
+        """Make ready for T more tokens; returns their positions, (T,).
+
+        Raises ValueError past the end of the context, and for several tokens after others.
+        """
+        if self.length + T > self.block_size:
+            raise ValueError(f"{self.length + T} tokens, the context holds {self.block_size}")
+        if self.length > 0 and T > 1:
+            raise ValueError(f"{T} tokens at once after {self.length} cached ones: give one")
+        if T > 1:
+            return self.slots[:T]
+        unwritten = self.slots[: self.reach] > self.position  # (reach)
+        mask = torch.zeros_like(unwritten, dtype=self.layers[0].keys.dtype)
+        mask = mask.masked_fill(unwritten, -math.inf)[None]  # (1, reach): one query, many keys
+        for layer in self.layers:
+            layer.mask = mask
+        return self.position
+
+    def advance(self, T: int) -> None:
+        """T more tokens are stored now."""
+        self.length += T
+        self.position += T
+
+    def go_back(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = length
+        self.position.fill_(length)
 
 
 def attention_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,18 +144,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); with a cache, x continues what `layer` of it holds."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=-1)  # 3 × (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)  # 2 × (B, nh, length + T, hs)
-        dropout = self.dropout if self.training else 0.0
-        # A single token is the newest and may look at everything, so it needs no mask.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            y = cache.attend(q, k, v)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -134,11 +190,74 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+def loss_of_slice(logits: Tensor, targets: Tensor, V: int) -> Tensor:
+    """The summed cross-entropy -log p(target) of a slice of rows; logits turn into its gradient.
+
+    logits: (N, ≥ V) in any precision, targets: (N,) -> scalar in float32. Columns from V on are
+    padding: they count for nothing and get a gradient of 0. The derivative of cross-entropy with
+    respect to the logits is softmax(logits), less 1 at the target.
+    """
+    real = logits[:, :V].float()  # (N, V)
+    log_total = real.logsumexp(dim=-1, keepdim=True)  # (N, 1)
+    loss = (log_total - real.gather(1, targets[:, None])).sum()
+    hit = torch.arange(V, device=logits.device) == targets[:, None]  # (N, V)
+    logits[:, :V] = (real - log_total).exp() - hit.float()
+    logits[:, V:] = 0
+    return loss
+
+
+class HeadLoss(torch.autograd.Function):
+    """The mean loss of the output layer, whose logits are never all there at once.
+
+    The logits of 64 windows of 1,024 tokens would be 3.3 billion numbers, more than all that the
+    twelve blocks keep. But each row's loss is independent of the other rows. So a slice of rows is
+    computed, turned into its part of the loss and of both gradients, and forgotten, all in the
+    forward pass (as in Liger Kernel, Hsu et al. 2024, section 3.2).
+
+    The vocabulary of 50,257 is odd, and matrix units want multiples of 64: the copy of the weights
+    in the precision of the products is padded with zero rows.
+    """
+
+    SLICE = 8192  # rows: 0.8 GB of logits in bfloat16, and matrices large enough for any GPU
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, loss_of_slice, want_gradients):  # noqa: ANN001
+        """hidden (N, C), weight (V, C), targets (N,) -> the mean loss, a scalar in float32."""
+        (N, _), V, device = hidden.shape, len(weight), hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        hidden = hidden.to(dtype)
+        padded = F.pad(weight.to(dtype), (0, 0, 0, -V % 64))  # (V', C)
+        loss = torch.zeros((), device=hidden.device)
+        if want_gradients:
+            grad_hidden = torch.empty_like(hidden)  # (N, C)
+            grad_weight = torch.zeros_like(weight)  # (V, C)
+        for start in range(0, N, HeadLoss.SLICE):
+            rows = slice(start, start + HeadLoss.SLICE)
+            logits = hidden[rows] @ padded.T  # (n, V')
+            loss += loss_of_slice(logits, targets[rows], V)
+            if want_gradients:
+                grad_hidden[rows] = logits @ padded  # (n, C)
+                grad_weight += (logits.T @ hidden[rows])[:V]  # (V, C)
+        if want_gradients:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.count = N
+        return loss / N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):  # noqa: ANN001
+        """The gradients are there; what is left is the chain rule's factor."""
+        grad_hidden, grad_weight = ctx.saved_tensors
+        factor = grad_loss / ctx.count
+        return grad_hidden * factor, grad_weight.mul_(factor), None, None, None
 
 
 class GPT(nn.Module):
@@ -156,6 +275,7 @@ class GPT(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.loss_of_slice: Callable[[Tensor, Tensor, int], Tensor] = loss_of_slice
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -177,18 +297,20 @@ class GPT(nn.Module):
         With a cache, `ids` are the tokens after those it holds: all of a prompt when it is empty,
         later one at a time. Raises ValueError past the end of the context.
         """
-        start = cache.length if cache is not None else 0
         T = ids.size(1)
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens, the context holds {self.config.block_size}")
-        if start > 0 and T > 1:
-            raise ValueError(f"{T} tokens at once after {start} cached ones: give one at a time")
-        positions = torch.arange(start, start + T, device=ids.device)  # (T)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens, the context holds {self.config.block_size}")
+        positions = torch.arange(T, device=ids.device) if cache is None else cache.begin(T)  # (T)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
-        for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)  # (B, T, C)
+        for number, block in enumerate(self.h):
+            if cache is not None:
+                x = block(x, cache.layers[number])  # (B, T, C)
+            elif self.config.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # (B, T, C)
+            else:
+                x = block(x)  # (B, T, C)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.ln_f(x)  # (B, T, C)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -200,10 +322,23 @@ class GPT(nn.Module):
 
         The loss is cross-entropy, -log p(target), over the V real tokens and in float32.
         """
-        logits = self.logits(self.hidden_states(ids))  # (B, T, V)
+        hidden = self.hidden_states(ids)  # (B, T, C)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.logits(hidden)  # (B, T, V)
+        rows, want_gradients = hidden.flatten(0, 1), torch.is_grad_enabled()  # (B·T, C)
+        return HeadLoss.apply(
+            rows, self.wte.weight, targets.flatten(), self.loss_of_slice, want_gradients
+        )
+
+    def compile_parts(self) -> None:
+        """Let torch.compile make fast kernels of a block, once for all of them, and of the loss.
+
+        Block by block rather than as a whole: twelve times less to compile, and DDP can send a
+        block's gradients while those of the earlier blocks are still being computed.
+        """
+        for block in self.h:
+            block.compile(fullgraph=True, dynamic=False)
+        self.loss_of_slice = torch.compile(loss_of_slice, fullgraph=True, dynamic=False)
 
     def num_parameters(self) -> int:
         """All of them, positions included, tied ones once."""
@@ -238,17 +373,58 @@ class GPT(nn.Module):
         window = ids[:, -block_size:]  # (B, ≤ block_size)
         weight = self.wte.weight
         cache = KVCache(self.config, len(ids), weight.device, weight.dtype)
-        new = window
-        for _ in range(max_new_tokens):
-            if window.size(1) > block_size:
-                window = new = window[:, -max(1, block_size // 2) :]
-                cache.length = 0
-            hidden = self.hidden_states(new, cache)  # (B, T, C)
-            logits = self.logits(hidden[:, -1])  # (B, V)
+        decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
+        logits = self.next_logits(window, cache)  # (B, V)
+        for count in range(max_new_tokens):
             next_ids = choose_next(logits, temperature, top_k, top_p, generator)  # (B)
             yield next_ids
-            new = next_ids[:, None]  # (B, 1)
-            window = torch.cat((window, new), dim=1)
+            if count == max_new_tokens - 1:
+                return
+            window = torch.cat((window, next_ids[:, None]), dim=1)
+            if cache.length < block_size:
+                logits = decode(next_ids[:, None], cache)  # (B, V)
+            else:
+                cache.go_back(0)
+                window = window[:, -max(1, block_size // 2) :]
+                logits = self.next_logits(window, cache)  # (B, V)
+
+    def next_logits(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """The logits of the token that comes after ids (B, T), which follow the cached: (B, V)."""
+        return self.logits(self.hidden_states(ids, cache)[:, -1])
+
+
+class RecordedDecoding:
+    """A decoding step as a CUDA graph: some 200 small kernels, recorded once, started as one.
+
+    Starting each of them from Python takes longer than it runs. One graph serves as long as the
+    cache's `reach` stays the same.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        self.model = model
+        batch_size = len(cache.layers[0].keys)
+        self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=cache.position.device)
+        self.recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """The logits (B, V) after ids (B, 1); the next call overwrites them."""
+        self.ids.copy_(ids)
+        if cache.reach not in self.recordings:
+            self.recordings[cache.reach] = self._record(cache)
+        graph, logits = self.recordings[cache.reach]
+        graph.replay()  # moves cache.position on as well
+        cache.length += 1
+        return logits
+
+    def _record(self, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        length = cache.length
+        self.model.next_logits(self.ids, cache)  # libraries set themselves up in a first call
+        cache.go_back(length)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.model.next_logits(self.ids, cache)
+        cache.length = length  # nothing has run yet
+        return graph, logits
 
 
 def choose_next(

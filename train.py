@@ -22,7 +22,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, Meta, newest_checkpoint, save_checkpoint
-from data import BatchShape, micro_batches
+from data import BatchShape, StepLoader
 from distributed import Ranks, choose_dtype, device_name, memory_errors, process_group
 from evaluate import Validation, evaluating, validate
 from metrics import Metrics, Speed, estimated_memory
@@ -62,13 +62,35 @@ def draw_seed(purpose: int, seed: int, step: int, micro_batch: int) -> int:
     )
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step tells."""
+    """What one optimizer step tells, once the device has come to its end.
 
-    loss: float  # nats per token, the mean over the whole step and all ranks
-    grad_norm: float  # before clipping
-    learning_rate: float
+    On a GPU, work is only queued by the code here. Whoever reads `loss` or `grad_norm` waits for
+    it, so they are read a step late, when the GPU has been given the next step to do.
+    """
+
+    def __init__(self, step: int, learning_rate: float, numbers: Tensor) -> None:
+        """`step` is counted from 1; `numbers` are the loss and the norm, (2,), on the device."""
+        self.step, self.learning_rate = step, learning_rate
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if numbers.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def _read(self, index: int) -> float:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.numbers[index].item()
+
+    @property
+    def loss(self) -> float:
+        """Nats per token, the mean over the whole step and all ranks."""
+        return self._read(0)
+
+    @property
+    def grad_norm(self) -> float:
+        """The gradient's norm before clipping."""
+        return self._read(1)
 
 
 class Trainer:
@@ -99,6 +121,13 @@ class Trainer:
         self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, **asdict(config.model)))
         self.model.to(ranks.device)
         self.optimizer = make_optimizer(self.model, config.optim)
+        self.loader = StepLoader(
+            self.train_stream,
+            self.shape,
+            config.train.seed,
+            ranks.rank,
+            pin_memory=ranks.device.type == "cuda",
+        )
         self.step, self.best_val_loss = 0, math.inf
         self._resume(folder)
         self.wrapped = self._wrap()
@@ -153,12 +182,15 @@ class Trainer:
 
         It shares its weights with `self.model`, which is the one to save and to sample from.
         """
-        wrapped = torch.compile(self.model) if self.config.train.compile else self.model
+        if self.config.train.compile:
+            self.model.compile_parts()
         if self.ranks.world_size == 1:
-            return wrapped
+            return self.model
         on_gpu = self.ranks.device.type == "cuda"
         return DistributedDataParallel(
-            wrapped, device_ids=[self.ranks.local_rank] if on_gpu else None
+            self.model,
+            device_ids=[self.ranks.local_rank] if on_gpu else None,
+            gradient_as_bucket_view=True,  # one copy of the gradients, not two
         )
 
     @property
@@ -188,7 +220,7 @@ class Trainer:
         gradients came; had that happened in a real step, a resumed run would round differently from
         one that was never stopped.
         """
-        _, inputs, targets = next(self._micro_batches(self.step))
+        _, inputs, targets = next(self._micro_batches())
         try:
             self.loss_of(inputs, targets).backward()
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -198,31 +230,25 @@ class Trainer:
             ) from error
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """This rank's micro-batches of a step, on the device."""
-        seed, device = self.config.train.seed, self.ranks.device
-        for number, inputs, targets in micro_batches(
-            self.train_stream, self.shape, seed, step, self.ranks.rank
-        ):
-            if device.type == "cuda":
-                inputs, targets = inputs.pin_memory(), targets.pin_memory()
-            yield (
-                number,
-                inputs.to(device, non_blocking=True),
-                targets.to(device, non_blocking=True),
-            )
+    def _micro_batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """This rank's micro-batches of the present step, on the device."""
+        device = self.ranks.device
+        for number, inputs, targets in self.loader.load(self.step):
+            inputs = inputs.to(device, non_blocking=True)
+            yield number, inputs, targets.to(device, non_blocking=True)
 
     def train_step(self) -> StepResult:
         """One optimizer step: accumulate the gradients of all micro-batches, clip, update.
 
-        Raises UserError before the update if the gradient is not finite.
+        Nothing here waits for the device. If loss or gradient are not finite, the optimizer leaves
+        the weights as they are, on the device's own decision: `check` is to find out and stop.
         """
         optim, accumulation = self.config.optim, self.shape.accumulation
         learning_rate = learning_rate_at(self.step, optim, self.config.train.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss_sum = torch.zeros((), device=self.ranks.device)
-        for done, (number, inputs, targets) in enumerate(self._micro_batches(self.step), 1):
+        for done, (number, inputs, targets) in enumerate(self._micro_batches(), 1):
             torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, self.step, number))
             with self.syncing(last=done == accumulation):
                 # Each micro-batch has the same number of tokens, so the mean of their means is the
@@ -230,25 +256,33 @@ class Trainer:
                 loss = self.loss_of(inputs, targets) / accumulation
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
+        return self.update(loss_sum, learning_rate)
+
+    def update(self, loss_sum: Tensor, learning_rate: float) -> StepResult:
+        """Clip the gradients and let the optimizer use them. `loss_sum`: this rank's, a scalar."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
-        loss = self.ranks.sum(loss_sum).item() / self.ranks.world_size
-        self._stop_if_not_finite(loss, grad_norm.item())
+        limit = self.config.optim.grad_clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        numbers = torch.stack((self.ranks.sum(loss_sum) / self.ranks.world_size, grad_norm))
+        # AdamW skips its update where this is 1; the gradient scaler sets the same for float16.
+        self.optimizer.found_inf = (~numbers.isfinite().all()).float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return StepResult(loss, grad_norm.item(), learning_rate)
+        return StepResult(self.step, learning_rate, numbers)
 
-    def _stop_if_not_finite(self, loss: float, grad_norm: float) -> None:
-        """Every rank sees the same two numbers, so all stop or none.
+    def check(self, result: StepResult) -> None:
+        """Raises UserError if a step's loss or gradient were not finite.
 
-        In float16 an overflowing gradient is normal: the scaler passes over such a step.
+        Every rank sees the same two numbers, so all stop or none. In float16 an overflowing
+        gradient is normal: the scaler passes over such a step.
         """
+        loss, grad_norm = result.loss, result.grad_norm
         overflow_is_normal = self.scaler.is_enabled()
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflow_is_normal):
             raise UserError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}. The weights were "
+                f"step {result.step:,}: loss {loss}, gradient norm {grad_norm}. The weights were "
                 f"not updated; go on from the last checkpoint in {self.out} with a lower "
                 "--optim.learning_rate or more --optim.warmup_steps"
             )
@@ -273,7 +307,7 @@ class Trainer:
         generator = torch.Generator(self.ranks.device)
         generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, self.step, 0))
         start = torch.tensor([[self.encoding.eot_token]], device=self.ranks.device)
-        with evaluating(self.model):
+        with evaluating(self.model), torch.compiler.set_stance("force_eager"):
             ids = [
                 int(token)
                 for token in self.model.generate(
@@ -376,35 +410,63 @@ class Trainer:
             say(f"done: python sample.py --checkpoint {self.out}")
 
     def _loop(self, metrics: Metrics | None, bar: tqdm) -> None:
-        """Step after step, and what is due after some of them."""
-        config, first = self.config, self.ranks.is_first
+        """Step after step, and what is due after some of them.
+
+        A step is looked at when the next one is under way, or when something is to be done with the
+        model as it is after it.
+        """
         speed = Speed(self.tokens, self.model.flops_per_token(), self.ranks)
-        while self.step < config.train.max_steps:
+        before = None
+        while self.step < self.config.train.max_steps:
             result = self.train_step()
-            bar.update()
-            last = self.step == config.train.max_steps
-            if first and (self.step % config.log.log_every == 0 or last):
-                self._report(result, metrics, speed, bar)
-            val_loss = None
-            with speed.paused():
-                if _due(self.step, config.log.eval_every, last):
-                    val_loss = self._report_validation(metrics)
-                if self.step % config.train.checkpoint_every == 0 or last:
-                    self.save(val_loss)
-                if first and self.encoding and _due(self.step, config.log.sample_every, last):
-                    say(f"step {self.step:,} writes:\n{self.sample()}\n")
+            if before:
+                self._finish(before, metrics, speed, bar)
+            before = result
+            if self._anything_due():
+                self._finish(result, metrics, speed, bar)
+                before = None
+                with speed.paused():
+                    self._do_what_is_due(metrics)
+
+    def _is_due(self, every: int) -> bool:
+        """Whether what happens every so many steps (0 = never) and after the last is due now."""
+        last = self.step == self.config.train.max_steps
+        return every > 0 and (self.step % every == 0 or last)
+
+    def _anything_due(self) -> bool:
+        log, train = self.config.log, self.config.train
+        return any(map(self._is_due, (log.eval_every, train.checkpoint_every, log.sample_every)))
+
+    def _do_what_is_due(self, metrics: Metrics | None) -> None:
+        """Validate, save, write a sample."""
+        config, val_loss = self.config, None
+        if self._is_due(config.log.eval_every):
+            val_loss = self._report_validation(metrics)
+        if self._is_due(config.train.checkpoint_every):
+            self.save(val_loss)
+        if self.ranks.is_first and self.encoding and self._is_due(config.log.sample_every):
+            say(f"step {self.step:,} writes:\n{self.sample()}\n")
+
+    def _finish(self, result: StepResult, metrics: Metrics | None, speed: Speed, bar: tqdm) -> None:
+        """Wait for a step, see that it went well, and report it if it is one to report."""
+        self.check(result)
+        bar.update()
+        last = result.step == self.config.train.max_steps
+        if self.ranks.is_first and (result.step % self.config.log.log_every == 0 or last):
+            self._report(result, metrics, speed, bar)
 
     def _report(self, result: StepResult, metrics: Metrics, speed: Speed, bar: tqdm) -> None:
         """One line into the metrics, and the newest numbers beside the bar."""
-        tokens_per_second, mfu = speed.measure(self.tokens)
+        tokens = result.step * self.shape.tokens_per_step
+        tokens_per_second, mfu = speed.measure(tokens)
         metrics.write(
             "train",
-            self.step,
+            result.step,
             {
                 "loss": result.loss,
                 "learning_rate": result.learning_rate,
                 "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
-                "tokens": self.tokens,
+                "tokens": tokens,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
             },
@@ -427,15 +489,10 @@ class Trainer:
         return result.loss
 
 
-def _due(step: int, every: int, last: bool) -> bool:
-    """Whether something that happens every so many steps (0 = never) and at the end is due."""
-    return every > 0 and (step % every == 0 or last)
-
-
 def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
     """Raises UserError if a checkpoint is of another model, or would go on with other batches."""
     now = asdict(config)
-    names = [("model", key) for key in now["model"] if key != "dropout"]
+    names = [("model", key) for key in now["model"] if key not in ("dropout", "recompute")]
     for section, key in [*names, ("train", "seed"), ("train", "tokens_per_step")]:
         if then[section][key] != now[section][key]:
             raise UserError(

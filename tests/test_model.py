@@ -9,14 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
     GPT,
     CausalSelfAttention,
     GPTConfig,
+    HeadLoss,
     KVCache,
     attention_written_out,
     choose_next,
+    loss_of_slice,
 )
 
 SMALL = GPTConfig(vocab_size=97, block_size=16, n_layer=3, n_head=4, n_embd=32)
@@ -164,6 +167,101 @@ def test_the_loss_is_the_mean_of_minus_log_probability():
     assert model(ids, targets).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 16, 100])
+def test_the_sliced_loss_and_its_gradients_equal_those_of_all_logits_at_once(monkeypatch, rows):
+    monkeypatch.setattr(HeadLoss, "SLICE", rows)
+    ids, targets = random_ids(SMALL, 2, 8), random_ids(SMALL, 2, 8, seed=1)
+    sliced, whole = make_model(scale=3.0), make_model(scale=3.0).double()
+    loss = sliced(ids, targets)
+    expected = F.cross_entropy(whole(ids).flatten(0, 1), targets.flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (loss / 7).backward()  # as in accumulation: the gradient that comes in isn't 1
+    (expected / 7).backward()
+    for (name, got), want in zip(sliced.named_parameters(), whole.parameters()):
+        torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_loss_and_its_gradients_lose_no_more_than_that_precision(dtype):
+    """4,096 rows: had the mean's factor gone in before the products, float16 would lose digits."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4096, 32), torch.randn(97, 32) * 0.1
+    targets = torch.randint(97, (4096,))
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = F.cross_entropy(F.linear(*exact), targets)
+    expected.backward()
+    reduced = [hidden.requires_grad_(), weight.requires_grad_()]
+    with torch.autocast("cpu", dtype):
+        loss = HeadLoss.apply(*reduced, targets, loss_of_slice, True)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=torch.finfo(dtype).eps)
+    for got, want in zip(reduced, exact):
+        error = (got.grad - want.grad).norm() / want.grad.norm()
+        assert error < torch.finfo(dtype).eps
+
+
+def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch):
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    self.numbers = max(self.numbers, tensor.numel())
+            return result
+
+    config = GPTConfig(vocab_size=5000, block_size=16, n_layer=1, n_head=1, n_embd=8)
+    monkeypatch.setattr(HeadLoss, "SLICE", 8)
+    ids = random_ids(config, 4, 16)
+    with Largest() as largest:
+        make_model(config)(ids, ids).backward()
+    assert largest.numbers == 8 * 5056  # eight rows of the padded vocabulary, of sixty-four
+
+
+def test_recomputing_changes_neither_loss_nor_gradients_but_what_is_kept():
+    ids, targets = random_ids(SMALL, 2, 8), random_ids(SMALL, 2, 8, seed=1)
+    kept, gradients = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.3, "recompute": recompute}))
+        numbers = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal numbers
+            numbers += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(ids, targets)
+        loss.backward()
+        kept.append(numbers)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert kept[1] < kept[0] / 2
+
+
+def test_compiled_parts_compute_the_same_in_one_graph_each_without_breaks_or_recompiles():
+    """A block's graph serves all three, forward and backward; the other is the loss of a slice."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, plain = make_model(scale=3.0).train(), make_model(scale=3.0).train()
+    compiled.compile_parts()
+    for seed in range(3):
+        ids, targets = random_ids(SMALL, 2, 8, seed), random_ids(SMALL, 2, 8, seed + 10)
+        loss, expected = compiled(ids, targets), plain(ids, targets)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        loss.backward()
+        expected.backward()
+    for got, want in zip(compiled.parameters(), plain.parameters()):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
 def test_dropout_acts_in_training_only():
     model = GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.5}))
     ids = random_ids(SMALL, 1, 8)
@@ -223,15 +321,45 @@ def test_cached_hidden_states_equal_those_computed_at_once():
         torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden_states(ids))
 
 
-def test_unwritten_slots_of_the_cache_are_never_read():
+def test_unwritten_slots_of_the_cache_are_never_looked_at():
     model = make_model(scale=3.0)
-    ids = random_ids(SMALL, 1, 4)
+    ids = random_ids(SMALL, 1, 5)
     cache = KVCache(SMALL, 1, torch.device("cpu"), torch.float32)
-    cache.keys.fill_(math.nan)
-    cache.values.fill_(math.nan)
+    for layer in cache.layers:
+        layer.keys.fill_(1e6)
+        layer.values.fill_(1e6)
     with torch.no_grad():
-        assert model.hidden_states(ids, cache).isfinite().all()
-        assert model.hidden_states(ids[:, :1], cache).isfinite().all()
+        model.hidden_states(ids[:, :4], cache)
+        last = model.hidden_states(ids[:, 4:], cache)[:, 0]
+        torch.testing.assert_close(last, model.hidden_states(ids)[:, 4])
+
+
+def test_the_cache_reaches_further_every_128_tokens_and_never_past_the_context():
+    config = GPTConfig(vocab_size=97, block_size=300, n_layer=2, n_head=2, n_embd=16)
+    model = make_model(config, scale=3.0)
+    ids = random_ids(config, 2, 300)
+    cache = KVCache(config, 2, torch.device("cpu"), torch.float32)
+    reaches, hidden = [], []
+    with torch.no_grad():
+        for position in range(300):
+            reaches.append(cache.reach)
+            hidden.append(model.hidden_states(ids[:, position : position + 1], cache))
+        torch.testing.assert_close(torch.cat(hidden, dim=1), model.hidden_states(ids))
+    assert reaches == [128] * 128 + [256] * 128 + [300] * 44
+
+
+@pytest.mark.gpu
+def test_decoding_with_recorded_graphs_equals_decoding_without_a_cache():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    config = GPTConfig(vocab_size=97, block_size=160, n_layer=3, n_head=4, n_embd=32)
+    model = make_model(config, scale=3.0).cuda()
+    ids = random_ids(config, 4, 100).cuda()
+    with torch.no_grad():
+        model.wpe.weight.mul_(20)
+        expected = greedy_without_cache(model, ids, count=150)
+    got = torch.stack(list(model.generate(ids, 150, temperature=0)))
+    assert torch.equal(got, expected)
 
 
 def test_tokens_past_the_context_or_many_after_cached_ones_are_errors():
