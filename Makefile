@@ -1,13 +1,14 @@
 # make demo    a fresh machine → environment, data, a small GPT trained on a CPU, a sample of its text
 # make test    the whole test suite
 # make lint    style checks
+# make bench   speed; beside others with NANOGPT=, BUILD_NANOGPT= (their checkouts), TEXTS= (Parquet)
 # make clean   remove what the targets above made
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/requirements.installed
@@ -24,6 +25,19 @@ test: $(VENV)/requirements-dev.installed
 lint: $(VENV)/requirements-dev.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/requirements-dev.installed
+	$(RUN) bench.py train --output results/bench_train.json \
+		$(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) \
+		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT))
+	for batch in 1 16; do for prompt in 16 992; do \
+		$(RUN) bench.py generate --batch-size $$batch --prompt-tokens $$prompt \
+			--output results/bench_generate_$${batch}_$$prompt.json --peer transformers \
+			$(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) || exit 1; \
+	done; done
+	$(RUN) bench.py data --output results/bench_data.json
+	$(if $(TEXTS),$(RUN) bench.py tokenize --source $(TEXTS) --output results/bench_tokenize.json \
+		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT)))
 
 clean:
 	rm -rf $(VENV) data/demo out/demo

@@ -15,7 +15,7 @@ import torch
 from config import Config
 from distributed import Ranks, peak_flops
 from errors import UserError
-from model import GPT
+from model import GPT, HeadLoss
 
 
 def _step_of(line: str) -> float:
@@ -112,10 +112,14 @@ def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype) -> int:
 
     Weights, gradients and AdamW's two averages: 16 bytes per parameter. Activations kept for the
     backward pass: 17 numbers of C per token and block with fused attention (Korthikanti et al.
-    2022, section 4.1, without the score matrix), and the logits in the run's precision, in float32
-    and their gradient.
+    2022, section 4.1, without the score matrix), or a block's input alone, in float32, if the rest
+    is recomputed one block at a time. And a slice of the logits, with their softmax in float32.
     """
     config = model.config
-    per_token = 17 * config.n_layer * config.n_embd * dtype.itemsize
-    per_token += config.vocab_size * (dtype.itemsize + 8)
-    return 16 * model.num_parameters() + tokens * per_token
+    block = 17 * config.n_embd * dtype.itemsize  # bytes per token
+    if config.recompute:
+        blocks = config.n_layer * config.n_embd * 4 + block
+    else:
+        blocks = config.n_layer * block
+    logits = min(tokens, HeadLoss.SLICE) * config.vocab_size * (dtype.itemsize + 8)
+    return 16 * model.num_parameters() + tokens * blocks + logits

@@ -89,7 +89,7 @@ def call(capfd):
     return call_script
 
 
-def run(*command: object, stdin: str = "", timeout: float = 240) -> Result:
+def run(*command: object, stdin: str = "", timeout: float = 900) -> Result:
     """Run a real process in the repository: run("sample.py", "--help")."""
     words = [sys.executable, *map(str, command)]
     done = subprocess.run(

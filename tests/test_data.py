@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import BatchShape, epoch_order, load_windows, micro_batches, step_windows
+from data import (
+    BatchShape,
+    StepLoader,
+    epoch_order,
+    load_windows,
+    micro_batches,
+    step_windows,
+)
 from errors import UserError
 from shards import TokenStream, shard_header
 
@@ -106,3 +115,52 @@ def test_a_batch_shape_prints_the_whole_equation():
     assert str(shape) == (
         "524,288 tokens per step = processes 8 × micro-batches 1 × windows 64 × tokens 1,024"
     )
+
+
+# The loader
+
+
+def make_loader(shards, rank: int = 0, world_size: int = 2) -> StepLoader:
+    shape = BatchShape(256, 32, 2, world_size)
+    return StepLoader(TokenStream(shards, "train"), shape, seed=5, rank=rank, pin_memory=False)
+
+
+def same_batches(got: list, expected: list) -> bool:
+    return len(got) == len(expected) and all(
+        number == other[0] and torch.equal(inputs, other[1]) and torch.equal(targets, other[2])
+        for (number, inputs, targets), other in zip(got, expected)
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_loader_gives_each_steps_micro_batches_in_any_order_of_steps(shards, rank):
+    loader = make_loader(shards, rank)
+    for step in (0, 1, 2, 7, 7, 3, 4):
+        expected = list(micro_batches(loader.stream, loader.shape, 5, step, rank))
+        assert same_batches(loader.load(step), expected)
+
+
+def test_the_loader_prepares_the_next_step_while_this_one_is_used(shards, monkeypatch):
+    prepared, done = [], threading.Event()
+    prepare = StepLoader._prepare
+
+    def spy(self, step: int) -> list:
+        prepared.append((step, threading.current_thread() is threading.main_thread()))
+        if step == 4:
+            done.set()
+        return prepare(self, step)
+
+    monkeypatch.setattr(StepLoader, "_prepare", spy)
+    make_loader(shards).load(3)
+    assert done.wait(60)
+    assert prepared == [(3, False), (4, False)]
+
+
+def test_a_damaged_token_is_told_at_the_step_that_would_have_used_it(shards):
+    loader = make_loader(shards)
+    loader.load(0)
+    loader.ahead[1].result()  # step 1 is ready
+    loader.stream.vocab_size = 5
+    loader.load(1)  # and begins step 2
+    with pytest.raises(UserError, match="a shard is damaged"):
+        loader.load(2)

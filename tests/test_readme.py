@@ -80,6 +80,11 @@ def test_the_numbers_of_the_demo_are_those_that_were_measured():
     )
 
 
+def test_the_plan_for_more_gpus_is_what_bench_prints(call):
+    (command,) = (line for line in commands() if line.startswith("python bench.py plan"))
+    assert f"```text\n{call('bench', *command.split()[2:]).out}```" in README
+
+
 def test_the_closing_line_of_the_tests_is_one_that_was_seen():
     seen = json.loads((ROOT / "results" / "tests.json").read_text(encoding="utf-8"))
     assert f"```text\n{seen['closing_line']}\n```" in README

@@ -16,6 +16,7 @@ import train
 from config import load_config
 from data import load_windows, step_windows
 from distributed import Ranks
+from metrics import estimated_memory
 from model import GPT, GPTConfig
 from optim import learning_rate_at
 from shards import TokenStream, encoding_of
@@ -213,6 +214,36 @@ def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
     assert "36,096 parameters, vocabulary bpe-300 of 300" in plan
     assert "3 steps take 1,536" in plan
     assert "GB per process" in plan
+
+
+def bytes_kept(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> int:
+    """What autograd keeps of the blocks for the backward pass, weights aside."""
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() % ids.numel() == 0:  # so many tokens that no weight has such a size
+            kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model.hidden_states(ids)
+    return sum(size for _, size in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_of_memory_is_near_what_autograd_keeps(dtype, recompute):
+    """Per block: the difference between ten of them and two, so that the rest falls out."""
+    ids = torch.zeros(7, 96, dtype=torch.long)
+    kept, estimated = [], []
+    for n_layer in (10, 2):
+        shape = {"vocab_size": 11, "block_size": 96, "n_head": 1, "n_embd": 64}
+        model = GPT(GPTConfig(n_layer=n_layer, recompute=recompute, **shape))
+        kept.append(bytes_kept(model, ids, dtype))
+        parameters = 16 * model.num_parameters()
+        estimated.append(estimated_memory(model, ids.numel(), dtype) - parameters)
+    assert estimated[0] - estimated[1] == pytest.approx(kept[0] - kept[1], rel=0.15)
 
 
 def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
@@ -416,7 +447,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(configure):
     assert not any(state["step"] for state in trainer.optimizer.state.values())
     with pytest.raises(train.UserError, match="step 1: loss nan"):
         trainer.check(result)
-    with pytest.raises(train.UserError, match="step 2: loss nan"):
+    with trainer.own_folder(), pytest.raises(train.UserError, match="step 2: loss nan"):
         trainer.run()
 
 

@@ -1,0 +1,75 @@
+"""How far does it scale? Step time, efficiency, memory and cost, worked out on paper.
+
+    python bench.py plan --tokens-per-second 400000
+
+Nothing here is measured but the speed of one GPU that is put in. From that follows what W of them
+reach when, as in DDP, each computes its share of the step and all then sum their gradients, by a
+ring all-reduce that runs while the last backward pass is still going on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GRADIENT_BYTES = 4  # float32
+BUCKET_BYTES = 25 * 2**20  # DDP sends the gradients in buckets; the last can't hide behind anything
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs, and what connects them."""
+
+    gpus: int
+    bandwidth: float  # bytes per second that a GPU sends and receives at once
+    latency: float  # seconds until a neighbour's first byte is there
+
+    def all_reduce_seconds(self, size: int) -> float:
+        """The time of a ring all-reduce of `size` bytes.
+
+        In each of 2 (W - 1) rounds every GPU sends a W-th of it to its neighbour (Patarasuk and
+        Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations").
+        """
+        rounds = 2 * (self.gpus - 1)
+        return rounds * (size / self.gpus / self.bandwidth + self.latency)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """An optimizer step on a cluster, in seconds."""
+
+    windows: int  # per GPU and micro-batch
+    accumulation: int  # micro-batches per GPU
+    computing: float
+    sending: float  # the whole all-reduce
+    waiting: float  # the part of it that no computing hides
+
+    @property
+    def total(self) -> float:
+        """The step, computing and waiting."""
+        return self.computing + self.waiting
+
+
+def step_time(
+    cluster: Cluster,
+    windows_per_step: int,
+    micro_batch_size: int,
+    block_size: int,
+    tokens_per_second: float,
+    parameters: int,
+) -> StepTime | None:
+    """What a step takes on the cluster; None if there are more GPUs than windows in a step.
+
+    `tokens_per_second` is one GPU's, and is taken to be the same for smaller micro-batches, which
+    flatters large clusters. Two thirds of a micro-batch's time are its backward pass.
+    """
+    share, rest = divmod(windows_per_step, cluster.gpus)
+    if share == 0 or rest:
+        return None
+    windows = max(size for size in range(1, min(share, micro_batch_size) + 1) if share % size == 0)
+    computing = share * block_size / tokens_per_second
+    gradients = GRADIENT_BYTES * parameters
+    sending = cluster.all_reduce_seconds(gradients)
+    last = sending * min(1.0, BUCKET_BYTES / gradients)
+    backward = computing * windows / share * 2 / 3
+    waiting = max(last, sending - backward)
+    return StepTime(windows, share // windows, computing, sending, waiting)

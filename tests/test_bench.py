@@ -1,0 +1,257 @@
+"""bench.py: real measurements of something tiny, beside peers that these tests write themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import TEXT, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bench
+import contestants
+from scaling import Cluster, StepTime, step_time
+
+MODEL = """
+[model]
+n_layer = 1
+n_head = 2
+n_embd = 16
+block_size = 32
+
+[train]
+micro_batch_size = 2
+"""
+
+# A checkout whose model is so slow that whoever is beside it must be faster, and whose script, when
+# run rather than read, fails.
+SLOW_PEER = """
+import time
+from dataclasses import dataclass
+
+import torch
+from neighbour import something
+
+SECONDS = 1 / 0
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    bias: bool = True
+    dropout: float = 0.0
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("a peer may print what it likes")
+        self.table = torch.nn.Embedding(config.vocab_size, 2)
+
+    def configure_optimizers(self, weight_decay, learning_rate, *others):
+        return torch.optim.SGD(self.parameters(), lr=learning_rate)
+
+    def forward(self, inputs, targets=None):
+        time.sleep(3)
+        return None, self.table(inputs).mean()
+
+    def generate(self, ids, count, top_k=None):
+        assert top_k == 1
+        time.sleep(0.5 * count)
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(MODEL)
+    return path
+
+
+@pytest.fixture
+def peer(tmp_path) -> Path:
+    folder = tmp_path / "peer"
+    folder.mkdir()
+    for name in ("model.py", "train_gpt2.py"):
+        (folder / name).write_text(SLOW_PEER)
+    (folder / "neighbour.py").write_text("something = 1 / 0")
+    return folder
+
+
+def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp_path):
+    output = tmp_path / "out.json"
+    options = ["--rounds", 2, "--steps", 1, "--no-compile", "--device", "cpu", "--dtype", "float32"]
+    peers = [f"--peer=nanogpt={peer}", f"--peer=build-nanogpt={peer}"]
+    result = run("bench.py", "train", "--config", config, *options, *peers, "--output", output)
+    assert result.status == 0, result.err
+    report = json.loads(output.read_text())
+    ours, slow = report["results"]["ours"], report["results"]["nanogpt"]
+    assert slow["seconds"]["forward"] >= 3
+    assert slow["tokens_per_second"] <= 2 * 32 / 3
+    assert slow["times_as_fast"] > 1 > ours["seconds"]["forward"]
+    assert report["results"]["build-nanogpt"]["times_as_fast"] > 1
+    for measured in report["turns"]["ours"]:
+        parts = sum(measured[f"{part}_seconds"] for part in bench.PARTS)
+        assert parts == pytest.approx(measured["step_seconds"], rel=0.1)
+    lines = result.out.splitlines()
+    assert lines[0].split()[:3] == ["tokens/s", "of", "product"]
+    assert [line.split()[0] for line in lines[1:4]] == ["ours", "nanogpt", "build-nanogpt"]
+    assert lines[2].endswith(f"{slow['times_as_fast']:.2f} × as fast")
+    assert report["command"].startswith("python bench.py train")
+    assert {"date", "hardware", "versions", "settings"} <= set(report)
+
+
+def test_generation_is_measured_beside_peers(config, peer, tmp_path):
+    output = tmp_path / "out.json"
+    options = ["--rounds", 1, "--new-tokens", 3, "--device", "cpu", "--peer", f"nanogpt={peer}"]
+    result = run("bench.py", "generate", "--config", config, *options, "--output", output)
+    assert result.status == 0, result.err
+    slow = json.loads(output.read_text())["results"]["nanogpt"]
+    assert slow["decode_tokens_per_second"] == pytest.approx(2, rel=0.2)
+    assert slow["decode_times_as_fast"] > 1
+
+
+def test_transformers_is_a_peer_too(config):
+    pytest.importorskip("transformers")
+    options = ["--rounds", 1, "--device", "cpu", "--peer", "transformers"]
+    result = run("bench.py", "generate", "--config", config, "--new-tokens", 3, *options)
+    assert result.status == 0, result.err
+    assert result.out.splitlines()[2].startswith("transformers")
+    result = run("bench.py", "train", "--config", config, "--steps", 1, "--no-compile", *options)
+    assert result.status == 0, result.err
+
+
+def test_the_loader_is_measured(config, tmp_path):
+    output = tmp_path / "out.json"
+    options = ["--rounds", 1, "--output", output]
+    assert run("bench.py", "data", "--config", config, *options).status == 0
+    assert json.loads(output.read_text())["results"]["tokens_per_second"] > 1000
+
+
+FINEWEB = """
+import os
+import numpy as np
+from datasets import load_dataset
+
+folder = os.path.join(os.path.dirname(__file__), "edu_fineweb10B")
+os.makedirs(folder)
+texts = load_dataset("owner/elsewhere", name="sample", split="train")
+workers = os.cpu_count() // 2
+np.save(os.path.join(folder, "shard"), np.zeros(1000 * workers * len(texts), dtype=np.uint16))
+"""
+
+
+def test_preparing_is_measured_beside_bare_tiktoken_and_build_nanogpt(tmp_path):
+    source, checkout = tmp_path / "source", tmp_path / "checkout"
+    source.mkdir()
+    checkout.mkdir()
+    (checkout / "fineweb.py").write_text(FINEWEB)
+    table = pyarrow.table({"text": [TEXT * 20] * 5})
+    pyarrow.parquet.write_table(table, source / "texts.parquet")
+    output = tmp_path / "out.json"
+    options = ["--copies", 2, "--rounds", 1, "--workers", 2, "--output", output]
+    peer = f"build-nanogpt={checkout}"
+    result = run("bench.py", "tokenize", "--source", source, *options, "--peer", peer)
+    assert result.status == 0, result.err
+    results = json.loads(output.read_text())["results"]
+    assert list(results) == ["ours", "bare tiktoken", "build-nanogpt"]
+    assert results["bare tiktoken"]["times_as_fast"] < 1  # a start takes longer than so little text
+    assert list(checkout.iterdir()) == [checkout / "fineweb.py"]  # nothing is left in a checkout
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("train --peer nanoGPT=.", "--peer nanoGPT: expected one of nanogpt, build-nanogpt, tr"),
+        ("train --peer nanogpt", "expected nanogpt=PATH, the folder of its checkout"),
+        ("train --peer nanogpt=nowhere", "expected nanogpt=PATH"),
+        ("generate --new-tokens 1", "expected at least 2"),
+        ("generate --prompt-tokens 1000 --new-tokens 100", "more than the context of 1,024"),
+        ("generate --config nowhere.toml", "nowhere.toml"),
+        ("tokenize --source tests", "expected a folder of .parquet files"),
+        ("train --rounds 0", "expected a whole number above 0"),
+    ],
+)
+def test_wrong_input_is_one_line(call, words, complaint):
+    assert complaint in call("bench", *words.split()).error()
+
+
+def test_a_contestant_that_fails_is_named(tmp_path, config, call):
+    (tmp_path / "model.py").write_text("class GPTConfig:\n    pass\n")
+    options = ["--config", config, "--no-compile", "--peer", f"nanogpt={tmp_path}"]
+    assert "nanogpt failed" in run("bench.py", "train", *options).error()
+
+
+def test_ratios_are_medians_of_the_rounds_ratios():
+    ours = [{"s": 1.0}, {"s": 10.0}, {"s": 2.0}]
+    theirs = [{"s": 2.0}, {"s": 30.0}, {"s": 2.0}]
+    assert bench.ratio({"ours": ours, "other": theirs}, "other", "s") == 2.0
+
+
+# On paper
+
+
+def test_a_ring_sends_nearly_twice_the_gradients_and_its_rounds_add_up():
+    assert Cluster(1, 1e9, 1e-6).all_reduce_seconds(10**9) == 0
+    assert Cluster(2, 1e9, 0).all_reduce_seconds(10**9) == pytest.approx(1.0)
+    assert Cluster(1000, 1e9, 0).all_reduce_seconds(10**9) == pytest.approx(2.0, rel=0.01)
+    assert Cluster(5, 1e9, 1e-3).all_reduce_seconds(0) == pytest.approx(8e-3)
+
+
+@given(
+    exponent=st.integers(0, 9),
+    micro_batch_size=st.integers(1, 64),
+    tokens_per_second=st.floats(1e4, 1e7),
+    bandwidth=st.floats(1e9, 1e12),
+    latency=st.floats(0, 1e-3),
+)
+def test_more_gpus_are_never_slower_to_compute_nor_more_efficient(
+    exponent, micro_batch_size, tokens_per_second, bandwidth, latency
+):
+    def on(gpus: int) -> StepTime:
+        cluster = Cluster(gpus, bandwidth, latency)
+        return step_time(cluster, 512, micro_batch_size, 1024, tokens_per_second, 124_439_808)
+
+    step, more = on(2**exponent), on(2 ** (exponent + 1))
+    assert step.windows * step.accumulation * 2**exponent == 512
+    assert 1 <= step.windows <= micro_batch_size
+    assert step.waiting <= step.sending
+    if exponent == 0:
+        assert step.total == step.computing == 512 * 1024 / tokens_per_second
+    if exponent == 9:
+        assert more is None  # more GPUs than windows
+    else:
+        assert more.computing == step.computing / 2
+        assert 2 * more.total >= step.total * (1 - 1e-12)
+
+
+def test_the_plan_names_where_a_step_can_no_longer_be_shared_out(call, tmp_path):
+    output = tmp_path / "out.json"
+    options = ["--tokens-per-second", 400_000, "--gpus", 8, 1024, "--output", output]
+    lines = call("bench", "plan", *options).out.splitlines()
+    assert lines[1].split()[:4] == ["8", "1", "×", "64"]
+    assert lines[2] == "1,024  can't share it out"
+    assert "more than 512 GPUs have nothing to do" in lines[3]
+    step = json.loads(output.read_text())["results"]["8"]
+    assert step["computing"] == pytest.approx(64 * 1024 / 400_000)
+    assert step["hours"] == pytest.approx((step["computing"] + step["waiting"]) * 19_073 / 3600)
+    assert step["dollars"] == pytest.approx(step["hours"] * 8 * 3)
+
+
+def test_the_stopwatch_tells_parts_of_the_same_name_together(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr(contestants.time, "perf_counter", lambda: next(times))
+    watch = contestants.Stopwatch(torch.device("cpu"))
+    watch.mark("data")
+    watch.mark("forward")
+    watch.mark("data")
+    assert watch.read() == {"data": 4.0, "forward": 2.0}
