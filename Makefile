@@ -1,4 +1,5 @@
 # make demo    a fresh machine → environment, data, a small GPT trained on a CPU, a sample of its text
+#              (STEPS=150 for a shorter training)
 # make test    the whole test suite
 # make lint    style checks
 # make bench   speed; beside others with NANOGPT=, BUILD_NANOGPT= (their checkouts), TEXTS= (Parquet)
@@ -14,7 +15,7 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/requirements.installed
 	$(RUN) prepare_fineweb.py --source python-docs --out data/demo \
 		--tokenizer bpe:2048 --val-tokens 32768 --workers 1
-	$(RUN) train.py configs/demo.toml
+	$(RUN) train.py configs/demo.toml $(if $(STEPS),--train.max_steps $(STEPS))
 	$(RUN) evaluate.py --checkpoint out/demo
 	$(RUN) sample.py --checkpoint out/demo --prompt "Return a list" \
 		--max-new-tokens 120 --temperature 0.6 --top-k 20 --seed 2

@@ -77,6 +77,11 @@ class StepResult:
         if self.arrived:
             self.arrived.record()
 
+    @property
+    def is_queued(self) -> bool:
+        """Whether the numbers may have to be waited for. A CPU has done its work on return."""
+        return self.arrived is not None
+
     def _read(self, index: int) -> float:
         if self.arrived:
             self.arrived.synchronize()
@@ -412,8 +417,8 @@ class Trainer:
     def _loop(self, metrics: Metrics | None, bar: tqdm) -> None:
         """Step after step, and what is due after some of them.
 
-        A step is looked at when the next one is under way, or when something is to be done with the
-        model as it is after it.
+        A step that a GPU does is looked at when the next one is under way, or when something is to
+        be done with the model as it is after it.
         """
         speed = Speed(self.tokens, self.model.flops_per_token(), self.ranks)
         before = None
@@ -421,10 +426,11 @@ class Trainer:
             result = self.train_step()
             if before:
                 self._finish(before, metrics, speed, bar)
-            before = result
-            if self._anything_due():
+            before, due = result, self._anything_due()
+            if due or not result.is_queued:
                 self._finish(result, metrics, speed, bar)
                 before = None
+            if due:
                 with speed.paused():
                     self._do_what_is_due(metrics)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,23 @@ def test_metrics_tell_every_step_once_and_the_model_learns(trained):
     keys = ["kind", "step", "loss", "learning_rate", "grad_norm", "tokens"]
     assert list(lines[0])[:6] == keys
     assert lines[0]["mfu"] is None  # nobody knows this CPU's peak
+
+
+def test_the_speed_that_is_told_is_that_of_the_step_it_is_told_for(configure, monkeypatch):
+    config = configure("--train.max_steps", 4, "--log.log_every", 1, "--log.eval_every", 2)
+    trainer = train.Trainer(config, ALONE)
+    step = trainer.train_step
+
+    def slow_step():
+        time.sleep(0.1)
+        return step()
+
+    monkeypatch.setattr(trainer, "train_step", slow_step)
+    with trainer.own_folder():
+        trainer.run()
+    speeds = [line["tokens_per_second"] for line in metrics_of(trainer.out)]
+    assert len(speeds) == 4
+    assert max(speeds) < config.train.tokens_per_step / 0.1
 
 
 def test_validation_loss_and_bits_per_byte_are_what_the_model_says(trained, shards):
