@@ -3,13 +3,14 @@
 # make test    the whole test suite
 # make lint    style checks
 # make bench   speed; beside others with NANOGPT=, BUILD_NANOGPT= (their checkouts), TEXTS= (Parquet)
+# make figures README's figures, from the trained model in visuals/model
 # make clean   remove what the targets above made
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench figures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/requirements.installed
@@ -26,6 +27,9 @@ test: $(VENV)/requirements-dev.installed
 lint: $(VENV)/requirements-dev.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+figures: $(VENV)/requirements-dev.installed
+	$(RUN) -m visuals.draw
 
 bench: $(VENV)/requirements-dev.installed
 	$(RUN) bench.py train --output results/bench_train.json \

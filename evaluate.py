@@ -5,7 +5,8 @@
 The loss is the mean of -log p(token), in nats. It depends on the vocabulary: longer tokens are
 harder to guess but fewer. Bits per byte doesn't, so that it compares models of any vocabulary, and
 even with programs that compress files: both say how many bits the text takes when every guess is
-paid for. For a text of up to a million bytes the table also tells what `xz -9e` makes of it.
+paid for (README, "How good is it?"). For a text of up to a million bytes the table also tells what
+`xz -9e` makes of it.
 """
 
 from __future__ import annotations

@@ -134,7 +134,10 @@ def attention_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """Each position gathers from itself and the positions before it. (B, T, C) -> (B, T, C)."""
+    """Each position gathers from itself and the positions before it. (B, T, C) -> (B, T, C).
+
+    Explained in README, "Transformers and attention".
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -161,7 +164,10 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each position thinks for itself: four times wider, GELU, and back. (B, T, C) -> (B, T, C)."""
+    """Each position thinks for itself: four times wider, GELU, and back. (B, T, C) -> (B, T, C).
+
+    Explained in README, "The block".
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -219,7 +225,8 @@ class HeadLoss(torch.autograd.Function):
     The logits of 64 windows of 1,024 tokens would be 3.3 billion numbers, more than all that the
     twelve blocks keep. But each row's loss is independent of the other rows. So a slice of rows is
     computed, turned into its part of the loss and of both gradients, and forgotten, all in the
-    forward pass (as in Liger Kernel, Hsu et al. 2024, section 3.2).
+    forward pass (as in Liger Kernel, Hsu et al. 2024, section 3.2). What loss and gradient are:
+    README, "The head and the loss".
 
     The vocabulary of 50,257 is odd, and matrix units want multiples of 64: the copy of the weights
     in the precision of the products is padded with zero rows.
@@ -325,10 +332,9 @@ class GPT(nn.Module):
         hidden = self.hidden_states(ids)  # (B, T, C)
         if targets is None:
             return self.logits(hidden)  # (B, T, V)
-        rows, want_gradients = hidden.flatten(0, 1), torch.is_grad_enabled()  # (B·T, C)
-        return HeadLoss.apply(
-            rows, self.wte.weight, targets.flatten(), self.loss_of_slice, want_gradients
-        )
+        rows = hidden.flatten(0, 1)  # (B·T, C)
+        weight, want_gradients = self.wte.weight, torch.is_grad_enabled()
+        return HeadLoss.apply(rows, weight, targets.flatten(), self.loss_of_slice, want_gradients)
 
     def compile_parts(self) -> None:
         """Let torch.compile make fast kernels of a block, once for all of them, and of the loss.
@@ -434,7 +440,7 @@ def choose_next(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token per row. logits: (B, V) -> ids (B,).
+    """Draw one token per row. logits: (B, V) -> ids (B,). Explained in README, "Sampling".
 
     `temperature` 0 takes the likeliest; below 1 sharpens, above 1 flattens. `top_k` keeps the k
     likeliest tokens (Fan et al. 2018), `top_p` the fewest whose probabilities reach p (nucleus

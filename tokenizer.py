@@ -6,8 +6,8 @@ tests check that the two agree on any text. (Up to characters so young that the 
 editions of Unicode's table of letters.)
 
 BPE starts from the 256 byte values, so that any text in any language can be written, and then
-repeatedly gives the most frequent pair of neighbouring tokens a token of its own. Source: GPT-2
-paper, section 2.2, and openai/gpt-2 `src/encoder.py`.
+repeatedly gives the most frequent pair of neighbouring tokens a token of its own: README,
+"Tokenization". Source: GPT-2 paper, section 2.2, and openai/gpt-2 `src/encoder.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 The loop is in `Trainer._loop`, a step in `Trainer.train_step`. A run that was stopped goes on from
 its newest checkpoint when the same command is given again, and computes what it would have computed
-anyway.
+anyway. Explained in README, "Implementation: training the model".
 """
 
 from __future__ import annotations

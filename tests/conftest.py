@@ -6,13 +6,17 @@ import hashlib
 import importlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
 import pytest
+from forked import run_forked
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -94,11 +98,37 @@ def call(capfd):
     return call_script
 
 
-def run(*command: object, stdin: str = "", timeout: float = 900) -> Result:
+FORKED = ("train.py", "sample.py", "evaluate.py", "bench.py")  # scripts that begin with torch
+
+
+def run(
+    *command: object,
+    stdin: str = "",
+    timeout: float = 900,
+    environment: dict[str, str] | None = None,  # beside that of the tests
+) -> Result:
     """Run a real process in the repository: run("sample.py", "--help")."""
-    words = [sys.executable, *map(str, command)]
+    variables = {**os.environ, **(environment or {})}
+    words = [*map(str, command)]
+    if words[0] in FORKED:
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("in", "out", "err")]
+            for path in files:
+                path.write_text(stdin if path.name == "in" else "", encoding="utf-8")
+            status = run_forked(words, ROOT, variables, files, timeout)
+            out, err = (path.read_text(encoding="utf-8") for path in files[1:])
+        assert status is not None, f"{words} took longer than {timeout} s: {err}"
+        return Result(status, out, err)
+    words.insert(0, sys.executable)
     done = subprocess.run(
-        words, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=timeout, check=False
+        words,
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=variables,
     )
     return Result(done.returncode, done.stdout, done.stderr)
 
@@ -113,6 +143,22 @@ def torchrun(processes: int, *arguments: object) -> Result:
         "train.py",
         *arguments,
     )
+
+
+def ranks(processes: int, *arguments: object) -> Result:
+    """Run train.py as so many ranks without torchrun, each told its place; rank 0's result."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place["WORLD_SIZE"] = str(processes)
+
+    def one(rank: int) -> Result:
+        environment = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return run("train.py", *arguments, environment=environment)
+
+    with ThreadPoolExecutor(processes) as pool:
+        results = list(pool.map(one, range(processes)))
+    assert len({result.status for result in results}) == 1, results
+    return results[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Real processes from end to end: torchrun with 1, 2 and 4 ranks, stopping and going on."""
+"""Real processes from end to end: 1, 2 and 4 ranks, stopping and going on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Result, run, torchrun, without_key_biases
+from conftest import ROOT, Result, ranks, run, torchrun, without_key_biases
 from safetensors.torch import load_file
 
 SAME = ("loss", "learning_rate", "grad_norm", "tokens")  # of a metrics line; speed may differ
@@ -50,9 +50,14 @@ def runs(tmp_path_factory, tiny, shards):
 
 
 def start(world_size: int, tiny: Path, shards: Path, out: Path) -> Result:
-    """Train to the end with so many ranks; the last one finds what the others left."""
+    """Train to the end with so many ranks: alone, two under torchrun, more without it."""
     arguments = (tiny, "--data.dir", shards, "--train.out", out)
-    result = run("train.py", *arguments) if world_size == 1 else torchrun(world_size, *arguments)
+    if world_size == 1:
+        result = run("train.py", *arguments)
+    elif world_size == 2:
+        result = torchrun(2, *arguments)
+    else:
+        result = ranks(world_size, *arguments)
     assert result.status == 0, result.err
     return result
 

@@ -1,11 +1,15 @@
-"""README: its commands parse, its files and links exist, its numbers are as measured."""
+"""README: its code is the source's, its commands run, its links resolve, its numbers hold."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import math
 import re
+import runpy
 import shlex
+import textwrap
 
 import pytest
 import torch
@@ -15,13 +19,75 @@ from config import load_config
 from model import GPT, GPTConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROSE = " ".join(re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE).split())
 DEMO = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
+COUNTS = json.loads((ROOT / "results" / "counting.json").read_text(encoding="utf-8"))
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+EXCERPT = re.compile(r"# ([\w/]+\.py) · ([\w.]+)(, in part)?\n")
+
+
+# Code
+
+
+def excerpts() -> list[tuple[str, str, bool, str]]:
+    """The (file, name, whether in part, code) of every block that names its source."""
+    code = [block for language, block in BLOCKS if language == "python"]
+    named = [(EXCERPT.match(block), block) for block in code]
+    return [(m[1], m[2], bool(m[3]), block[m.end() :]) for m, block in named if m]
+
+
+def source_of(path: str, name: str) -> str:
+    """A function or class of the source, dedented and without its docstring."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    node = ast.parse(text)
+    for part in name.split("."):
+        (node,) = (child for child in node.body if getattr(child, "name", None) == part)
+    lines = text.splitlines(keepends=True)
+    keep = [*range(node.lineno - 1, node.end_lineno)]
+    if ast.get_docstring(node) is not None:
+        docstring = node.body[0]
+        keep = [at for at in keep if not docstring.lineno - 1 <= at < docstring.end_lineno]
+    return textwrap.dedent("".join(lines[at] for at in keep))
+
+
+@pytest.mark.parametrize(("path", "name", "in_part", "code"), excerpts())
+def test_every_excerpt_is_the_source_that_it_names(path, name, in_part, code):
+    source = source_of(path, name)
+    if in_part:
+        lines = [line.strip() for line in source.splitlines()]
+        shown = [line.strip() for line in code.splitlines()]
+        assert any(lines[at : at + len(shown)] == shown for at in range(len(lines)))
+    else:
+        assert code == source
+
+
+def snippets() -> list[tuple[str, str]]:
+    """Every python block that names no source, with the text block behind it."""
+    pairs = zip(BLOCKS, BLOCKS[1:])
+    return [
+        (code, shown if kind == "text" else "")
+        for (language, code), (kind, shown) in pairs
+        if language == "python" and not EXCERPT.match(code)
+    ]
+
+
+@pytest.mark.parametrize(("code", "shown"), snippets())
+def test_every_snippet_prints_what_is_shown(code, shown, tmp_path, capsys):
+    path = tmp_path / "snippet.py"
+    path.write_text(code, encoding="utf-8")
+    try:
+        runpy.run_path(str(path))
+    finally:
+        torch.set_printoptions(profile="default")
+    assert capsys.readouterr().out == shown
+
+
+# Commands
 
 
 def commands() -> list[str]:
     """Every line of README's shell blocks that is no comment."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -30,6 +96,9 @@ def test_every_command_is_one_that_the_scripts_understand(command):
     words = shlex.split(command)
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+        return
+    if words[:2] == ["python", "-m"]:
+        importlib.import_module(words[2]).parse_arguments(words[3:])
         return
     script = next(word for word in words if word.endswith(".py"))
     assert words[0] == "torchrun" or words.index(script) == 1
@@ -54,6 +123,51 @@ def processes(torchrun: list[str]) -> int:
     return int(parsed.nnodes.split(":")[-1]) * int(parsed.nproc_per_node)
 
 
+def quick() -> list[str]:
+    """The commands that need only a model; tests/test_sample.py talks with the interactive one."""
+    quick = [c for c in commands() if "sample.py" in c or "visuals" in c or "evaluate.py" in c]
+    return [command for command in quick if "--interactive" not in command]
+
+
+@pytest.mark.parametrize("command", quick())
+def test_what_needs_only_a_model_runs(command, call, trained, shards, tmp_path, monkeypatch):
+    """With the tests' model in the place of the demo's."""
+    words = shlex.split(command)
+    start = 3 if words[1] == "-m" else 2
+    module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo").symlink_to(trained)
+    (tmp_path / "notes.txt").write_text("The quick")
+    monkeypatch.chdir(tmp_path)
+    result = call(module, *words[start:])
+    assert result.status == 0, result
+    assert result.out
+
+
+def test_the_object_for_programs_has_the_form_that_is_shown(call, trained):
+    (command,) = (line for line in commands() if line.endswith("--jsonl"))
+    (shown,) = (block for language, block in BLOCKS if block.startswith('{"sample"'))
+    words = [trained if word == "out/demo" else word for word in shlex.split(command)[2:]]
+    printed = json.loads(call("sample", *words).out)
+    assert printed.keys() == json.loads(shown).keys()
+    assert len(printed["tokens"]) == len(json.loads(shown)["tokens"]) == 12
+    assert json.loads(shown)["finish_reason"] == "length"
+
+
+# Links and headings
+
+
+def headings() -> list[str]:
+    """The headings, without the comments in code that look like some."""
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+
+
+def anchors() -> list[str]:
+    """The headings as GitHub makes links of them."""
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings()]
+
+
 def test_every_file_that_is_linked_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert "model.py" in links
@@ -61,11 +175,39 @@ def test_every_file_that_is_linked_exists():
         assert (ROOT / link).exists(), link
 
 
+def test_every_heading_that_is_linked_exists_once():
+    links = re.findall(r"\]\(#([^)]+)\)", README)
+    assert len(links) > 30
+    assert len(set(anchors())) == len(anchors())
+    assert set(links) <= set(anchors())
+
+
+def test_every_figure_is_shown_with_a_text_in_its_place():
+    shown = dict(re.findall(r"!\[([^\]]+)\]\(visuals/([^)]+)\)", README))
+    kept = {path.name for path in (ROOT / "visuals").iterdir() if path.suffix in (".png", ".gif")}
+    assert set(shown.values()) == kept
+    assert all(len(text) > 20 for text in shown)
+
+
+def test_docstrings_that_name_a_section_name_one_that_exists():
+    named = []
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = " ".join((ast.get_docstring(node) or "").split())
+                named += re.findall(r'README, "([^"]+)"', text)
+    assert len(named) >= 5
+    assert set(named) <= set(headings())
+
+
 def test_every_source_file_is_listed_and_every_reference_defined():
     for path in ROOT.glob("*.py"):
         assert f"[`{path.name}`]({path.name})" in README
-    for name in re.findall(r"\]\[(\w+)\]", README):
-        assert f"\n[{name}]: https://" in README
+    names = set(re.findall(r"\]\[(\w+)\]", PROSE))
+    assert names == set(re.findall(r"^\[(\w+)\]: https://", README, re.MULTILINE))
+
+
+# Numbers
 
 
 def test_the_numbers_of_the_demo_are_those_that_were_measured():
@@ -78,6 +220,45 @@ def test_the_numbers_of_the_demo_are_those_that_were_measured():
     assert f"took {DEMO['total_seconds']} seconds on two cores, {DEMO['training_seconds']} of" in (
         " ".join(README.split())
     )
+
+
+def test_the_numbers_that_this_repository_can_work_out():
+    small = GPTConfig()
+    with torch.device("meta"):
+        model = GPT(small)
+    V, T, C = small.vocab_size, small.block_size, small.n_embd
+    block = sum(p.numel() for p in model.h[0].parameters())
+    scores = 64 * small.n_head * small.n_layer * T * T
+    for number in (
+        f"{V * C:,}",
+        f"{T * C:,}",
+        f"{block:,}",
+        f"{12 * block:,}",
+        f"{model.num_parameters():,}",
+        f"ln {V:,} = {math.log(V):.2f}",
+        f"2,048 tokens it is {math.log(2048):.2f}",
+        f"{V**2 / 1e9:.1f} billion pairs and {V**3 / 1e12:.0f} trillion triples",
+        f"that is {scores / 1e9:.1f} billion numbers: {2 * scores / 1e9:.0f} GB in bfloat16",
+        f"the {64 * T * V / 1e9:.1f} billion logits of 64 windows",
+        f"about {model.flops_per_token() * 1e10 / 1e18:.1f} · 10¹⁸ floating-point",
+        f"would need {model.flops_per_token() * 1e10 / 1e12 / 86_400:.0f} days",
+        f"by 1/√{2 * small.n_layer}: {2 * small.n_layer} of them add up",
+        f"{math.exp(2):.2f} / {3 + math.exp(2):.2f} = {math.exp(2) / (3 + math.exp(2)):.2f}",
+        f"−ln 0.67 = {-math.log(math.exp(2) / (math.exp(2) + math.e + 1)):.2f}",
+    ):
+        assert number in PROSE, number
+
+
+def test_the_numbers_of_counting_are_those_that_were_measured():
+    rows = COUNTS["contexts"]
+    assert f"only {rows[3]['seen']:.0%} ever occurred".replace("%", " %") in PROSE
+    assert f"the runs of five {rows[5]['seen']:.0%}.".replace("%", " %") in PROSE
+    assert f"reaches a loss of {COUNTS['bigram_loss']:.2f}" in PROSE
+    assert f"the little GPT {DEMO['validation_loss']:.2f}" in PROSE
+
+
+def test_the_length_is_that_of_one_long_sitting():
+    assert 5_000 <= len(PROSE.split()) <= 7_000
 
 
 def test_the_plan_for_more_gpus_is_what_bench_prints(call):

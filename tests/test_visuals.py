@@ -1,0 +1,170 @@
+"""The story of a sentence is what the model says, and the figures are the code's own."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageChops, ImageStat
+
+from shards import TokenStream
+from visuals import counting, diagrams, draw, plots
+from visuals.canvas import visible
+from visuals.story import attention_rows, chapters, load_story, tell_gradient
+
+RECORD = json.loads((ROOT / "visuals" / "figures.json").read_text(encoding="utf-8"))
+TEXT, NEXT = "The quick brown", "x"
+
+
+@pytest.fixture(scope="module")
+def story(trained):
+    return load_story(trained, TEXT, NEXT)
+
+
+# The story
+
+
+def test_the_attention_that_is_shown_is_the_attention_that_is_used(story):
+    rows = attention_rows(story.model, story.ids)
+    T = len(story.ids)
+    torch.testing.assert_close(rows.sum(dim=-1), torch.ones(rows.shape[:-1]))
+    assert not rows.triu(1).any()
+    block, heads = story.model.h[0], story.model.config.n_head
+    x = block.ln_1(story.model.wte(story.ids) + story.model.wpe.weight[:T])
+    v = block.attn.c_attn(x).chunk(3, dim=-1)[2].view(T, heads, -1).transpose(0, 1)
+    mixed = (rows[0] @ v).transpose(0, 1).reshape(T, -1)
+    torch.testing.assert_close(block.attn.c_proj(mixed), block.attn(x[None])[0])
+
+
+def test_the_gradient_of_the_logits_is_probability_less_one_at_the_target(story):
+    logits = story.logits().detach().requires_grad_()
+    (-logits.log_softmax(dim=-1)[story.target]).backward()
+    expected = logits.softmax(dim=-1).detach()
+    expected[story.target] -= 1
+    torch.testing.assert_close(logits.grad, expected)
+    assert f"{logits.grad[story.target]:+.4f}" in "\n".join(tell_gradient(story))
+
+
+def test_a_step_against_the_gradient_lowers_the_loss_and_is_taken_back(story):
+    before = story.loss().item()
+    line = tell_gradient(story)[-1]
+    first, second = (float(part) for part in line.split("loss ")[1].split(",")[0].split(" -> "))
+    assert first == pytest.approx(before, abs=5e-4)
+    assert second < first
+    assert story.loss().item() == before
+
+
+def test_the_story_is_told_twice_alike_and_of_other_sentences_too(story, call, trained):
+    told = call("visuals.story", "--checkpoint", trained, "--text", TEXT, "--next", NEXT)
+    assert told.out == "\n\n".join(chapters(story)) + "\n"
+    other = call("visuals.story", "--checkpoint", trained, "--text", "It's 3", "--next", "y")
+    assert "'y'" in other.out
+    assert other.out != told.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--next", ""], "--next is empty"),
+        (["--text", ""], "--text has 0 tokens"),
+        (["--text", "word " * 200], "expected 1 to 32"),
+        (["--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+    ],
+)
+def test_a_sentence_that_does_not_fit_is_one_line(call, trained, arguments, words):
+    assert words in call("visuals.story", "--checkpoint", trained, *arguments).error()
+
+
+# Counting
+
+
+def test_counting_on_a_text_small_enough_to_count_by_eye():
+    train = [1, 2, 3, 1, 2, 4, 1, 2, 3]
+    followers = counting.count_followers(train, 1)
+    assert followers[(2,)] == {3: 2, 4: 1}
+    assert counting.guess_by_counting(followers, [1, 2, 3, 9, 1], 1) == (3 / 4, 2 / 4)
+    assert counting.guess_by_counting(counting.count_followers(train, 2), [1, 2, 3, 9], 2) == (
+        1,
+        0.5,
+    )
+
+
+def test_the_bigram_model_is_a_probability_and_its_loss_the_mean():
+    train, V = [0, 1, 0, 1, 0, 2], 4
+    share = [(count + 1) / (len(train) + V) for count in (3, 2, 1, 0)]
+    losses = []
+    for k in (2**power for power in range(11)):
+        after_0 = [(count + k * p) / (3 + k) for count, p in zip((0, 2, 1, 0), share)]
+        assert sum(after_0) == pytest.approx(1)
+        losses.append(-math.log(after_0[1]))
+    assert counting.bigram_loss(train, [0, 1], V) == pytest.approx(min(losses))
+
+
+def test_the_counts_are_measured_on_shards(call, shards, tmp_path):
+    output = tmp_path / "counting.json"
+    printed = call("visuals.counting", "--data", shards, "--output", output).out
+    result = json.loads(output.read_text(encoding="utf-8"))
+    train = TokenStream(shards, "train")
+    assert result["training_tokens"] == len(train)
+    assert result["contexts"][1]["different_contexts"] == len(set(train.read(0, len(train) - 1)))
+    assert f"{result['bigram_loss']:.3f}" in printed
+
+
+# The figures
+
+
+def test_every_figure_of_readme_is_recorded_and_small():
+    names = {path.name for path in (ROOT / "visuals").iterdir() if path.suffix == ".png"}
+    assert names == set(RECORD) == {f"{figure.__name__}.png" for figure in draw.OF_README}
+    for name, made in RECORD.items():
+        assert (ROOT / "visuals" / name).stat().st_size < 300_000, name
+        assert (ROOT / made["shows"]).exists()
+
+
+@pytest.mark.parametrize("figure", draw.OF_README, ids=lambda figure: figure.__name__)
+def test_a_figure_is_drawn_as_it_is_recorded(figure, tmp_path):
+    path = draw.draw_for_readme(figure, tmp_path)
+    made, now = RECORD[path.name], draw.record(figure)
+    assert {**made, "versions": now["versions"]} == now
+    with Image.open(path) as drawn, Image.open(ROOT / "visuals" / path.name) as kept:
+        assert drawn.size == kept.size
+        if made["versions"]["matplotlib"] == now["versions"]["matplotlib"]:
+            difference = ImageChops.difference(drawn.convert("L"), kept.convert("L"))
+            assert ImageStat.Stat(difference).mean[0] < 0.5  # of 255: another font may be there
+
+
+@pytest.mark.parametrize("figure", draw.OF_A_MODEL, ids=lambda figure: figure.__name__)
+def test_a_model_is_drawn(figure, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "FRAMES", 2)
+    path = draw.draw_of_model(figure, trained, tmp_path)
+    with Image.open(path) as drawn:
+        assert min(drawn.size) > 200
+        assert len(set(drawn.convert("L").histogram())) > 2
+        assert getattr(drawn, "n_frames", 1) == (2 if path.suffix == ".gif" else 1)
+
+
+def test_what_can_not_be_drawn_is_one_line(call, tmp_path):
+    assert "no figure nothing: expected some of" in call("visuals.draw", "nothing").error()
+    complaint = call("visuals.draw", "positions", "--run", tmp_path).error()
+    assert "is no checkpoint" in complaint
+
+
+def test_a_drawing_of_a_model_lies_with_the_model(call, trained):
+    path = call("visuals.draw", "positions", "--run", trained).out.strip()
+    assert path == str(trained / "figures" / "positions.png")
+    Image.open(path).verify()
+
+
+def test_merge_steps_are_what_bpe_learns():
+    steps = diagrams.merge_steps("low lower lowest slow slower slowest", 6)
+    assert [(new, count) for new, count, _ in steps][:3] == [(b"lo", 6), (b"low", 6), (b"lowe", 4)]
+    assert [b"".join(word) for word in steps[-1][2]] == [
+        *(b"low", b" lower", b" lowest", b" slow", b" slower", b" slowest")
+    ]
+
+
+def test_white_space_is_made_visible():
+    assert visible(" a\n\t") == "␣a⏎⇥"

@@ -1,0 +1,268 @@
+"""Figures of numbers: what a trained model says, and how its training went.
+
+Those of a model take its run folder, such as out/demo.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from PIL import Image
+
+from config import load_config
+from model import choose_next
+from optim import learning_rate_at
+from visuals.canvas import BLUE, GREEN, GREY, INK, LIGHT_BLUE, ORANGE, PALE, RED, sheet, visible
+from visuals.story import Story, attention_rows, likeliest, load_story
+
+ROOT = Path(__file__).parent.parent
+FRAMES = 24  # of the animation, a token each
+
+
+def next_token(run: Path) -> Figure:
+    """The likeliest next tokens of the travelling sentence."""
+    story = load_story(run)
+    rows = likeliest(story, 8)[::-1]
+    figure, axes = sheet(7.5, 3.4)
+    true = story.encoding.decode([story.target])
+    colours = [ORANGE if token == true else BLUE for token, _, _ in rows]
+    bars = axes.barh([visible(token) for token, _, _ in rows], [p for *_, p in rows], color=colours)
+    axes.bar_label(bars, fmt=lambda p: f" {p:.1%}")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("probability of being next")
+    axes.set_title(f"“{story.text} …”", loc="left")
+    return figure
+
+
+def counting() -> Figure:
+    """How contexts thin out as they grow longer."""
+    rows = json.loads((ROOT / "results" / "counting.json").read_text("utf-8"))["contexts"]
+    context = [row["context"] for row in rows]
+    figure, axes = sheet(7.5, 3.6)
+    for name, label, colour in (
+        ("seen", "context occurs in the training text", BLUE),
+        ("right", "its most frequent follower is right", ORANGE),
+    ):
+        shares = [row[name] for row in rows]
+        axes.plot(context, shares, marker="o", color=colour, label=label)
+        for x, share in zip(context, shares):
+            below = name == "right"
+            axes.annotate(
+                f"{share:.0%}",
+                (x, share),
+                (0, -16 if below else 8),
+                textcoords="offset points",
+                ha="center",
+            )
+    axes.set(xlabel="tokens of context", ylim=(-0.06, 1.12), xticks=context)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(loc="upper right")
+    axes.set_title("places in text never seen before", loc="left")
+    return figure
+
+
+def embedding_map(run: Path) -> Figure:
+    """The most frequent word-like tokens, placed by the two main directions of their vectors."""
+    story = load_story(run)
+    vectors = story.model.wte.weight.detach()
+    words = [
+        token
+        for token in range(256, story.model.config.vocab_size - 1)
+        if (text := story.encoding.decode([token])).startswith(" ") and text[1:].isalpha()
+    ]
+    words = words[:90]  # ids are in the order of learning: the frequent ones first
+    chosen = torch.nn.functional.normalize(vectors[words], dim=-1)
+    chosen = chosen - chosen.mean(dim=0)
+    _, _, directions = torch.linalg.svd(chosen, full_matrices=False)
+    places = (chosen @ directions[:2].T).numpy()
+    figure, axes = sheet(7.5, 6)
+    axes.scatter(*places.T, s=9, color=GREY)
+    for token, place in zip(words, places):
+        text = story.encoding.decode([token])
+        axes.annotate(text.strip(), place, (3, 2), textcoords="offset points", fontsize=9)
+    axes.set(xticks=[], yticks=[], xlabel="first main direction", ylabel="second main direction")
+    return figure
+
+
+def positions(run: Path) -> Figure:
+    """How alike the vectors of any two positions are."""
+    vectors = torch.nn.functional.normalize(load_story(run).model.wpe.weight.detach(), dim=-1)
+    figure, axes = sheet(5.2, 4.4)
+    image = axes.imshow((vectors @ vectors.T).numpy(), cmap="RdBu", vmin=-1, vmax=1)
+    axes.set(xlabel="position", ylabel="position")
+    figure.colorbar(image, label="cosine of the angle between their vectors", shrink=0.9)
+    return figure
+
+
+def attention_heads(run: Path) -> Figure:
+    """Every head's attention on the travelling sentence."""
+    story = load_story(run)
+    rows = attention_rows(story.model, story.ids).numpy()
+    layers, heads, T, _ = rows.shape
+    figure, axes = sheet(2.2 * heads + 0.6, 2.1 * layers + 0.5, layers, heads)
+    labels = [visible(token) for token in story.tokens]
+    axes = np.reshape(axes, (layers, heads))
+    for layer in range(layers):
+        for head in range(heads):
+            at = axes[layer, head]
+            at.imshow(rows[layer, head], cmap="Blues", vmin=0, vmax=1)
+            at.set_title(f"block {layer + 1}, head {head + 1}", fontsize=10)
+            at.set_xticks(range(T), labels if layer == layers - 1 else [""] * T, rotation=90)
+            at.set_yticks(range(T), labels if head == 0 else [""] * T)
+            at.tick_params(length=0, labelsize=9)
+    figure.supylabel("this token …", fontsize=11)
+    figure.supxlabel("… takes from this one (dark: much)", fontsize=11)
+    return figure
+
+
+def sampling(run: Path) -> Figure:
+    """The same logits under temperature, top-k and top-p."""
+    story = load_story(run)
+    with torch.no_grad():
+        logits = story.logits()
+    best = logits.topk(12).indices
+    labels = [visible(story.encoding.decode([token])) for token in best.tolist()]
+    panels = [
+        ("temperature 1: as learned", (logits).softmax(-1), INK),
+        ("temperature 0.5: bolder", (logits / 0.5).softmax(-1), BLUE),
+        ("temperature 1.5: wilder", (logits / 1.5).softmax(-1), ORANGE),
+        ("top-k 4", restricted(logits, top_k=4), GREEN),
+        ("top-p 0.7", restricted(logits, top_p=0.7), RED),
+    ]
+    figure, axes = sheet(11, 3.4, 1, len(panels))
+    highest = max(float(probabilities.max()) for _, probabilities, _ in panels)
+    for at, (title, probabilities, colour) in zip(axes, panels):
+        at.barh(labels[::-1], probabilities[best].tolist()[::-1], color=colour)
+        at.set(xlim=(0, 1.02 * highest))
+        at.set_title(title, fontsize=10, loc="left")
+        at.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        at.tick_params(labelleft=at is axes[0], labelsize=9)
+    return figure
+
+
+def restricted(
+    logits: torch.Tensor, top_k: int | None = None, top_p: float | None = None
+) -> torch.Tensor:
+    """The probabilities that `choose_next` draws from, seen in many draws. (V,) -> (V,)."""
+    generator = torch.Generator().manual_seed(1)
+    draws = choose_next(logits.expand(20_000, -1), 1.0, top_k, top_p, generator)
+    return torch.bincount(draws, minlength=len(logits)) / len(draws)
+
+
+def learning_rate() -> Figure:
+    """The learning rate over the steps of configs/gpt2_124m.toml."""
+    config = load_config([str(ROOT / "configs" / "gpt2_124m.toml")])
+    optim, steps = config.optim, config.train.max_steps
+    figure, axes = sheet(7.5, 3)
+    axes.plot([learning_rate_at(step, optim, steps) for step in range(steps)], color=BLUE)
+    axes.axvline(optim.warmup_steps, color=GREY, lw=0.8, ls=":")
+    axes.annotate(
+        f"warm-up, {optim.warmup_steps} steps",
+        (optim.warmup_steps, optim.min_learning_rate / 2),
+        (6, 0),
+        textcoords="offset points",
+    )
+    axes.annotate(
+        f"{optim.min_learning_rate:g}",
+        (steps, optim.min_learning_rate),
+        (0, 8),
+        textcoords="offset points",
+        ha="right",
+    )
+    axes.annotate(
+        f"{optim.learning_rate:g}",
+        (optim.warmup_steps, optim.learning_rate),
+        (10, 3),
+        textcoords="offset points",
+    )
+    axes.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, 1.1 * optim.learning_rate))
+    return figure
+
+
+def training_curve(run: Path) -> Figure:
+    """The loss of a run, step by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [line["loss"] for line in lines if line["kind"] == "train"]
+    val = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
+    steps = np.arange(1, len(train) + 1)
+    width = 25
+    smooth = np.convolve(train, np.ones(width) / width, mode="valid")
+    untrained = math.log(load_story(run).model.config.vocab_size)
+    figure, axes = sheet(7.5, 3.8)
+    axes.plot(steps, train, color=LIGHT_BLUE, lw=0.8, label="training, every step")
+    axes.plot(steps[width - 1 :], smooth, color=BLUE, label=f"training, mean of {width} steps")
+    axes.plot(*zip(*val), color=ORANGE, marker="o", ls="none", label="validation")
+    axes.axhline(untrained, color=GREY, lw=0.8, ls=":")
+    axes.annotate(
+        f"knowing nothing: ln {load_story(run).model.config.vocab_size:,} = {untrained:.2f}",
+        (steps[-1], untrained),
+        (0, 4),
+        textcoords="offset points",
+        ha="right",
+    )
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.legend()
+    return figure
+
+
+def growing_text(run: Path, path: Path) -> None:
+    """An animation: text grows token by token, beside the probabilities it is drawn from."""
+    story = load_story(run)
+    generator = torch.Generator().manual_seed(3)
+    ids, frames = story.ids, []
+    for _ in range(FRAMES):
+        with torch.no_grad():
+            logits = story.model(ids[None])[:, -1] / 0.6
+        drawn = choose_next(logits, 1.0, 20, None, generator)
+        frames.append(_frame(story, ids, logits[0], int(drawn)))
+        ids = torch.cat((ids, drawn))
+    palette = frames[0].quantize(32)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(
+        path,
+        save_all=True,
+        append_images=frames[1:],
+        duration=[900] * (FRAMES - 1) + [4000],
+        loop=0,
+        optimize=True,
+    )
+
+
+def _frame(story: Story, ids: torch.Tensor, logits: torch.Tensor, drawn: int) -> Image.Image:
+    """One picture of the animation."""
+    probabilities = logits.softmax(dim=-1)
+    best = probabilities.topk(8).indices.tolist()
+    if drawn not in best:
+        best[-1] = drawn
+    figure, (top, bottom) = sheet(7, 4, 2, 1)
+    top.axis("off")
+    text = story.encoding.decode(ids.tolist())
+    top.text(0, 1, f"{_wrapped(text)} ▁", va="top", family="monospace", fontsize=11)
+    labels = [visible(story.encoding.decode([token])) for token in best]
+    colours = [ORANGE if token == drawn else BLUE for token in best]
+    bottom.bar(labels, probabilities[best].tolist(), color=colours)
+    bottom.set(ylim=(0, 1), facecolor=PALE)
+    bottom.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    bottom.set_title("what may come next; orange was drawn", loc="left", fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90, format="png")
+    pyplot.close(figure)
+    return Image.open(buffer).convert("RGB")
+
+
+def _wrapped(text: str, width: int = 62) -> str:
+    """Text cut into lines of at most `width` characters, at spaces."""
+    lines = [""]
+    for word in text.replace("\n", " ⏎ ").split(" "):
+        if len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
