@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -152,9 +153,10 @@ def test_what_can_not_be_drawn_is_one_line(call, tmp_path):
     assert "is no checkpoint" in complaint
 
 
-def test_a_drawing_of_a_model_lies_with_the_model(call, trained):
-    path = call("visuals.draw", "positions", "--run", trained).out.strip()
-    assert path == str(trained / "figures" / "positions.png")
+def test_a_drawing_of_a_model_lies_with_the_model(call, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = call("visuals.draw", "positions", "--run", tmp_path / "run").out.strip()
+    assert path == str(tmp_path / "run" / "figures" / "positions.png")
     Image.open(path).verify()
 
 
