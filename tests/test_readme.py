@@ -253,8 +253,8 @@ def test_the_numbers_of_counting_are_those_that_were_measured():
     rows = COUNTS["contexts"]
     assert f"only {rows[3]['seen']:.0%} ever occurred".replace("%", " %") in PROSE
     assert f"the runs of five {rows[5]['seen']:.0%}.".replace("%", " %") in PROSE
-    assert f"reaches a loss of {COUNTS['bigram_loss']:.2f}" in PROSE
-    assert f"the little GPT {DEMO['validation_loss']:.2f}" in PROSE
+    assert f"reaches a loss of {COUNTS['bigram_loss']:.2f}](results/counting.json)" in PROSE
+    assert f"the little GPT {DEMO['validation_loss']:.2f}](results/demo.json)" in PROSE
 
 
 def test_the_length_is_that_of_one_long_sitting():
