@@ -105,13 +105,17 @@ class Contestant:
     """A process of contestants.py, which measures when it is asked to."""
 
     def __init__(self, settings: dict) -> None:
-        """Start it and wait until it is ready. Raises UserError if it can't be."""
-        self.name = settings["name"]
+        """Start it; its imports run while others start."""
+        self.name, self.settings = settings["name"], settings
         script = Path(__file__).parent / "contestants.py"
         self.process = subprocess.Popen(
             [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.machine = self.ask(json.dumps(settings))
+
+    def prepare(self) -> dict:
+        """Wait until it is ready; returns what it says of the machine. Raises UserError as ask."""
+        print(f"{self.name} is getting ready …", file=sys.stderr)
+        return self.ask(json.dumps(self.settings))
 
     def ask(self, line: str = "") -> dict:
         """Send a line, wait for the answer. Raises UserError if there is none."""
@@ -135,17 +139,17 @@ class Contestant:
 def take_turns(names: dict[str, str], settings: dict, rounds: int) -> tuple[dict, dict[str, list]]:
     """(what ours says of the machine, the turns of each contestant); `names` have their paths."""
     with ExitStack() as stack:
-        contestants = []
-        for name, path in names.items():
-            print(f"{name} is getting ready …", file=sys.stderr)
-            one = Contestant({**settings, "name": name, "path": path})
-            contestants.append(stack.enter_context(one))
+        contestants = [
+            stack.enter_context(Contestant({**settings, "name": name, "path": path}))
+            for name, path in names.items()
+        ]
+        machine, *_ = [one.prepare() for one in contestants]  # one by one: each compiles alone
         turns: dict[str, list[Turn]] = {name: [] for name in names}
         for number in range(1, rounds + 1):
             print(f"round {number} of {rounds}", file=sys.stderr)
             for one in contestants:
                 turns[one.name].append(one.ask())
-        return contestants[0].machine, turns
+        return machine, turns
 
 
 def read_peers(arguments: argparse.Namespace) -> dict[str, str]:

@@ -62,8 +62,16 @@ class Checkpoint:
         return read_checkpoint(folder / step_name(step), files=())
 
     def load_model(self, model: GPT) -> None:
-        """Copy the weights into `model`, which may be on any device."""
-        model.load_state_dict(_read_tensors(self.path / MODEL))
+        """Copy the weights into `model`, which may be on any device.
+
+        What visuals/keep.py rounded to 8 bits, (rows, columns) of int8, has a "/scale" beside it, a
+        number for each row.
+        """
+        tensors = _read_tensors(self.path / MODEL)
+        for name in [name for name in tensors if name.endswith("/scale")]:
+            rounded = name.removesuffix("/scale")
+            tensors[rounded] = tensors[rounded] * tensors.pop(name)
+        model.load_state_dict(tensors)
 
     def load_optimizer(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         """Give `optimizer` the state that it had, parameter by parameter, by name."""
@@ -96,7 +104,8 @@ class Checkpoint:
         if ours.sha256 != theirs.sha256:
             raise UserError(
                 f"{folder} has the vocabulary {theirs.name} of {theirs.vocab_size:,} tokens, "
-                f"{self.path} was trained on {ours.name} of {ours.vocab_size:,}: choose other data"
+                f"{self.path} was trained on {ours.name} of {ours.vocab_size:,}: choose other "
+                f"data, or prepare it with --tokenizer and that run's {VOCABULARY}"
             )
 
 
@@ -133,14 +142,19 @@ def _write(temporary: Path, meta: Meta, model: GPT, optimizer: torch.optim.Optim
     """Write a checkpoint's three files and see them onto the disk."""
     save_file(_contiguous(model.state_dict()), temporary / MODEL)
     save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-    content = asdict(meta) | {
-        "format_version": FORMAT_VERSION,
-        "files": {name: _fingerprint(temporary / name) for name in (MODEL, OPTIMIZER)},
-    }
-    content["checksum"] = _checksum(content)
-    (temporary / META).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_meta(temporary, meta, files=(MODEL, OPTIMIZER))
     for path in (temporary / MODEL, temporary / OPTIMIZER, temporary / META, temporary):
         _sync(path)
+
+
+def write_meta(folder: Path, meta: Meta, files: tuple[str, ...]) -> None:
+    """Write meta.json beside a checkpoint's other files, which it is to vouch for."""
+    content = asdict(meta) | {
+        "format_version": FORMAT_VERSION,
+        "files": {name: _fingerprint(folder / name) for name in files},
+    }
+    content["checksum"] = _checksum(content)
+    (folder / META).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def newest_checkpoint(

@@ -69,6 +69,7 @@ class TrainSettings:
     """[train]: the run."""
 
     out: str = setting("", "run folder; empty = out/<name of the config file>")
+    init_from: str = setting("", "checkpoint to begin with, to fine-tune it; empty = from scratch")
     resume: bool = setting(True, "go on from the newest complete checkpoint in the run folder")
     tokens_per_step: int = setting(524_288, "tokens per optimizer step, over all GPUs", minimum=1)
     micro_batch_size: int = setting(16, "windows that one GPU takes at once", minimum=1)

@@ -442,17 +442,29 @@ def choose_next(
 ) -> Tensor:
     """Draw one token per row. logits: (B, V) -> ids (B,). Explained in README, "Sampling".
 
-    `temperature` 0 takes the likeliest; below 1 sharpens, above 1 flattens. `top_k` keeps the k
-    likeliest tokens (Fan et al. 2018), `top_p` the fewest whose probabilities reach p (nucleus
-    sampling, Holtzman et al. 2019).
+    `temperature` 0 takes the likeliest; the others are those of `next_probabilities`.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # the likeliest: 0
-    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
+    probabilities = next_probabilities(logits, temperature, top_k, top_p)  # (B, V)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def next_probabilities(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """What to draw from, in proportion: logits (B, V) -> (B, V).
+
+    A `temperature` below 1 sharpens, above 1 flattens. `top_k` keeps the k likeliest tokens (Fan et
+    al. 2018), `top_p` the fewest whose probabilities reach p (nucleus sampling, Holtzman et al.
+    2019).
+    """
+    logits = logits.float()
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # the likeliest: 0
+    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
     probabilities = logits.softmax(dim=-1)  # (B, V)
     if top_p is not None:
         ordered, order = probabilities.sort(descending=True, stable=True)  # 2 × (B, V)
@@ -460,4 +472,4 @@ def choose_next(
         before[:, 0] = -1.0  # the likeliest stays, however small p is
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return probabilities

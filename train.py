@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, Meta, newest_checkpoint, save_checkpoint
+from checkpoint import Checkpoint, Meta, find_checkpoint, newest_checkpoint, save_checkpoint
 from data import BatchShape, StepLoader
 from distributed import Ranks, choose_dtype, device_name, memory_errors, process_group
 from evaluate import Validation, evaluating, validate
@@ -44,6 +44,7 @@ from tokenizer import token_byte_lengths
 
 SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
 DROPOUT, SAMPLE = 0, 1  # what a random draw is for
+FREE = ("dropout", "recompute")  # [model] settings that the weights don't depend on
 
 
 def say(text: str) -> None:
@@ -135,6 +136,8 @@ class Trainer:
         )
         self.step, self.best_val_loss = 0, math.inf
         self._resume(folder)
+        if self.step == 0 and config.train.init_from:
+            self._begin_with(config.train.init_from, folder)
         self.wrapped = self._wrap()
         self.encoding = self._find_encoding(folder)
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
@@ -181,6 +184,21 @@ class Trainer:
             self.best_val_loss = checkpoint.meta.best_val_loss
         if self.ranks.is_first:
             say(f"going on after step {self.step:,} from {checkpoint.path}")
+
+    def _begin_with(self, name: str, data: Path) -> None:
+        """Take the weights of another run's checkpoint, to train them further on other text."""
+        checkpoint = find_checkpoint(name)
+        checkpoint.check_vocabulary(data)
+        theirs = asdict(checkpoint.meta.model)
+        for key, ours in asdict(self.config.model).items():
+            if key not in FREE and ours != theirs[key]:
+                raise UserError(
+                    f"{checkpoint.path} has model.{key} = {theirs[key]}, this run {ours}: to begin "
+                    "with its weights, set it to theirs"
+                )
+        checkpoint.load_model(self.model)
+        if self.ranks.is_first:
+            say(f"beginning with the weights of {checkpoint.path}")
 
     def _wrap(self) -> nn.Module:
         """The model as it is trained: compiled if asked for, and under DDP if there are others.
@@ -498,7 +516,7 @@ class Trainer:
 def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
     """Raises UserError if a checkpoint is of another model, or would go on with other batches."""
     now = asdict(config)
-    names = [("model", key) for key in now["model"] if key not in ("dropout", "recompute")]
+    names = [("model", key) for key in now["model"] if key not in FREE]
     for section, key in [*names, ("train", "seed"), ("train", "tokens_per_step")]:
         if then[section][key] != now[section][key]:
             raise UserError(

@@ -179,10 +179,13 @@ def test_wrong_input_is_one_line(call, words, complaint):
     assert complaint in call("bench", *words.split()).error()
 
 
-def test_a_contestant_that_fails_is_named(tmp_path, config, call):
+def test_a_contestant_that_fails_is_named_after_what_it_said(tmp_path, config):
     (tmp_path / "model.py").write_text("class GPTConfig:\n    pass\n")
     options = ["--config", config, "--no-compile", "--peer", f"nanogpt={tmp_path}"]
-    assert "nanogpt failed" in run("bench.py", "train", *options).error()
+    result = run("bench.py", "train", *options)
+    assert result.status == 2
+    assert "AttributeError: module 'peer_model' has no attribute 'GPT'" in result.err
+    assert result.err.splitlines()[-1] == "error: nanogpt failed; what it said stands above"
 
 
 def test_ratios_are_medians_of_the_rounds_ratios():

@@ -18,10 +18,13 @@ from conftest import ROOT
 
 from config import load_config
 from model import GPT, GPTConfig
+from visuals import KEPT, diagrams
+from visuals.story import attention_rows, chapters, load_story
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = " ".join(re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE).split())
 DEMO = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
+KEPT_LOSS = json.loads((ROOT / "results" / "kept_model.json").read_text(encoding="utf-8"))
 COUNTS = json.loads((ROOT / "results" / "counting.json").read_text(encoding="utf-8"))
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 EXCERPT = re.compile(r"# ([\w/]+\.py) · ([\w.]+)(, in part)?\n")
@@ -83,6 +86,19 @@ def test_every_snippet_prints_what_is_shown(code, shown, tmp_path, capsys):
     assert capsys.readouterr().out == shown
 
 
+def test_the_picture_of_the_mask_has_the_numbers_of_the_text(tmp_path):
+    (code,) = (code for code, _ in snippets() if "attention_written_out" in code)
+    path = tmp_path / "snippet.py"
+    path.write_text(code, encoding="utf-8")
+    try:
+        numbers = runpy.run_path(str(path))
+    finally:
+        torch.set_printoptions(profile="default")
+    assert numbers["q"].tolist() == diagrams.HAND_QUERIES
+    assert numbers["k"].tolist() == diagrams.HAND_KEYS
+    assert f"# {' '.join(diagrams.HAND_TOKENS)}\n" in code
+
+
 # Commands
 
 
@@ -97,6 +113,9 @@ def test_every_command_is_one_that_the_scripts_understand(command):
     words = shlex.split(command)
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+        return
+    if words[:3] == ["pip", "install", "-r"]:
+        assert (ROOT / words[3]).exists()
         return
     if words[:2] == ["python", "-m"]:
         importlib.import_module(words[2]).parse_arguments(words[3:])
@@ -132,11 +151,12 @@ def quick() -> list[str]:
 
 @pytest.mark.parametrize("command", quick())
 def test_what_needs_only_a_model_runs(command, call, trained, shards, tmp_path, monkeypatch):
-    """With the tests' model in the place of the demo's."""
+    """With the tests' model in the place of the demo's, and the one that is kept."""
     words = shlex.split(command)
     start = 3 if words[1] == "-m" else 2
     module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
     shutil.copytree(trained, tmp_path / "out" / "demo")
+    shutil.copytree(KEPT, tmp_path / "visuals" / "model")
     (tmp_path / "notes.txt").write_text("The quick")
     monkeypatch.chdir(tmp_path)
     result = call(module, *words[start:])
@@ -144,14 +164,38 @@ def test_what_needs_only_a_model_runs(command, call, trained, shards, tmp_path, 
     assert result.out
 
 
-def test_the_object_for_programs_has_the_form_that_is_shown(call, trained):
+def test_the_object_for_programs_is_what_is_shown(call, monkeypatch):
     (command,) = (line for line in commands() if line.endswith("--jsonl"))
     (shown,) = (block for language, block in BLOCKS if block.startswith('{"sample"'))
-    words = [trained if word == "out/demo" else word for word in shlex.split(command)[2:]]
-    printed = json.loads(call("sample", *words).out)
-    assert printed.keys() == json.loads(shown).keys()
-    assert len(printed["tokens"]) == len(json.loads(shown)["tokens"]) == 12
-    assert json.loads(shown)["finish_reason"] == "length"
+    monkeypatch.chdir(ROOT)
+    assert call("sample", *shlex.split(command)[2:]).out == shown
+
+
+# The sentence that travels through the text
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@pytest.mark.parametrize("chapter", range(6))
+def test_the_story_is_what_the_kept_model_says(chapter):
+    """Word for word; the last digit of a number may differ, since CPUs add in different orders."""
+    told = f"{chapters(load_story())[chapter]}\n"
+    first = NUMBER.sub("#", told.splitlines()[0])
+    (shown,) = (text for _, text in BLOCKS if NUMBER.sub("#", text.split("\n")[0]) == first)
+    assert NUMBER.sub("#", shown) == NUMBER.sub("#", told)
+    for ours, theirs in zip(NUMBER.findall(shown), NUMBER.findall(told)):
+        last_digit = 10.0 ** -len(ours.partition(".")[2]) if "." in ours else 0
+        difference = float(ours.replace(",", "")) - float(theirs.replace(",", ""))
+        assert abs(difference) <= 1.01 * last_digit, (ours, theirs)
+
+
+def test_the_heads_do_what_the_text_says_of_them():
+    story = load_story()
+    rows = attention_rows(story.model, story.ids)
+    most = {token: rows[:, :, at].argmax(dim=-1) for at, token in enumerate(story.tokens)}
+    assert most[" of"][0].tolist() == [story.tokens.index(" list")] * 4
+    for token, article in ((" list", " a"), (" of", " a"), (" the", " the")):
+        assert most[token][1, 2] == story.tokens.index(article)
 
 
 # Links and headings
@@ -254,6 +298,8 @@ def test_the_numbers_of_counting_are_those_that_were_measured():
     assert f"only {rows[3]['seen']:.0%} ever occurred".replace("%", " %") in PROSE
     assert f"the runs of five {rows[5]['seen']:.0%}.".replace("%", " %") in PROSE
     assert f"reaches a loss of {COUNTS['bigram_loss']:.2f}](results/counting.json)" in PROSE
+    after, before = KEPT_LOSS["validation_loss"], KEPT_LOSS["validation_loss_before"]
+    assert f"[its loss](results/kept_model.json): {after} after that, {before} before" in PROSE
     assert f"the little GPT {DEMO['validation_loss']:.2f}](results/demo.json)" in PROSE
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import run, without_key_biases
+from safetensors.torch import load_file
 
 import train
+from checkpoint import MODEL, OPTIMIZER, newest_checkpoint
 from config import load_config
 from data import load_windows, step_windows
 from distributed import Ranks
@@ -366,6 +368,48 @@ def test_a_run_does_not_go_on_with_other_data(call, tiny, shards, trained, tmp_p
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     message = call("train", tiny, *arguments, "--train.max_steps", 42).error()
     assert "was trained on other data" in message
+
+
+def test_fine_tuning_begins_with_the_weights_of_another_run(call, tiny, shards, trained, tmp_path):
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--train.init_from", trained)
+    still = ("--optim.learning_rate", 0, "--optim.min_learning_rate", 0, "--train.max_steps", 1)
+    result = call("train", tiny, *arguments, *still, "--model.dropout", 0.2)
+    assert "beginning with the weights of" in result.err
+    ours, theirs = (newest_checkpoint(run / "checkpoints") for run in (tmp_path / "o", trained))
+    assert (ours.path / MODEL).read_bytes() == (theirs.path / MODEL).read_bytes()
+    state = load_file(ours.path / OPTIMIZER)
+    assert {state[name].item() for name in state if name.endswith("/step")} == {1}
+
+
+def test_a_fine_tuning_that_goes_on_keeps_what_it_has_learned(
+    call, tiny, shards, trained, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "source")
+    begin = ("--train.init_from", tmp_path / "source")
+    arguments = (tiny, "--data.dir", shards, "--train.out", tmp_path / "o", *begin)
+    assert call("train", *arguments, "--train.max_steps", 2).status == 0
+    shutil.rmtree(tmp_path / "source")  # it isn't needed any more
+    result = call("train", *arguments, "--train.max_steps", 3)
+    assert "going on after step 2" in result.err
+    assert [line["step"] for line in metrics_of(tmp_path / "o")] == [1, 2, 3]
+    assert metrics_of(tmp_path / "o")[0]["loss"] < 0.8 * metrics_of(trained)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--train.init_from", "nowhere"], "nowhere is no checkpoint"),
+        (["--model.n_layer", 1], "has model.n_layer = 2, this run 1"),
+        (["--model.block_size", 16], "has model.block_size = 32, this run 16"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_line(
+    call, tiny, shards, trained, tmp_path, arguments, complaint
+):
+    begin = ("--train.init_from", trained, *arguments)
+    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "o", *begin)
+    assert complaint in result.error()
+    assert not (tmp_path / "o" / "checkpoints").exists()
 
 
 def test_two_runs_in_one_folder_do_not_meet(configure):

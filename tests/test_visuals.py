@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image, ImageChops, ImageStat
 
-from shards import TokenStream
-from visuals import counting, diagrams, draw, plots
+from checkpoint import MODEL, find_checkpoint
+from config import load_config
+from shards import VOCABULARY, TokenStream
+from visuals import KEPT, counting, diagrams, draw, plots
 from visuals.canvas import visible
+from visuals.keep import keep
 from visuals.story import attention_rows, chapters, load_story, tell_gradient
 
 RECORD = json.loads((ROOT / "visuals" / "figures.json").read_text(encoding="utf-8"))
@@ -79,6 +83,45 @@ def test_a_sentence_that_does_not_fit_is_one_line(call, trained, arguments, word
     assert words in call("visuals.story", "--checkpoint", trained, *arguments).error()
 
 
+# The model that is kept
+
+
+def test_a_kept_model_is_a_small_checkpoint_that_says_nearly_the_same(call, trained, tmp_path):
+    assert call("visuals.keep", trained, "--out", tmp_path / "kept").status == 0
+    story, kept = load_story(trained, TEXT, NEXT), load_story(tmp_path / "kept", TEXT, NEXT)
+    for (name, ours), theirs in zip(kept.model.named_parameters(), story.model.parameters()):
+        step = theirs.abs().amax(dim=-1, keepdim=True) / 127 if theirs.dim() == 2 else 0.0
+        assert ((ours - theirs).abs() <= 0.5001 * step).all(), name
+        assert theirs.dim() == 1 or not torch.equal(ours, theirs), name
+    assert kept.loss().item() == pytest.approx(story.loss().item(), abs=0.05)
+    assert (tmp_path / "kept" / MODEL).stat().st_size < 0.5 * (
+        4 * sum(parameter.numel() for parameter in story.model.parameters())
+    )
+
+
+def test_a_kept_model_is_checked_like_any_other(call, trained, tmp_path):
+    keep(trained, tmp_path)
+    weights = bytearray((tmp_path / MODEL).read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / MODEL).write_bytes(weights)
+    assert "is damaged" in call("visuals.story", "--checkpoint", tmp_path).error()
+
+
+def test_what_can_not_be_kept_is_one_line(call, trained, tmp_path):
+    assert "is no checkpoint" in call("visuals.keep", tmp_path).error()
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / VOCABULARY).unlink()
+    assert "GPT-2's own vocabulary is too large" in call("visuals.keep", tmp_path / "run").error()
+
+
+def test_the_model_that_is_kept_is_that_of_the_demo():
+    meta, config = find_checkpoint(str(KEPT)).meta, load_config([str(ROOT / "configs/demo.toml")])
+    assert meta.step == config.train.max_steps
+    assert meta.config["model"] == asdict(config.model)
+    assert meta.config["optim"] == asdict(config.optim)
+    assert all(path.stat().st_size < 1_000_000 for path in KEPT.iterdir())
+
+
 # Counting
 
 
@@ -117,18 +160,19 @@ def test_the_counts_are_measured_on_shards(call, shards, tmp_path):
 # The figures
 
 
-def test_every_figure_of_readme_is_recorded_and_small():
-    names = {path.name for path in (ROOT / "visuals").iterdir() if path.suffix == ".png"}
-    assert names == set(RECORD) == {f"{figure.__name__}.png" for figure in draw.OF_README}
+def test_every_figure_is_recorded_and_small():
+    files = {path.name for path in (ROOT / "visuals").iterdir() if path.suffix in (".png", ".gif")}
+    assert files == set(RECORD)
+    assert {name.split(".")[0] for name in files} == set(draw.FIGURES)
     for name, made in RECORD.items():
         assert (ROOT / "visuals" / name).stat().st_size < 300_000, name
-        assert (ROOT / made["shows"]).exists()
+        assert (ROOT / made.get("shows", "visuals/model")).exists()
 
 
-@pytest.mark.parametrize("figure", draw.OF_README, ids=lambda figure: figure.__name__)
-def test_a_figure_is_drawn_as_it_is_recorded(figure, tmp_path):
-    path = draw.draw_for_readme(figure, tmp_path)
-    made, now = RECORD[path.name], draw.record(figure)
+@pytest.mark.parametrize("name", sorted(set(draw.FIGURES) - {"growing_text"}))
+def test_a_figure_is_drawn_as_it_is_recorded(name, tmp_path):
+    path = draw.draw(name, tmp_path)
+    made, now = RECORD[path.name], draw.record(name)
     assert {**made, "versions": now["versions"]} == now
     with Image.open(path) as drawn, Image.open(ROOT / "visuals" / path.name) as kept:
         assert drawn.size == kept.size
@@ -137,14 +181,15 @@ def test_a_figure_is_drawn_as_it_is_recorded(figure, tmp_path):
             assert ImageStat.Stat(difference).mean[0] < 0.5  # of 255: another font may be there
 
 
-@pytest.mark.parametrize("figure", draw.OF_A_MODEL, ids=lambda figure: figure.__name__)
-def test_a_model_is_drawn(figure, trained, tmp_path, monkeypatch):
+def test_the_animation_grows_by_a_token_a_frame(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "FRAMES", 2)
-    path = draw.draw_of_model(figure, trained, tmp_path)
-    with Image.open(path) as drawn:
-        assert min(drawn.size) > 200
-        assert len(set(drawn.convert("L").histogram())) > 2
-        assert getattr(drawn, "n_frames", 1) == (2 if path.suffix == ".gif" else 1)
+    with Image.open(draw.draw("growing_text", tmp_path)) as drawn:
+        assert drawn.n_frames == 2
+        first = drawn.convert("L")
+        drawn.seek(1)
+        assert ImageChops.difference(first, drawn.convert("L")).getbbox()
+    now = draw.record("growing_text")
+    assert {**RECORD["growing_text.gif"], "versions": now["versions"]} == now
 
 
 def test_what_can_not_be_drawn_is_one_line(call, tmp_path):

@@ -1,8 +1,8 @@
-"""Draw README's figures from this repository's own code, and more from a model that you trained.
+"""Draw README's figures from this repository's own code and the trained model that it keeps.
 
-    python -m visuals.draw                      README's, into visuals/ (make figures)
-    python -m visuals.draw positions            of the model in out/demo, into out/demo/figures/
-    python -m visuals.draw --run out/mine       all that can be drawn of another
+    python -m visuals.draw                      all of them, into visuals/ (make figures)
+    python -m visuals.draw positions            one
+    python -m visuals.draw --run out/demo       those of a model, of yours, into out/demo/figures/
 
 `visuals/figures.json` records how README's figures were made.
 """
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -23,8 +24,8 @@ RECORD = FOLDER / "figures.json"
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Draw figures.")
-    parser.add_argument("names", nargs="*", help="which (README's; with --run all of a model)")
-    parser.add_argument("--run", type=Path, help="the run folder of a model (out/demo)")
+    parser.add_argument("names", nargs="*", help="which (all)")
+    parser.add_argument("--run", type=Path, help="the run folder of a model of yours")
     return parser.parse_args(arguments)
 
 
@@ -34,14 +35,14 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 import matplotlib
 import torch
 
-from visuals import diagrams, plots
+from checkpoint import MODEL, read_checkpoint
+from visuals import KEPT, diagrams, plots
 from visuals.canvas import save
-from visuals.story import RUN
 
 CONFIG = "configs/gpt2_124m.toml"
 
-# README's figures, each with what it shows of this repository.
-OF_README = {
+# The figures, each with what it shows of this repository; those of a model show any model.
+OF_THE_CODE = {
     plots.counting: "results/counting.json",
     diagrams.bpe_merges: "tokenizer.py",
     diagrams.causal_mask: "model.py",
@@ -59,54 +60,60 @@ OF_A_MODEL = (
     plots.sampling,
     plots.growing_text,
 )
+FIGURES = {figure.__name__: figure for figure in (*OF_THE_CODE, *OF_A_MODEL)}
 
 
-def draw_for_readme(figure: object, folder: Path) -> Path:
-    """Draw one of OF_README into a folder; returns the file's path."""
-    path = folder / f"{figure.__name__}.png"
-    save(figure(), path)
-    return path
-
-
-def draw_of_model(figure: object, run: Path, folder: Path) -> Path:
-    """Draw one of OF_A_MODEL into a folder; returns the file's path."""
+def draw(name: str, folder: Path, run: Path = KEPT) -> Path:
+    """Draw the figure of that name, of the model in `run`, into a folder; returns its path."""
+    figure = FIGURES[name]
     if figure is plots.growing_text:
-        figure(run, folder / "growing_text.gif")
-        return folder / "growing_text.gif"
-    path = folder / f"{figure.__name__}.png"
-    save(figure(run), path)
+        path = folder / f"{name}.gif"
+        figure(run, path)
+    else:
+        path = folder / f"{name}.png"
+        save(figure(run) if figure in OF_A_MODEL else figure(), path)
     return path
 
 
-def record(figure: object) -> dict[str, object]:
-    """How a figure of README was made."""
-    return {
+def record(name: str) -> dict[str, object]:
+    """How a figure of README is made."""
+    figure = FIGURES[name]
+    made: dict[str, object] = {
         "what": figure.__doc__.splitlines()[0],
-        "command": f"python -m visuals.draw {figure.__name__}",
-        "shows": OF_README[figure],
-        "versions": {"torch": torch.__version__, "matplotlib": matplotlib.__version__},
+        "command": f"python -m visuals.draw {name}",
     }
+    if figure in OF_A_MODEL:
+        meta, weights = read_checkpoint(KEPT, files=(MODEL,)).meta, (KEPT / MODEL).read_bytes()
+        made["checkpoint"] = f"{MODEL} in visuals/model, step {meta.step} of configs/demo.toml"
+        made["sha256"] = hashlib.sha256(weights).hexdigest()
+        made["seeds"] = {"training": meta.config["train"]["seed"]}
+        if figure is plots.growing_text:
+            made["seeds"]["drawing"] = plots.SEED
+    else:
+        made["shows"] = OF_THE_CODE[figure]
+    versions = {"torch": torch.__version__, "matplotlib": matplotlib.__version__}
+    return made | {"versions": versions}
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Draw what was asked for, and say where it is."""
-    figures = {figure.__name__: figure for figure in (*OF_README, *OF_A_MODEL)}
-    names = arguments.names or [f.__name__ for f in (OF_A_MODEL if arguments.run else OF_README)]
-    unknown = set(names) - set(figures)
+    possible = [figure.__name__ for figure in OF_A_MODEL] if arguments.run else [*FIGURES]
+    names = arguments.names or possible
+    unknown = sorted(set(names) - set(possible))
     if unknown:
-        raise UserError(f"no figure {min(unknown)}: expected some of {', '.join(figures)}")
+        raise UserError(f"no figure {unknown[0]}: expected some of {', '.join(possible)}")
+    if arguments.run:
+        plots.load_story(arguments.run)  # is there a model?
+        (arguments.run / "figures").mkdir(exist_ok=True)
     records = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
-    run = arguments.run or RUN
     for name in names:
-        if figures[name] in OF_README:
-            path = draw_for_readme(figures[name], FOLDER)
-            records[path.name] = record(figures[name])
-            RECORD.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        if arguments.run:
+            print(draw(name, arguments.run / "figures", arguments.run))
         else:
-            plots.load_story(run)  # is there a model?
-            (run / "figures").mkdir(exist_ok=True)
-            path = draw_of_model(figures[name], run, run / "figures")
-        print(path)
+            path = draw(name, FOLDER)
+            print(path.relative_to(FOLDER.parent))
+            records[path.name] = record(name)
+            RECORD.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,18 +13,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from config import load_config
-from model import choose_next
+from model import choose_next, next_probabilities
 from optim import learning_rate_at
 from visuals.canvas import BLUE, GREEN, GREY, INK, LIGHT_BLUE, ORANGE, PALE, RED, sheet, visible
 from visuals.story import Story, attention_rows, likeliest, load_story
 
 ROOT = Path(__file__).parent.parent
+LABEL_PLACES = (  # offset in points, and which side of the label is there
+    ((3, 2), {}),
+    ((-3, 2), {"ha": "right"}),
+    ((3, -2), {"va": "top"}),
+    ((-3, -2), {"ha": "right", "va": "top"}),
+    ((0, 5), {"ha": "center"}),
+    ((0, -5), {"ha": "center", "va": "top"}),
+    ((0, -11), {"ha": "center", "va": "top"}),
+)
 FRAMES = 24  # of the animation, a token each
+SEED = 20  # of the tokens that the animation draws
 
 
 def next_token(run: Path) -> Figure:
@@ -85,11 +97,28 @@ def embedding_map(run: Path) -> Figure:
     places = (chosen @ directions[:2].T).numpy()
     figure, axes = sheet(7.5, 6)
     axes.scatter(*places.T, s=9, color=GREY)
-    for token, place in zip(words, places):
-        text = story.encoding.decode([token])
-        axes.annotate(text.strip(), place, (3, 2), textcoords="offset points", fontsize=9)
+    axes.margins(0.06, 0.08)
     axes.set(xticks=[], yticks=[], xlabel="first main direction", ylabel="second main direction")
+    figure.draw_without_rendering()  # lays everything out, so that labels know where they are
+    dots = axes.transData.transform(places)
+    taken = [Bbox.from_extents(*(dot - 3), *(dot + 3)) for dot in dots]
+    for token, place in zip(words, places):
+        label_beside(axes, story.encoding.decode([token]).strip(), place, taken)
     return figure
+
+
+def label_beside(axes: Axes, text: str, place: np.ndarray, taken: list[Bbox]) -> None:
+    """Write a label where it covers the fewest of the boxes in `taken`, and add its own."""
+    labels = [
+        axes.annotate(text, place, offset, textcoords="offset points", fontsize=9, **align)
+        for offset, align in LABEL_PLACES
+    ]
+    boxes = [label.get_window_extent() for label in labels]
+    best = min(range(len(boxes)), key=lambda number: boxes[number].count_overlaps(taken))
+    for number, label in enumerate(labels):
+        if number != best:
+            label.remove()
+    taken.append(boxes[best])
 
 
 def positions(run: Path) -> Figure:
@@ -127,34 +156,27 @@ def sampling(run: Path) -> Figure:
     """The same logits under temperature, top-k and top-p."""
     story = load_story(run)
     with torch.no_grad():
-        logits = story.logits()
-    best = logits.topk(12).indices
+        logits = story.logits()[None]
+    best = logits[0].topk(12).indices
     labels = [visible(story.encoding.decode([token])) for token in best.tolist()]
     panels = [
-        ("temperature 1: as learned", (logits).softmax(-1), INK),
-        ("temperature 0.5: bolder", (logits / 0.5).softmax(-1), BLUE),
-        ("temperature 1.5: wilder", (logits / 1.5).softmax(-1), ORANGE),
-        ("top-k 4", restricted(logits, top_k=4), GREEN),
-        ("top-p 0.7", restricted(logits, top_p=0.7), RED),
+        ("temperature 1: as learned", {"temperature": 1}, INK),
+        ("temperature 0.5: bolder", {"temperature": 0.5}, BLUE),
+        ("temperature 1.5: wilder", {"temperature": 1.5}, ORANGE),
+        ("top-k 4", {"temperature": 1, "top_k": 4}, GREEN),
+        ("top-p 0.7", {"temperature": 1, "top_p": 0.7}, RED),
     ]
     figure, axes = sheet(11, 3.4, 1, len(panels))
-    highest = max(float(probabilities.max()) for _, probabilities, _ in panels)
-    for at, (title, probabilities, colour) in zip(axes, panels):
+    for at, (title, knobs, colour) in zip(axes, panels):
+        weights = next_probabilities(logits, **knobs)[0]
+        probabilities = weights / weights.sum()
         at.barh(labels[::-1], probabilities[best].tolist()[::-1], color=colour)
-        at.set(xlim=(0, 1.02 * highest))
+        at.set(xlim=(0, 0.36))
         at.set_title(title, fontsize=10, loc="left")
+        at.set_xlabel(f"{int(probabilities.count_nonzero()):,} tokens possible", fontsize=9)
         at.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         at.tick_params(labelleft=at is axes[0], labelsize=9)
     return figure
-
-
-def restricted(
-    logits: torch.Tensor, top_k: int | None = None, top_p: float | None = None
-) -> torch.Tensor:
-    """The probabilities that `choose_next` draws from, seen in many draws. (V,) -> (V,)."""
-    generator = torch.Generator().manual_seed(1)
-    draws = choose_next(logits.expand(20_000, -1), 1.0, top_k, top_p, generator)
-    return torch.bincount(draws, minlength=len(logits)) / len(draws)
 
 
 def learning_rate() -> Figure:
@@ -198,7 +220,12 @@ def training_curve(run: Path) -> Figure:
     untrained = math.log(load_story(run).model.config.vocab_size)
     figure, axes = sheet(7.5, 3.8)
     axes.plot(steps, train, color=LIGHT_BLUE, lw=0.8, label="training, every step")
-    axes.plot(steps[width - 1 :], smooth, color=BLUE, label=f"training, mean of {width} steps")
+    axes.plot(
+        steps[width // 2 : -(width // 2)],
+        smooth,
+        color=BLUE,
+        label=f"training, mean of {width} steps",
+    )
     axes.plot(*zip(*val), color=ORANGE, marker="o", ls="none", label="validation")
     axes.axhline(untrained, color=GREY, lw=0.8, ls=":")
     axes.annotate(
@@ -216,7 +243,7 @@ def training_curve(run: Path) -> Figure:
 def growing_text(run: Path, path: Path) -> None:
     """An animation: text grows token by token, beside the probabilities it is drawn from."""
     story = load_story(run)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(SEED)
     ids, frames = story.ids, []
     for _ in range(FRAMES):
         with torch.no_grad():
@@ -242,7 +269,8 @@ def _frame(story: Story, ids: torch.Tensor, logits: torch.Tensor, drawn: int) ->
     best = probabilities.topk(8).indices.tolist()
     if drawn not in best:
         best[-1] = drawn
-    figure, (top, bottom) = sheet(7, 4, 2, 1)
+    figure, (top, bottom) = sheet(7, 3.6, 2, 1)
+    top.get_gridspec().set_height_ratios((1, 2))
     top.axis("off")
     text = story.encoding.decode(ids.tolist())
     top.text(0, 1, f"{_wrapped(text)} ▁", va="top", family="monospace", fontsize=11)

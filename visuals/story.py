@@ -4,7 +4,7 @@
     python -m visuals.story --text "Raise an error if the" --next " object"
 
 In README's order: characters, tokens, vectors, attention, logits, loss, gradient. The model is the
-one that `make demo` leaves, or another.
+one in visuals/model, whose numbers README shows, or another (--checkpoint out/demo).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import Parser, UserError, run_script
+from visuals import KEPT
 
-RUN = Path("out/demo")
-TEXT, NEXT = "Return a list of the", " names"
+TEXT, NEXT = "Return a list of the", " same"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Follow one sentence through a trained GPT.")
-    parser.add_argument("--checkpoint", default=RUN, help="a run folder (out/demo)")
+    parser.add_argument("--checkpoint", default=KEPT, help="a run folder (visuals/model)")
     parser.add_argument("--text", default=TEXT, help=f'a beginning of a sentence ("{TEXT}")')
     parser.add_argument("--next", default=NEXT, help=f'what follows ("{NEXT}")')
     return parser.parse_args(arguments)
@@ -40,8 +40,8 @@ from torch import Tensor
 from checkpoint import find_checkpoint
 from model import GPT
 
-LAYER, HEAD = 1, 0  # the head whose attention is shown, counted from 0
-LEARNING_RATE = 0.1  # of the one plain gradient step at the end
+LAYER, HEAD = 1, 2  # the head whose attention is shown, counted from 0, if there are so many
+LEARNING_RATE = 0.001  # of the one plain gradient step at the end
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Story:
         return -self.logits().log_softmax(dim=-1)[self.target]
 
 
-def load_story(checkpoint: str | Path = RUN, text: str = TEXT, following: str = NEXT) -> Story:
+def load_story(checkpoint: str | Path = KEPT, text: str = TEXT, following: str = NEXT) -> Story:
     """The story of a text, whose next token is the first of `following`.
 
     Raises UserError if the text doesn't fit.
@@ -153,9 +153,11 @@ def tell_vectors(story: Story) -> list[str]:
 
 def tell_attention(story: Story) -> list[str]:
     """The last token's row of one head."""
-    row = attention_rows(story.model, story.ids)[LAYER, HEAD, -1].tolist()
+    rows = attention_rows(story.model, story.ids)
+    layer, head = min(LAYER, rows.size(0) - 1), min(HEAD, rows.size(1) - 1)
+    row = rows[layer, head, -1].tolist()
     shares = ", ".join(f"{token!r} {share:.2f}" for token, share in zip(story.tokens, row))
-    return [f"block {LAYER + 1}, head {HEAD + 1}: {story.tokens[-1]!r} takes from", f"  {shares}"]
+    return [f"block {layer + 1}, head {head + 1}: {story.tokens[-1]!r} takes from", f"  {shares}"]
 
 
 def tell_logits(story: Story) -> list[str]:
@@ -172,7 +174,7 @@ def tell_loss(story: Story) -> list[str]:
     following = story.encoding.decode([story.target])
     untrained = math.log(story.model.config.vocab_size)
     return [
-        f"really next {following!r}, given the probability {math.exp(-loss):.4f}",
+        f"in truth    {following!r}, to which the model gave {math.exp(-loss):.4f}",
         f"loss        -ln {math.exp(-loss):.4f} = {loss:.3f} nats",
         f"untrained   ln {story.model.config.vocab_size:,} = {untrained:.3f} nats",
     ]
@@ -203,7 +205,7 @@ def tell_gradient(story: Story) -> list[str]:
             for token, text in shown.items()
         ),
         f"d loss / d all {model.num_parameters():,} weights: a vector of length {norm:.2f}",
-        f"one step of {LEARNING_RATE} against it: loss {before.item():.3f} -> {after:.3f}, "
+        f"one step of {LEARNING_RATE} × it: loss {before.item():.3f} -> {after:.3f}, "
         f"probability {math.exp(-before.item()):.4f} -> {math.exp(-after):.4f}",
     ]
 
