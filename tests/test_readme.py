@@ -11,18 +11,20 @@ import runpy
 import shlex
 import shutil
 import textwrap
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import ROOT
 
-from config import load_config
+from config import Config, load_config
 from model import GPT, GPTConfig
 from visuals import KEPT, diagrams
 from visuals.story import attention_rows, chapters, load_story
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROSE = " ".join(re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE).split())
+TEXT = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)  # without the code
+PROSE = " ".join(TEXT.split())
 DEMO = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
 KEPT_LOSS = json.loads((ROOT / "results" / "kept_model.json").read_text(encoding="utf-8"))
 COUNTS = json.loads((ROOT / "results" / "counting.json").read_text(encoding="utf-8"))
@@ -75,25 +77,36 @@ def snippets() -> list[tuple[str, str]]:
     ]
 
 
+@pytest.fixture
+def variables(tmp_path):
+    """Run a snippet; its variables: variables(code)."""
+
+    def run_snippet(code: str) -> dict[str, object]:
+        path = tmp_path / "snippet.py"
+        path.write_text(code, encoding="utf-8")
+        try:
+            return runpy.run_path(str(path))
+        finally:
+            torch.set_printoptions(profile="default")
+
+    return run_snippet
+
+
 @pytest.mark.parametrize(("code", "shown"), snippets())
-def test_every_snippet_prints_what_is_shown(code, shown, tmp_path, capsys):
-    path = tmp_path / "snippet.py"
-    path.write_text(code, encoding="utf-8")
-    try:
-        runpy.run_path(str(path))
-    finally:
-        torch.set_printoptions(profile="default")
+def test_every_snippet_prints_what_is_shown(code, shown, variables, capsys):
+    variables(code)
     assert capsys.readouterr().out == shown
 
 
-def test_the_picture_of_the_mask_has_the_numbers_of_the_text(tmp_path):
+def test_the_words_that_are_counted_are_as_many_as_the_exercise_says(variables):
+    (code,) = (code for code, _ in snippets() if "followers" in code)
+    assert len(variables(code)["text"]) == 13
+    assert "With the thirteen words above" in PROSE
+
+
+def test_the_picture_of_the_mask_has_the_numbers_of_the_text(variables):
     (code,) = (code for code, _ in snippets() if "attention_written_out" in code)
-    path = tmp_path / "snippet.py"
-    path.write_text(code, encoding="utf-8")
-    try:
-        numbers = runpy.run_path(str(path))
-    finally:
-        torch.set_printoptions(profile="default")
+    numbers = variables(code)
     assert numbers["q"].tolist() == diagrams.HAND_QUERIES
     assert numbers["k"].tolist() == diagrams.HAND_KEYS
     assert f"# {' '.join(diagrams.HAND_TOKENS)}\n" in code
@@ -157,11 +170,44 @@ def test_what_needs_only_a_model_runs(command, call, trained, shards, tmp_path, 
     module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
     shutil.copytree(trained, tmp_path / "out" / "demo")
     shutil.copytree(KEPT, tmp_path / "visuals" / "model")
-    (tmp_path / "notes.txt").write_text("The quick")
+    shutil.copy(ROOT / "LICENSE", tmp_path)
     monkeypatch.chdir(tmp_path)
     result = call(module, *words[start:])
     assert result.status == 0, result
     assert result.out
+
+
+def test_preparing_and_training_as_the_page_says(call, trained, shards, tmp_path, monkeypatch):
+    """The commands that are quick: files of one's own, and a training of one step."""
+    own, tuning = [c for c in commands() if c.startswith("python prepare") and '"*.md"' in c]
+    (one_step,) = (c for c in commands() if "--train.max_steps 1 " in c)
+    shutil.copytree(trained, tmp_path / "out" / "demo")
+    shutil.copytree(shards, tmp_path / "data" / "demo")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for command in (own, tuning):
+        result = call("prepare_fineweb", *shlex.split(command)[2:])
+        assert result.status == 0, result.err
+    assert call("train", *shlex.split(one_step)[2:]).status == 0
+    (metrics,) = (tmp_path / "out" / "one_step").glob("metrics.jsonl")
+    first = json.loads(metrics.read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(300), abs=0.1)  # their vocabulary's size
+
+
+def test_what_is_shown_has_the_form_of_what_is_printed(call, trained, shards, tiny, tmp_path):
+    """Numbers and names aside, the plan and the evaluation are those of the scripts."""
+
+    def form(text: str) -> str:
+        return re.sub(r"\S*(?:\d|/)\S*", "#", text)
+
+    (plan,) = (block for _, block in BLOCKS if block.startswith("model       873,600"))
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--train.max_steps", 1)
+    printed = call("train", tiny, *arguments).err
+    assert form(plan) in form(printed)
+    (demo,) = (block for _, block in BLOCKS if block.startswith("step 1,500: validation loss"))
+    table = call("evaluate", "--checkpoint", trained, "--data", shards).out
+    assert form(table) in form(demo)
 
 
 def test_the_object_for_programs_is_what_is_shown(call, monkeypatch):
@@ -198,13 +244,23 @@ def test_the_heads_do_what_the_text_says_of_them():
         assert most[token][1, 2] == story.tokens.index(article)
 
 
+def test_the_positions_and_the_curve_are_as_the_text_says():
+    vectors = torch.nn.functional.normalize(load_story().model.wpe.weight.detach(), dim=-1)
+    near, far = (vectors[10] @ vectors[11]).item(), (vectors[10] @ vectors[30]).item()
+    assert f"10 is hardly more like 11 ({near:.2f}) than like 30 ({far:.2f})" in PROSE
+    lines = [json.loads(line) for line in (KEPT / "metrics.jsonl").read_text().splitlines()]
+    train = [line["loss"] for line in lines if line["kind"] == "train"]
+    (*_, val) = (line["loss"] for line in lines if line["kind"] == "val")
+    assert f"it is {val:.2f} against {sum(train[-100:]) / 100:.2f}, the mean of the last" in PROSE
+    assert f"{val:.4f}" == str(DEMO["validation_loss"])
+
+
 # Links and headings
 
 
 def headings() -> list[str]:
     """The headings, without the comments in code that look like some."""
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
-    return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
 
 
 def anchors() -> list[str]:
@@ -235,13 +291,48 @@ def test_every_figure_is_shown_with_a_text_in_its_place():
 
 def test_docstrings_that_name_a_section_name_one_that_exists():
     named = []
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("visuals/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 text = " ".join((ast.get_docstring(node) or "").split())
                 named += re.findall(r'README, "([^"]+)"', text)
     assert len(named) >= 5
     assert set(named) <= set(headings())
+
+
+def names_of_the_code() -> set[str]:
+    """What the modules define, as `name` and `Class.name`."""
+    names = set()
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                names.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                members = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+                names |= {f"{node.name}.{member.name}" for member in members}
+    return names
+
+
+def test_every_name_in_the_text_is_one_of_the_code():
+    """Of classes and functions, settings and files; names of PyTorch's have its module before."""
+    codes, known = set(re.findall(r"`([^`\n]+)`", TEXT)), names_of_the_code()
+    settings = {
+        f"{section}.{key}" for section, values in asdict(Config()).items() for key in values
+    }
+    sections = {setting.split(".")[0] for setting in settings}
+    checked = 0
+    for code in codes:
+        name = code.removeprefix("--").split(" ")[0].rstrip("/")
+        if re.fullmatch(r"[\w/]+\.(py|toml|json|md)", name) and "metrics" not in name:
+            assert (ROOT / name).exists() or (ROOT / "configs" / name).exists(), code
+        elif name.split(".")[0] in sections and "." in name:
+            assert name in settings, code
+        elif re.fullmatch(r"[A-Z]\w+(\.\w+)?", name) and not name.isupper() and name[1:2].islower():
+            assert name in known, code
+        else:
+            continue
+        checked += 1
+    assert checked > 30
 
 
 def test_every_source_file_is_listed_and_every_reference_defined():
@@ -288,6 +379,14 @@ def test_the_numbers_that_this_repository_can_work_out():
         f"would need {model.flops_per_token() * 1e10 / 1e12 / 86_400:.0f} days",
         f"by 1/√{2 * small.n_layer}: {2 * small.n_layer} of them add up",
         f"{math.exp(2):.2f} / {3 + math.exp(2):.2f} = {math.exp(2) / (3 + math.exp(2)):.2f}",
+        f"2 × 768 | {2 * C:,} |",
+        f"{math.log(2):.2f} if it gave it a half, {math.log(100):.1f} for one in a hundred",
+        f"ln 4 = {math.log(4):.2f} nats",
+        "the shares become {:.2f}, {:.2f}, {:.2f}, {:.2f}".format(
+            *(math.exp(score) / (3 + math.exp(4)) for score in (0, 4, 0, 0))
+        ),
+        f"0.67 / 0.91 = {0.67 / 0.91:.2f} and {0.24 / 0.91:.2f}",
+        f"= {DEMO['validation_loss'] / math.log(2):.3f} bits per token; times 32,640 / 100,271",
         f"−ln 0.67 = {-math.log(math.exp(2) / (math.exp(2) + math.e + 1)):.2f}",
     ):
         assert number in PROSE, number
@@ -304,7 +403,8 @@ def test_the_numbers_of_counting_are_those_that_were_measured():
 
 
 def test_the_length_is_that_of_one_long_sitting():
-    assert 5_000 <= len(PROSE.split()) <= 7_000
+    not_read = r"^\[\w+\]: .*$|</?\w+>|!\[.*?\]\(.*?\)"  # addresses, tags, pictures
+    assert 5_000 <= len(re.sub(not_read, "", TEXT, flags=re.MULTILINE).split()) <= 7_000
 
 
 def test_the_plan_for_more_gpus_is_what_bench_prints(call):
@@ -332,6 +432,7 @@ def test_the_table_of_sizes_is_what_the_configs_build():
 
 
 def test_nothing_is_left_to_do_and_no_section_is_empty():
-    assert not re.search(r"TODO|FIXME|@@|Ã|â€", README)
-    sections = re.split(r"^#+ .*$", README, flags=re.MULTILINE)[1:]
+    assert not re.search(r"TODO|FIXME|@@|Ã|â€|Â|\ufffd", README)
+    sections = re.split(r"^#+ .*$", TEXT, flags=re.MULTILINE)[1:]
+    assert len(sections) == len(headings())
     assert all(section.strip() for section in sections)

@@ -2,4 +2,6 @@
 
 from pathlib import Path
 
-KEPT = Path(__file__).parent / "model"  # `make demo`'s, rounded by visuals/keep.py
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/gpt2_124m.toml"  # which figures show
+KEPT = ROOT / "visuals" / "model"  # `make demo`'s, rounded by visuals/keep.py

@@ -34,6 +34,7 @@ STYLE = {
     "ytick.color": INK,
     "font.size": 11,
     "legend.frameon": False,
+    "text.parse_math": False,  # a "$" in a token is a "$"
 }
 
 

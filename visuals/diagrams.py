@@ -1,13 +1,12 @@
 """Figures of mechanisms: merges, the causal mask, the architecture, a DDP step, the KV cache.
 
-What stands in their boxes is computed by the project's own code.
+Merges, masks and shapes are computed by the project's own code.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
@@ -17,10 +16,12 @@ from matplotlib.patches import Rectangle
 from config import load_config
 from data import BatchShape
 from model import attention_written_out
-from tokenizer import merge, train_bpe, word_pattern
+from tokenizer import GPT2_VOCAB_SIZE, merge, train_bpe, word_pattern
+from visuals import CONFIG, ROOT
 from visuals.canvas import (
     BLUE,
     GREY,
+    INK,
     LIGHT_BLUE,
     LIGHT_GREEN,
     LIGHT_ORANGE,
@@ -32,8 +33,6 @@ from visuals.canvas import (
     sheet,
     visible,
 )
-
-ROOT = Path(__file__).parent.parent
 
 BPE_TEXT = "low lower lowest slow slower slowest"
 
@@ -110,9 +109,9 @@ def causal_mask() -> Figure:
 
 def architecture() -> Figure:
     """GPT-2 124M from ids to logits, with the shape of what goes from box to box."""
-    model = load_config([str(ROOT / "configs" / "gpt2_124m.toml")]).model
-    C, T, V = model.n_embd, model.block_size, 50_257
-    stream = f"(B, {T:,}, {C})"
+    model = load_config([str(ROOT / CONFIG)]).model
+    C, T, V = model.n_embd, model.block_size, GPT2_VOCAB_SIZE
+    stream = f"(B, {T}, {C})"
     figure, axes = diagram(7.6, 8.6)
     middle = 22
 
@@ -123,12 +122,12 @@ def architecture() -> Figure:
         axes.text(middle + 1, y, text, va="center", fontsize=9, color=BLUE)
 
     layer(2, "token ids", PALE)
-    shape(7.5, f"(B, {T:,})")
+    shape(7.5, f"(B, {T})")
     layer(9, f"wte: {V:,} × {C}   +   wpe: {T:,} × {C}", LIGHT_BLUE)
     shape(14.7, stream)
     axes.add_patch(Rectangle((3, 17), 65, 47, fill=False, ec=GREY, lw=1, ls="--"))
     axes.text(66.5, 61.5, f"block, {model.n_layer} times", ha="right", va="center", weight="bold")
-    attention = f"attention, {model.n_head} heads\n(T, T) each"
+    attention = f"attention, {model.n_head} heads\nof size {C // model.n_head}"
     mlp = f"MLP: {C} → {4 * C:,} → {C}\nGELU between"
     _sublayer(axes, middle, 19, "ln_1", attention, LIGHT_GREEN)
     _sublayer(axes, middle, 41, "ln_2", mlp, LIGHT_ORANGE)
@@ -136,7 +135,7 @@ def architecture() -> Figure:
     layer(67.5, "ln_f", PALE)
     shape(73, stream)
     layer(74.7, f"wte again, transposed: {C} → {V:,}", LIGHT_BLUE)
-    shape(80.2, f"(B, {T:,}, {V:,})")
+    shape(80.2, f"(B, {T}, {V})")
     axes.text(middle, 83.8, "logits of the next token", ha="center", va="center")
     for start, end in ((6, 9), (13, 19), (64, 67.5), (71.5, 74.7), (78.7, 82)):
         arrow(axes, (middle, start), (middle, end))
@@ -147,13 +146,13 @@ def architecture() -> Figure:
 
 def _sublayer(axes: Axes, x: float, y: float, norm: str, text: str, colour: str) -> None:
     """A branch to the right of the residual stream at x: norm, sublayer, and back by a plus."""
-    axes.plot([x, 50], [y + 1.5, y + 1.5], color=GREY, lw=1.1)
+    axes.plot([x, 50], [y + 1.5, y + 1.5], color=INK, lw=1.1)
     arrow(axes, (50, y + 1.5), (50, y + 4))
     box(axes, 40, y + 4, 20, 3.4, norm, PALE)
     arrow(axes, (50, y + 7.4), (50, y + 9.5))
     box(axes, 36, y + 9.5, 28, 6, text, colour, fontsize=10)
-    axes.plot([50, 50], [y + 15.5, y + 18.5], color=GREY, lw=1.1)
-    arrow(axes, (50, y + 18.5), (x + 1.8, y + 18.5))
+    axes.plot([50, 50], [y + 15.5, y + 18.5], color=INK, lw=1.1)
+    arrow(axes, (50, y + 18.5), (x + 1.1, y + 18.5))
     axes.text(
         x,
         y + 18.5,
@@ -167,7 +166,7 @@ def _sublayer(axes: Axes, x: float, y: float, norm: str, text: str, colour: str)
 
 def ddp_step() -> Figure:
     """One optimizer step on several GPUs."""
-    config = load_config([str(ROOT / "configs" / "gpt2_124m.toml")])
+    config = load_config([str(ROOT / CONFIG)])
     batch = BatchShape(
         config.train.tokens_per_step, config.model.block_size, config.train.micro_batch_size, 4
     )

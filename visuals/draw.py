@@ -35,11 +35,9 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 import matplotlib
 import torch
 
-from checkpoint import MODEL, read_checkpoint
-from visuals import KEPT, diagrams, plots
+from checkpoint import MODEL, find_checkpoint, read_checkpoint
+from visuals import CONFIG, KEPT, ROOT, diagrams, plots
 from visuals.canvas import save
-
-CONFIG = "configs/gpt2_124m.toml"
 
 # The figures, each with what it shows of this repository; those of a model show any model.
 OF_THE_CODE = {
@@ -84,11 +82,13 @@ def record(name: str) -> dict[str, object]:
     }
     if figure in OF_A_MODEL:
         meta, weights = read_checkpoint(KEPT, files=(MODEL,)).meta, (KEPT / MODEL).read_bytes()
-        made["checkpoint"] = f"{MODEL} in visuals/model, step {meta.step} of configs/demo.toml"
+        made["config"] = "configs/demo.toml"
+        made["checkpoint"] = f"visuals/model/{MODEL}, step {meta.step}"
         made["sha256"] = hashlib.sha256(weights).hexdigest()
         made["seeds"] = {"training": meta.config["train"]["seed"]}
         if figure is plots.growing_text:
             made["seeds"]["drawing"] = plots.SEED
+            made["sampling"] = plots.KNOBS
     else:
         made["shows"] = OF_THE_CODE[figure]
     versions = {"torch": torch.__version__, "matplotlib": matplotlib.__version__}
@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> None:
     if unknown:
         raise UserError(f"no figure {unknown[0]}: expected some of {', '.join(possible)}")
     if arguments.run:
-        plots.load_story(arguments.run)  # is there a model?
+        find_checkpoint(str(arguments.run))  # is there a model?
         (arguments.run / "figures").mkdir(exist_ok=True)
     records = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
     for name in names:
@@ -111,7 +111,7 @@ def main(arguments: argparse.Namespace) -> None:
             print(draw(name, arguments.run / "figures", arguments.run))
         else:
             path = draw(name, FOLDER)
-            print(path.relative_to(FOLDER.parent))
+            print(path.relative_to(ROOT))
             records[path.name] = record(name)
             RECORD.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 

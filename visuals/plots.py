@@ -15,17 +15,18 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from checkpoint import find_checkpoint
 from config import load_config
 from model import choose_next, next_probabilities
 from optim import learning_rate_at
-from visuals.canvas import BLUE, GREEN, GREY, INK, LIGHT_BLUE, ORANGE, PALE, RED, sheet, visible
+from visuals import CONFIG, ROOT
+from visuals.canvas import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED, sheet, visible
 from visuals.story import Story, attention_rows, likeliest, load_story
 
-ROOT = Path(__file__).parent.parent
 LABEL_PLACES = (  # offset in points, and which side of the label is there
     ((3, 2), {}),
     ((-3, 2), {"ha": "right"}),
@@ -36,7 +37,7 @@ LABEL_PLACES = (  # offset in points, and which side of the label is there
     ((0, -11), {"ha": "center", "va": "top"}),
 )
 FRAMES = 24  # of the animation, a token each
-SEED = 20  # of the tokens that the animation draws
+SEED, KNOBS = 20, {"temperature": 0.6, "top_k": 20}  # of the tokens that it draws
 
 
 def next_token(run: Path) -> Figure:
@@ -88,13 +89,17 @@ def embedding_map(run: Path) -> Figure:
     words = [
         token
         for token in range(256, story.model.config.vocab_size - 1)
-        if (text := story.encoding.decode([token])).startswith(" ") and text[1:].isalpha()
+        if (text := story.encoding.decode([token])).startswith(" ")
+        and text[1:].isalpha()
+        and len(text) > 2
     ]
     words = words[:90]  # ids are in the order of learning: the frequent ones first
     chosen = torch.nn.functional.normalize(vectors[words], dim=-1)
     chosen = chosen - chosen.mean(dim=0)
     _, _, directions = torch.linalg.svd(chosen, full_matrices=False)
-    places = (chosen @ directions[:2].T).numpy()
+    places = chosen @ directions[:2].T  # (words, 2)
+    farthest = places.gather(0, places.abs().argmax(dim=0, keepdim=True))  # (1, 2)
+    places = (places * farthest.sign()).numpy()  # which end is positive is left open by the SVD
     figure, axes = sheet(7.5, 6)
     axes.scatter(*places.T, s=9, color=GREY)
     axes.margins(0.06, 0.08)
@@ -161,27 +166,28 @@ def sampling(run: Path) -> Figure:
     labels = [visible(story.encoding.decode([token])) for token in best.tolist()]
     panels = [
         ("temperature 1: as learned", {"temperature": 1}, INK),
-        ("temperature 0.5: bolder", {"temperature": 0.5}, BLUE),
+        ("temperature 0.5: tamer", {"temperature": 0.5}, BLUE),
         ("temperature 1.5: wilder", {"temperature": 1.5}, ORANGE),
         ("top-k 4", {"temperature": 1, "top_k": 4}, GREEN),
         ("top-p 0.7", {"temperature": 1, "top_p": 0.7}, RED),
     ]
-    figure, axes = sheet(11, 3.4, 1, len(panels))
-    for at, (title, knobs, colour) in zip(axes, panels):
-        weights = next_probabilities(logits, **knobs)[0]
-        probabilities = weights / weights.sum()
+    figure, axes = sheet(9, 6.2, 2, 3)
+    bars = [next_probabilities(logits, **knobs)[0] for _, knobs, _ in panels]  # 5 × (V,)
+    bars = [weights / weights.sum() for weights in bars]
+    highest = max(float(probabilities.max()) for probabilities in bars)
+    for at, (title, _, colour), probabilities in zip(axes.flat, panels, bars):
         at.barh(labels[::-1], probabilities[best].tolist()[::-1], color=colour)
-        at.set(xlim=(0, 0.36))
-        at.set_title(title, fontsize=10, loc="left")
-        at.set_xlabel(f"{int(probabilities.count_nonzero()):,} tokens possible", fontsize=9)
+        at.set(xlim=(0, 1.05 * highest))
+        at.set_title(title, loc="left")
+        at.set_xlabel(f"{int(probabilities.count_nonzero()):,} tokens possible")
         at.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        at.tick_params(labelleft=at is axes[0], labelsize=9)
+    axes[1, 2].axis("off")
     return figure
 
 
 def learning_rate() -> Figure:
     """The learning rate over the steps of configs/gpt2_124m.toml."""
-    config = load_config([str(ROOT / "configs" / "gpt2_124m.toml")])
+    config = load_config([str(ROOT / CONFIG)])
     optim, steps = config.optim, config.train.max_steps
     figure, axes = sheet(7.5, 3)
     axes.plot([learning_rate_at(step, optim, steps) for step in range(steps)], color=BLUE)
@@ -193,43 +199,44 @@ def learning_rate() -> Figure:
         textcoords="offset points",
     )
     axes.annotate(
-        f"{optim.min_learning_rate:g}",
+        f"{optim.min_learning_rate:.5f}",
         (steps, optim.min_learning_rate),
         (0, 8),
         textcoords="offset points",
         ha="right",
     )
     axes.annotate(
-        f"{optim.learning_rate:g}",
+        f"{optim.learning_rate:.4f}",
         (optim.warmup_steps, optim.learning_rate),
         (10, 3),
         textcoords="offset points",
     )
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, 1.1 * optim.learning_rate))
     return figure
 
 
 def training_curve(run: Path) -> Figure:
     """The loss of a run, step by step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train = [line["loss"] for line in lines if line["kind"] == "train"]
-    val = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
-    steps = np.arange(1, len(train) + 1)
-    width = 25
-    smooth = np.convolve(train, np.ones(width) / width, mode="valid")
-    untrained = math.log(load_story(run).model.config.vocab_size)
-    figure, axes = sheet(7.5, 3.8)
-    axes.plot(steps, train, color=LIGHT_BLUE, lw=0.8, label="training, every step")
-    axes.plot(
-        steps[width // 2 : -(width // 2)],
-        smooth,
-        color=BLUE,
-        label=f"training, mean of {width} steps",
+    with (run / "metrics.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    vocab_size = find_checkpoint(str(run)).meta.model.vocab_size
+    steps, losses = zip(
+        *((line["step"], line["loss"]) for line in lines if line["kind"] == "train")
     )
-    axes.plot(*zip(*val), color=ORANGE, marker="o", ls="none", label="validation")
+    val = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
+    width = min(25, len(steps))
+    means = np.convolve(losses, np.ones(width) / width, mode="valid")
+    middles = np.convolve(steps, np.ones(width) / width, mode="valid")
+    untrained = math.log(vocab_size)
+    figure, axes = sheet(7.5, 3.8)
+    axes.plot(steps, losses, color=BLUE, alpha=0.35, lw=0.7, label="training, every step")
+    axes.plot(middles, means, color=BLUE, label=f"training, mean of {width} steps")
+    if val:
+        axes.plot(*zip(*val), color=ORANGE, marker="o", ls="none", label="validation")
     axes.axhline(untrained, color=GREY, lw=0.8, ls=":")
     axes.annotate(
-        f"knowing nothing: ln {load_story(run).model.config.vocab_size:,} = {untrained:.2f}",
+        f"knowing nothing: ln {vocab_size:,} = {untrained:.2f}",
         (steps[-1], untrained),
         (0, 4),
         textcoords="offset points",
@@ -247,39 +254,43 @@ def growing_text(run: Path, path: Path) -> None:
     ids, frames = story.ids, []
     for _ in range(FRAMES):
         with torch.no_grad():
-            logits = story.model(ids[None])[:, -1] / 0.6
-        drawn = choose_next(logits, 1.0, 20, None, generator)
-        frames.append(_frame(story, ids, logits[0], int(drawn)))
+            logits = story.model(ids[None])[:, -1]
+        drawn = choose_next(logits, **KNOBS, generator=generator)
+        weights = next_probabilities(logits, **KNOBS)[0]
+        frames.append(_frame(story, ids, weights / weights.sum(), int(drawn)))
         ids = torch.cat((ids, drawn))
+    frames.append(_frame(story, ids, torch.zeros(len(weights)), None))
     palette = frames[0].quantize(32)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(
         path,
         save_all=True,
         append_images=frames[1:],
-        duration=[900] * (FRAMES - 1) + [4000],
+        duration=[900] * FRAMES + [4000],
         loop=0,
         optimize=True,
     )
 
 
-def _frame(story: Story, ids: torch.Tensor, logits: torch.Tensor, drawn: int) -> Image.Image:
-    """One picture of the animation."""
-    probabilities = logits.softmax(dim=-1)
-    best = probabilities.topk(8).indices.tolist()
-    if drawn not in best:
-        best[-1] = drawn
-    figure, (top, bottom) = sheet(7, 3.6, 2, 1)
+def _frame(
+    story: Story, ids: torch.Tensor, probabilities: torch.Tensor, drawn: int | None
+) -> Image.Image:
+    """One picture of the animation; in the last nothing is drawn any more."""
+    figure, (top, bottom) = sheet(7.6, 3.4, 2, 1)
     top.get_gridspec().set_height_ratios((1, 2))
     top.axis("off")
     text = story.encoding.decode(ids.tolist())
     top.text(0, 1, f"{_wrapped(text)} ▁", va="top", family="monospace", fontsize=11)
+    best = probabilities.topk(7).indices.tolist() if drawn is not None else []
+    if drawn is not None and drawn not in best:
+        best[-1] = drawn
     labels = [visible(story.encoding.decode([token])) for token in best]
     colours = [ORANGE if token == drawn else BLUE for token in best]
     bottom.bar(labels, probabilities[best].tolist(), color=colours)
-    bottom.set(ylim=(0, 1), facecolor=PALE)
+    bottom.set(xlim=(-0.6, 6.6), xticks=range(len(best)), ylim=(0, 1), facecolor=PALE)
     bottom.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    bottom.set_title("what may come next; orange was drawn", loc="left", fontsize=10)
+    knobs = f"temperature {KNOBS['temperature']}, the {KNOBS['top_k']} likeliest"
+    bottom.set_title(f"what may come next ({knobs}); orange was drawn", loc="left", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=90, format="png")
     pyplot.close(figure)

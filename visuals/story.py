@@ -64,7 +64,7 @@ class Story:
         return self.model(self.ids[None])[0, -1]
 
     def loss(self) -> Tensor:
-        """-log p of the true next token, in nats: a scalar."""
+        """-log p of the target, in nats: a scalar."""
         return -self.logits().log_softmax(dim=-1)[self.target]
 
 
@@ -169,12 +169,12 @@ def tell_logits(story: Story) -> list[str]:
 
 
 def tell_loss(story: Story) -> list[str]:
-    """What the true next token cost."""
+    """What the target costs."""
     loss = story.loss().item()
     following = story.encoding.decode([story.target])
     untrained = math.log(story.model.config.vocab_size)
     return [
-        f"in truth    {following!r}, to which the model gave {math.exp(-loss):.4f}",
+        f"target      {following!r}, to which the model gave {math.exp(-loss):.4f}",
         f"loss        -ln {math.exp(-loss):.4f} = {loss:.3f} nats",
         f"untrained   ln {story.model.config.vocab_size:,} = {untrained:.3f} nats",
     ]
