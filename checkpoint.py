@@ -177,10 +177,15 @@ def newest_checkpoint(
 
 
 def find_checkpoint(name: str) -> Checkpoint:
-    """The checkpoint that a user means, to use its model: a checkpoint folder, or a run's newest.
+    """The checkpoint that a user means, to use its model: a checkpoint folder, a run's newest, or
+    a model on the Hub (gpt2, owner/name), which is fetched and converted if it hasn't been yet.
 
     Raises UserError if there is none.
     """
+    from convert import cached, is_hub_name  # which imports this module
+
+    if is_hub_name(name):
+        name = str(cached(name))
     path = Path(name).resolve()
     if (path / META).exists():
         return read_checkpoint(path, files=(MODEL,))

@@ -187,6 +187,9 @@ class Trainer:
 
     def _begin_with(self, name: str, data: Path) -> None:
         """Take the weights of another run's checkpoint, to train them further on other text."""
+        if self.ranks.is_first:
+            find_checkpoint(name)  # a model of the Hub is fetched once, not by every rank
+        self.ranks.wait_for_all()
         checkpoint = find_checkpoint(name)
         checkpoint.check_vocabulary(data)
         theirs = asdict(checkpoint.meta.model)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from fake_hub import FakeHub
 from forked import run_forked
 
 # How long an example takes says more of the machine than of the code.
@@ -159,6 +160,19 @@ def ranks(processes: int, *arguments: object) -> Result:
         results = list(pool.map(one, range(processes)))
     assert len({result.status for result in results}) == 1, results
     return results[0]
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """Run a command in a process that takes `hub` for the Hub: on_hub(hub, "-c", code)."""
+
+    def run_there(hub: FakeHub, *command: object) -> Result:
+        with hub.serving() as endpoint:
+            monkeypatch.setenv("HF_ENDPOINT", endpoint)
+            monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+            return run(*command)
+
+    return run_there
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""A Hugging Face Hub of one dataset on the loopback interface.
+"""A Hugging Face Hub of one dataset or one model on the loopback interface.
 
-It answers what datasets 5.2 and huggingface_hub 2.4 ask for when they look a dataset up and read
+It answers what datasets 5.2 and huggingface_hub 2.4 ask for when they look a repository up and read
 its files: the repository's state, its file tree, and the files, in ranges.
 """
 
@@ -17,10 +17,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @dataclass
 class FakeHub:
-    """The dataset `name`; each commit (40 hex digits) has its files; the last one is `main`."""
+    """The repository `name`; each commit (40 hex digits) has its files; the last one is `main`."""
 
     name: str
     commits: dict[str, dict[str, bytes]]
+    kind: str = "datasets"  # or "models"
+    gated: bool = False  # its files are for those only who are logged in
+    cut_after: int | None = None  # the next file ends after so many bytes, as a connection may
     asked: list[str] = field(default_factory=list)  # "GET /path", in order
     bytes_sent: int = 0
     failures: int = 0  # so many ranges of files get status 503 first
@@ -117,7 +120,8 @@ class Handler(BaseHTTPRequestHandler):
         hub, url = self.hub, urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
         hub.asked.append(f"{self.command} {path}")
-        api, files = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/"
+        api = f"/api/{hub.kind}/{hub.name}"
+        files = f"{'' if hub.kind == 'models' else '/datasets'}/{hub.name}/resolve/"
         if path == api:
             self.answer_json(hub.info(hub.commit("main")))
         elif path.startswith((api + "/", files)):
@@ -153,8 +157,19 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             self.refuse(404, "EntryNotFound")
             return
+        if self.hub.gated:
+            self.refuse(403, "GatedRepo")
+            return
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": commit}
-        wanted = self.headers.get("Range")
+        wanted, cut = self.headers.get("Range"), self.hub.cut_after
+        if self.command == "GET" and cut is not None and len(content) > cut:
+            self.hub.cut_after = None
+            self.hub.bytes_sent += cut
+            self.answer(200, content[:cut], Content_Length=str(len(content)), **headers)
+            self.close_connection = True
+            return
+        if self.command != "HEAD" and not wanted:
+            self.hub.bytes_sent += len(content)
         if self.command == "HEAD" or not wanted:
             self.answer(200, content, Accept_Ranges="bytes", **headers)
             return

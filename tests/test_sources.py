@@ -16,7 +16,7 @@ import sources
 from errors import UserError
 from shards import MANIFEST, PROGRESS, TokenStream, encoding_of, read_manifest
 from sources import batches, estimated_tokens, find_source
-from tests.conftest import Result, run
+from tests.conftest import run
 from tests.fake_hub import FakeHub
 
 TEXTS = ["The first.\n", "zweiter Text, größer — 日本語 🙂", "", "fourth\r\nwith\tall  kinds \n\n"]
@@ -335,19 +335,6 @@ def hub() -> FakeHub:
         for commit, word in ((OLD, "old"), (NEW, "new"))
     }
     return FakeHub("HuggingFaceFW/fineweb-edu", commits)
-
-
-@pytest.fixture
-def on_hub(tmp_path, monkeypatch):
-    """Run a command in a process that takes `hub` for the Hub: on_hub(hub, "-c", code)."""
-
-    def run_there(hub: FakeHub, *command: object) -> Result:
-        with hub.serving() as endpoint:
-            monkeypatch.setenv("HF_ENDPOINT", endpoint)
-            monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-            return run(*command)
-
-    return run_there
 
 
 def test_fineweb_edu_is_streamed_from_the_hub_and_its_commit_recorded(hub, on_hub, tmp_path):

@@ -1,0 +1,360 @@
+"""Weights in Hugging Face's format become a checkpoint, and a checkpoint becomes a folder for them.
+
+    python convert.py from-hf gpt2 --out out/gpt2           OpenAI's weights, from the Hub
+    python convert.py from-hf DIR --out out/theirs          a folder that transformers saved
+    python convert.py to-hf out/demo --out exported         AutoModelForCausalLM loads it
+
+Both name parameters as OpenAI did, so little is to be done: transformers keeps a layer's weights as
+(in, out) and we as (out, in), and it writes each byte of a token as a character that can be seen.
+Only safetensors are read: a pickle could run anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from errors import Parser, UserError, run_script
+
+# OpenAI's four models. Every other name is a repository of the Hub, owner/name[@revision].
+NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large")}
+NAMES["gpt2-xl"] = "openai-community/gpt2-xl"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description="Convert weights from Hugging Face's format and to it.")
+    ways = parser.add_subparsers(dest="way", required=True)
+    theirs = ways.add_parser("from-hf", help="make a checkpoint")
+    theirs.add_argument("source", help=f"{', '.join(NAMES)}, owner/name[@revision], or a folder")
+    ours = ways.add_parser("to-hf", help="make a folder for transformers")
+    ours.add_argument("source", help="a checkpoint or run folder, such as out/demo")
+    for way in (theirs, ours):
+        way.add_argument("--out", type=Path, required=True, help="folder to write")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
+    ARGUMENTS = parse_arguments()
+
+import json
+import os
+import re
+import shutil
+import tempfile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoint import META, MODEL, Meta, find_checkpoint, write_meta
+from model import GPT, GPTConfig
+from shards import VOCABULARY, TokenizerRecord
+from tokenizer import (
+    END_OF_TEXT,
+    MAX_VOCAB_SIZE,
+    gpt2_encoding,
+    make_encoding,
+    merge,
+    save_vocabulary,
+    vocabulary_of,
+)
+
+CONFIG, VOCAB, MERGES, INDEX = "config.json", "vocab.json", "merges.txt", f"{MODEL}.index.json"
+WANTED = [CONFIG, VOCAB, MODEL, "model-*.safetensors", INDEX]  # of a repository
+PREFIX = "transformer."
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASKS = ("attn.bias", "attn.masked_bias")  # older files hold the causal mask of every block
+
+# What a config.json must say to be GPT-2's architecture; the first is transformers' default.
+EXPECTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+# From Hugging Face
+
+
+def from_hf(folder: Path, out: Path) -> None:
+    """Turn a folder as transformers saves it into a checkpoint folder.
+
+    Raises UserError, naming the file or the value, for what is not GPT-2.
+    """
+    config = read_config(folder)
+    tensors = rename(read_weights(folder), folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    check_shapes(tensors, shapes, folder)
+    encoding = make_encoding(read_vocabulary(folder, config.vocab_size))
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / MODEL)
+    sha256 = save_vocabulary(encoding, out / VOCABULARY)
+    tokenizer = TokenizerRecord(encoding.name, encoding.n_vocab, sha256)
+    meta = Meta(
+        step=0,
+        model=config,
+        tokenizer=tokenizer,
+        config={},
+        val_loss=None,
+        best_val_loss=None,
+        scaler=None,
+        data="",
+    )
+    write_meta(out, meta, files=(MODEL,))
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The model's shape. Raises UserError for one that our model can't have."""
+    content = read_json(folder / CONFIG)
+    for key, allowed in EXPECTED.items():
+        if content.get(key, allowed[0]) not in allowed:
+            raise UserError(
+                f"{folder / CONFIG} has {key} = {content[key]!r}, GPT-2 has {allowed[0]!r}"
+            )
+    try:
+        n_embd, block_size = content["n_embd"], content["n_positions"]
+        if content.get("n_inner") not in (None, 4 * n_embd):
+            raise UserError(
+                f"{folder / CONFIG} has n_inner = {content['n_inner']}, GPT-2 has {4 * n_embd}"
+            )
+        return GPTConfig(
+            content["vocab_size"], block_size, content["n_layer"], content["n_head"], n_embd
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG} is no configuration of GPT-2: {error!r}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the files that its index names."""
+    files = [MODEL]
+    if (folder / INDEX).exists() and not (folder / MODEL).exists():
+        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if Path(name).name != name:
+            raise UserError(f"{folder / INDEX} names the file {name!r}, expected a plain name")
+        try:
+            tensors |= load_file(folder / name)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder} has no {name}: only safetensors are read, because loading a pickle "
+                "(pytorch_model.bin) can run any code"
+            ) from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name} is no safetensors file: {error}") from error
+    return tensors
+
+
+def rename(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Their tensors by our names, float32 and (out, in). Raises UserError for an untied head."""
+    ours = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix(PREFIX)
+        if name.endswith(MASKS):
+            continue
+        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+        ours[name] = tensor.float().contiguous()
+    head = ours.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, ours.get("wte.weight", torch.empty(0))):
+        raise UserError(f"{folder}: lm_head.weight differs from wte.weight, GPT-2 has one for both")
+    return ours
+
+
+def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], folder: Path) -> None:
+    """Raises UserError, naming the first tensor that is missing, too many, or of another shape."""
+    for name in sorted(shapes.keys() - tensors.keys()):
+        raise UserError(f"{folder} has no {name}, which GPT-2 needs")
+    for name in sorted(tensors.keys() - shapes.keys()):
+        raise UserError(f"{folder} has {name}, which GPT-2 doesn't know")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{folder}: {name} has the shape {tuple(tensors[name].shape)} here, by "
+                f"{CONFIG} it would be {tuple(shape)} (weights as (out, in))"
+            )
+
+
+def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
+    """`{token's bytes: id}` without <|endoftext|>, which must be the last of `vocab_size` ids.
+
+    A folder without vocab.json is taken to have GPT-2's.
+    """
+    path = folder / VOCAB
+    if not path.exists():
+        encoding = gpt2_encoding()
+        if encoding.n_vocab != vocab_size:
+            raise UserError(f"{folder} has no {VOCAB}, and {vocab_size:,} tokens are not GPT-2's")
+        return vocabulary_of(encoding)
+    ids, bytes_of = read_json(path), {text: byte for byte, text in byte_characters().items()}
+    if ids.pop(END_OF_TEXT, None) != vocab_size - 1 or sorted(ids.values()) != [*range(len(ids))]:
+        raise UserError(
+            f"{path}: expected the ids 0 to {vocab_size - 1:,}, {END_OF_TEXT} as the last"
+        )
+    try:
+        tokens = {bytes(bytes_of[character] for character in text): ids[text] for text in ids}
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]!r} stands for no byte") from error
+    return dict(sorted(tokens.items(), key=lambda item: item[1]))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises UserError if it can't be read or is something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
+
+
+def byte_characters() -> dict[int, str]:
+    """The character that stands for each byte in vocab.json: itself where it can be seen.
+
+    The others take the characters from 256 on, in order. Source: openai/gpt-2 `src/encoder.py`.
+    """
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {byte: chr(byte if byte in seen else 256 + unseen.index(byte)) for byte in range(256)}
+
+
+# To Hugging Face
+
+
+def to_hf(checkpoint: str, out: Path) -> None:
+    """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
+    found = find_checkpoint(checkpoint)
+    config, encoding = found.meta.model, found.encoding()
+    model = GPT(config)
+    found.load_model(model)
+    tensors = {
+        PREFIX + name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / MODEL, metadata={"format": "pt"})
+    end = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
+    described = {key: allowed[0] for key, allowed in EXPECTED.items()} | end
+    described |= {
+        "architectures": ["GPT2LMHeadModel"],
+        "dtype": "float32",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        **{f"{place}_pdrop": config.dropout for place in ("embd", "attn", "resid")},
+    }
+    write_json(out / CONFIG, described)
+    write_json(out / "generation_config.json", end)
+    write_tokenizer(vocabulary_of(encoding), config.block_size, out)
+
+
+def write_tokenizer(ranks: dict[bytes, int], block_size: int, out: Path) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json."""
+    characters = byte_characters()
+
+    def spelled(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    write_json(out / VOCAB, {**{spelled(t): ranks[t] for t in ranks}, END_OF_TEXT: len(ranks)})
+    lines = [f"{spelled(left)} {spelled(right)}\n" for left, right in merges_of(ranks)]
+    (out / MERGES).write_text("#version: 0.2\n" + "".join(lines), encoding="utf-8")
+    special = {f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "unk")}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, **special}
+    write_json(out / "tokenizer_config.json", settings)
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token of several bytes was merged from, in the order of learning.
+
+    A token's own bytes, merged by what was learned before it, end as that pair.
+    """
+    pairs = []
+    for token in ranks:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            neighbours = [left + right for left, right in zip(parts, parts[1:])]
+            parts = merge(parts, min(neighbours, key=lambda pair: ranks.get(pair, MAX_VOCAB_SIZE)))
+        if len(parts) == 2:
+            pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """Write an object, readable by people."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# From the Hub
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is one of the Hub's, rather than a path here that isn't there (yet)."""
+    if name in NAMES:
+        return not Path(name).exists()
+    looks_so = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
+    return looks_so and not Path(name).parent.exists()
+
+
+def download(name: str) -> Path:
+    """A model's files from the Hub, in its own cache; a download that broke off goes on.
+
+    Raises UserError if they can't be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    repository, _, revision = NAMES.get(name, name).partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repository} is gated: accept its terms on the Hub, then `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{name}: neither a checkpoint here nor a model on the Hub") from error
+    except (OSError, ValueError) as error:  # network errors of every kind are OSErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"{repository} can't be had from the Hub: {reason}") from error
+
+
+def cached(name: str) -> Path:
+    """The checkpoint folder of a model on the Hub: converted once, then kept."""
+    files = download(name)  # …/models--owner--name/snapshots/<commit>
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gpt2-from-scratch")
+    final = cache / files.parent.parent.name / files.name
+    if not (final / META).exists():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent) as folder:
+            from_hf(files, Path(folder, "new"))
+            shutil.rmtree(final, ignore_errors=True)
+            Path(folder, "new").replace(final)
+    return final
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Convert, and say what to do with it."""
+    source, out = arguments.source, arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is there already: choose another folder, or remove it")
+    if arguments.way == "to-hf":
+        to_hf(source, out)
+        print(f"{out}: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+        return
+    if not Path(source).is_dir() and not is_hub_name(source):
+        raise UserError(f"{source}: expected {', '.join(NAMES)}, owner/name, or a folder")
+    from_hf(Path(source) if Path(source).is_dir() else download(source), out)
+    print(f"{out}: python sample.py --checkpoint {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ARGUMENTS))

