@@ -169,6 +169,9 @@ def test_tensors_that_do_not_fit_are_one_line(call, changed, tmp_path):
     save_file(old | tied | {"h.0.attn.bias": mask, "h.1.attn.bias": mask.clone()}, folder / MODEL)
     assert call("convert", "from-hf", folder, "--out", out).status == 0
     assert torch.equal(load_file(out / MODEL)["wte.weight"], tied["lm_head.weight"])
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / MODEL)
+    assert call("convert", "from-hf", folder, "--out", tmp_path / "half").status == 0
+    assert load_file(tmp_path / "half" / MODEL)["wte.weight"].dtype == torch.float32
 
 
 def test_files_that_are_not_there_or_damaged_are_one_line(call, changed, tmp_path):
@@ -226,8 +229,11 @@ def test_a_model_on_the_hub_is_a_checkpoint(call, hub, on_hub, trained):
     assert sampled(on_hub, hub).out == expected
     fetched = [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
     assert {line.rsplit("/", 1)[1] for line in fetched} == {"config.json", "vocab.json", MODEL}
+    (kept,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(MODEL)
+    written = kept.stat().st_mtime_ns
     hub.asked.clear()
     assert sampled(on_hub, hub, f"openai-community/gpt2@{COMMIT}").out == expected
+    assert kept.stat().st_mtime_ns == written  # converted once
     assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
 
 
