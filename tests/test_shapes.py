@@ -15,20 +15,23 @@ from model import GPT, GPTConfig
 
 PATH = ROOT / "model.py"
 B, T, C, NH, V, BLOCK = 2, 5, 12, 3, 67, 8
+FREE = ("T", "N", "n", "V'", "reach")  # may be of any size, but the same throughout a call
 FIXED = {"B": B, "C": C, "4C": 4 * C, "nh": NH, "hs": C // NH, "V": V, "block": BLOCK, "1": 1}
 
 
-def commented() -> dict[int, tuple[ast.stmt, tuple[str, ...]]]:
-    """{first line: (statement, dimensions)} of all statements that end in a shape comment."""
+def commented() -> dict[int, tuple[ast.stmt, int, tuple[str, ...]]]:
+    """{first line: (statement, how many tensors, dimensions)} where a shape comment ends it."""
     text = PATH.read_text(encoding="utf-8")
     lines = text.splitlines()
     found = {}
     for node in ast.walk(ast.parse(text)):
-        simple = isinstance(node, (ast.Assign, ast.AugAssign, ast.Return))
-        comment = re.search(r"#[^#(]*\(([^)]*)\)", lines[node.end_lineno - 1]) if simple else None
+        simple = isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return))
+        line = lines[node.end_lineno - 1] if simple else ""
+        comment = re.search(r"#(?: (\d+) ×)?[^#(]*\(([^)]*)\)", line)
         if comment:
-            dimensions = (part.strip() for part in comment[1].split(","))
-            found[node.lineno] = (node, tuple(part for part in dimensions if part))
+            dimensions = (part.strip() for part in comment[2].split(","))
+            shape = tuple(part for part in dimensions if part)
+            found[node.lineno] = (node, int(comment[1] or 1), shape)
     return found
 
 
@@ -60,11 +63,14 @@ class ShapeChecker:
 
         def finish(result: object = None) -> None:
             while pending:
-                node, dimensions = pending.pop()
+                node, count, dimensions = pending.pop()
                 if not isinstance(node, ast.Return):
                     target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                     result = value_of(target, frame.f_locals)
-                self.check(result, dimensions, free, node.lineno)
+                tensors = result if isinstance(result, list) else [result]
+                assert len(tensors) == count, f"line {node.lineno}: {len(tensors)} tensors"
+                for tensor in tensors:
+                    self.check(tensor, dimensions, free, node.lineno)
 
         def trace(frame, event, argument):  # noqa: ANN001
             if event == "line":
@@ -82,17 +88,17 @@ class ShapeChecker:
         return trace
 
     def check(self, result: object, dimensions: tuple[str, ...], free: dict, line: int) -> None:
-        if isinstance(result, list):
-            for part in result:
-                self.check(part, dimensions, free, line)
-            return
         assert isinstance(result, torch.Tensor), f"line {line}: {result!r}"
         expected = [name for name in dimensions if name != "…"]
         assert result.dim() == len(expected) or "…" in dimensions, f"line {line}: {result.shape}"
         for size, name in zip(reversed(result.shape), reversed(expected)):
-            if not name.startswith("≤"):
-                known = FIXED.get(name) or free.setdefault(name, size)
-                assert size == known, f"line {line}: {name} is {known}, the tensor {result.shape}"
+            if name.startswith("≤"):
+                continue
+            known = 1
+            for factor in name.split("·"):
+                assert factor in FIXED or factor in FREE, f"line {line}: what is {factor}?"
+                known *= FIXED.get(factor) or free.setdefault(factor, size)
+            assert size == known, f"line {line}: {name} is {known}, the tensor {result.shape}"
         self.met.add(line)
 
 
@@ -121,9 +127,13 @@ def test_every_shape_comment_is_what_the_tensors_are():
     assert checker.met == set(checker.statements), "commented lines that were not passed"
 
 
-def test_a_wrong_shape_comment_is_noticed(monkeypatch):
+def test_a_wrong_shape_comment_is_noticed():
     checker = ShapeChecker()
     with pytest.raises(AssertionError, match="line 1"):
         checker.check(torch.zeros(B, T), ("B", "C"), {}, 1)
     with pytest.raises(AssertionError, match="line 1"):
         checker.check(torch.zeros(B, T), ("B", "T", "C"), {}, 1)
+    with pytest.raises(AssertionError, match="line 1: what is banana"):
+        checker.check(torch.zeros(B, T), ("B", "banana"), {}, 1)
+    with pytest.raises(AssertionError, match="line 1"):
+        checker.check(torch.zeros(B * T + 1, C), ("B·T", "C"), {"T": T}, 1)
