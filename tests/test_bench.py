@@ -66,7 +66,7 @@ class GPT(torch.nn.Module):
 
     def generate(self, ids, count, top_k=None):
         assert top_k == 1
-        time.sleep(0.5 * count)
+        time.sleep(2 * count)
 """
 
 
@@ -119,7 +119,7 @@ def test_generation_is_measured_beside_peers(config, peer, tmp_path):
     results = json.loads(output.read_text())["results"]
     assert list(results) == ["ours", "nanogpt", "transformers"]
     slow, ours = results["nanogpt"]["decode_tokens_per_second"], results["ours"]
-    assert slow <= 2
+    assert slow <= 1  # half a token, but for what a busy machine does to the prompt's time
     ratio = ours["decode_tokens_per_second"] / slow
     assert results["nanogpt"]["decode_times_as_fast"] == pytest.approx(ratio)
 
