@@ -73,6 +73,10 @@ class Checkpoint:
             tensors[rounded] = tensors[rounded] * tensors.pop(name)
         model.load_state_dict(tensors)
 
+    def model_sha256(self) -> str:
+        """Which weights these are."""
+        return _fingerprint(self.path / MODEL)["sha256"]
+
     def load_optimizer(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         """Give `optimizer` the state that it had, parameter by parameter, by name."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -17,6 +17,8 @@ from typing import Any, get_type_hints
 
 from errors import Parser, UserError
 
+EXAMINATIONS = ("hellaswag", "lambada", "wikitext2", "wikitext103")  # tasks.py asks them
+
 
 def setting(
     default: Any,
@@ -94,6 +96,8 @@ class LogSettings:
     log_every: int = setting(1, "steps between lines in metrics.jsonl", minimum=1)
     eval_every: int = setting(250, "steps between validations; 0 = never", minimum=0)
     eval_tokens: int = setting(10_485_760, "validation tokens, from the split's start", minimum=1)
+    eval_tasks: str = setting("", f"examinations: some of {','.join(EXAMINATIONS)}; empty = none")
+    eval_tasks_every: int = setting(1000, "steps between examinations; 0 = never", minimum=0)
     sample_every: int = setting(1000, "steps between printed samples; 0 = never", minimum=0)
     tensorboard: bool = setting(False, "write TensorBoard events into the run folder")
     wandb: str = setting("", "Weights & Biases project; empty = off")
@@ -121,6 +125,7 @@ class Config:
                 f"optim.min_learning_rate = {self.optim.min_learning_rate} is above "
                 f"optim.learning_rate = {self.optim.learning_rate}: lower it"
             )
+        task_names(self.log.eval_tasks)
 
     def to_toml(self) -> str:
         """The text of a config file that gives these settings."""
@@ -161,6 +166,15 @@ def load_config(arguments: list[str] | None = None) -> Config:
         return make_config(values)
     except UserError as error:
         parser.error(str(error))
+
+
+def task_names(text: str, known: tuple[str, ...] = EXAMINATIONS) -> list[str]:
+    """The names in "hellaswag,lambada", each once. Raises UserError for an unknown one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"no task {name!r}{_nearest(name, known)}")
+    return list(dict.fromkeys(names))
 
 
 def make_parser() -> Parser:

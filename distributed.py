@@ -9,16 +9,19 @@ through gloo; the code is the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from errors import UserError
+
+Result = TypeVar("Result")
 
 # Dense bf16 matrix products per second, in FLOP/s, by what the device calls itself: the vendor's
 # datasheet for each. A device that isn't here has no MFU: better none than a wrong one.
@@ -126,6 +129,17 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def merge(self, table: Tensor) -> Tensor:
+        """One table, on every rank's CPU, of the ranks' own, which are 0 where others worked."""
+        return self.sum(table.to(self.device)).cpu() if self.world_size > 1 else table
+
+    def in_turn(self, get: Callable[[], Result]) -> Result:
+        """Call `get` on one rank of each machine first: what it fetches, the others find there."""
+        first = self.local_rank == 0
+        result = get() if first else None
+        self.wait_for_all()
+        return result if first else get()
 
     def agree(self, number: int) -> int:
         """Rank 0's number, on every rank. So a decision is made once and followed by all."""

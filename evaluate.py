@@ -1,12 +1,16 @@
-"""How good is a model? Its loss on text that it has never seen.
+"""How good is a model? Its loss on text that it has never seen, and what it gets in examinations.
 
-    python evaluate.py --checkpoint out/demo --data data/demo
+    python evaluate.py --checkpoint out/demo
+    python evaluate.py --checkpoint gpt2 --tasks hellaswag,lambada,wikitext2
+    torchrun --standalone --nproc-per-node=8 evaluate.py --checkpoint gpt2-xl --tasks hellaswag
 
 The loss is the mean of -log p(token), in nats. It depends on the vocabulary: longer tokens are
 harder to guess but fewer. Bits per byte doesn't, so that it compares models of any vocabulary, and
 even with programs that compress files: both say how many bits the text takes when every guess is
 paid for (README, "How good is it?"). For a text of up to a million bytes the table also tells what
 `xz -9e` makes of it.
+
+After ± stands the standard error: what another sample of such questions may well change.
 """
 
 from __future__ import annotations
@@ -15,106 +19,59 @@ import argparse
 import sys
 from pathlib import Path
 
-from errors import Parser, positive, run_script
+from config import EXAMINATIONS, task_names
+from errors import Parser, UserError, positive, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description="Measure a checkpoint's loss on validation shards.")
-    parser.add_argument("--checkpoint", required=True, help="a run folder or a checkpoint folder")
-    parser.add_argument("--data", type=Path, help="shard folder (the one it was trained on)")
-    parser.add_argument(
-        "--tokens", type=positive, default=10_485_760, help="how many, from the start (10,485,760)"
+    parser = Parser(description="Measure how good a model is.")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run or checkpoint folder, gpt2, or owner/name")
+    add(
+        "--tasks",
+        default="val",
+        help=f"some of val (the default: loss on validation shards), {', '.join(EXAMINATIONS)}",
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    add("--data", type=Path, help="val: shard folder (the one it was trained on)")
+    add(
+        "--tokens",
+        type=positive,
+        default=10_485_760,
+        help="val: how many, from the start (10,485,760)",
+    )
+    add("--file", type=Path, help="questions of the one task asked for (the Hub's dataset)")
+    add("--stride", type=positive, help="wikitext: tokens between windows (the whole context)")
+    add("--output", type=Path, metavar="FILE.json", help="write what was found")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     ARGUMENTS = parse_arguments()
 
+import json
 import lzma
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import tiktoken
 import torch
-from torch import Tensor
 
-from checkpoint import find_checkpoint
-from data import load_windows
-from distributed import Ranks, choose_device
+from checkpoint import Checkpoint, find_checkpoint
+from distributed import Ranks, device_name, process_group
 from model import GPT
+from scoring import Estimate, Scorer, evaluating, validate
 from shards import TokenStream
+from tasks import Questions, load_questions
 from tokenizer import token_byte_lengths
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a model makes of a text."""
-
-    loss: float  # nats per token
-    tokens: int
-    text_bytes: int | None  # None if the vocabulary is not at hand
-
-    @property
-    def perplexity(self) -> float:
-        """e^loss: the model hesitates as if between so many equally likely tokens."""
-        return math.exp(self.loss)
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Bits that the text takes, per byte of UTF-8, if the vocabulary is at hand."""
-        if not self.text_bytes:
-            return None
-        return self.loss * self.tokens / math.log(2) / self.text_bytes
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside, training again after."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def validate(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    stream: TokenStream,
-    block_size: int,
-    batch_size: int,
-    max_tokens: int,
-    ranks: Ranks,
-    byte_lengths: np.ndarray | None,
-) -> Validation:
-    """The mean loss on the stream's first windows, up to `max_tokens`, shared out over the ranks.
-
-    `loss_of(inputs, targets)`, each (B, T), gives a mean loss; `byte_lengths` (V,) says how many
-    bytes each id stands for.
-    """
-    count = min(stream.num_windows(block_size), max(1, max_tokens // block_size))
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for first in range(ranks.rank * batch_size, count, ranks.world_size * batch_size):
-        windows = range(first, min(first + batch_size, count))
-        inputs, targets = load_windows(stream, windows, block_size)
-        if byte_lengths is not None:
-            sums[2] += int(byte_lengths[targets.numpy()].sum())
-        loss = loss_of(inputs.to(ranks.device), targets.to(ranks.device))
-        sums[0] += loss.item() * targets.numel()
-        sums[1] += targets.numel()
-    if ranks.world_size > 1:
-        sums = ranks.sum(sums.to(ranks.device)).cpu()
-    nats, tokens, text_bytes = sums.tolist()
-    return Validation(nats / tokens, int(tokens), int(text_bytes) or None)
+TIMEOUT = 600  # seconds that ranks wait for one another
+Found = tuple[list[str], dict[str, object]]  # lines for the terminal, a record for --output
 
 
 def xz_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding, tokens: int) -> float | None:
@@ -126,33 +83,121 @@ def xz_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding, tokens: i
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Measure, and print a small table."""
-    checkpoint = find_checkpoint(arguments.checkpoint)
-    folder = arguments.data or Path(checkpoint.meta.config["data"]["dir"])
+def validation_stream(arguments: argparse.Namespace, checkpoint: Checkpoint) -> TokenStream:
+    """The shards to validate on. Raises UserError if they aren't there or don't fit the model."""
+    trained_on = checkpoint.meta.config.get("data", {}).get("dir")
+    folder = arguments.data or (trained_on and Path(trained_on))
+    if not folder:
+        raise UserError(f"{arguments.checkpoint} wasn't trained here: give --data, a shard folder")
     stream = TokenStream(folder, "val")
     checkpoint.check_vocabulary(folder)
-    encoding = checkpoint.encoding()
-    device = choose_device(arguments.device)
+    return stream
+
+
+def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer) -> Found:
+    """The loss on validation shards."""
+    model, encoding = scorer.model, scorer.encoding
+    result = validate(
+        model,
+        stream,
+        model.config.block_size,
+        batch_size=16,
+        max_tokens=max_tokens,
+        ranks=scorer.ranks,
+        byte_lengths=token_byte_lengths(encoding),
+    )
+    perplexity, bits = result.estimate.exponential(), result.bits_per_byte
+    metrics = {"loss": result.estimate, "perplexity": perplexity}
+    text_bytes = f"{result.text_bytes or 0:,} bytes"
+    lines = [
+        f"validation      {result.tokens:,} tokens, {text_bytes} of {stream.folder}",
+        f"loss            {result.loss:.4f} nats per token",
+        f"perplexity      {perplexity.value:.2f}",
+    ]
+    if bits:  # there is more than <|endoftext|>
+        metrics["bits_per_byte"] = bits
+        lines.append(f"bits per byte   {bits.value:.3f}")
+        xz = xz_bits_per_byte(stream, encoding, result.tokens)
+        lines += [f"xz -9e          {xz:.3f} bits per byte on the same text"] if xz else []
+    return lines, record("val", str(stream.folder), stream.fingerprint, result.tokens, metrics)
+
+
+def examine(questions: Questions, stride: int, scorer: Scorer) -> Found:
+    """What the model gets in an examination."""
+    metrics, count = questions.ask(scorer, stride), len(questions.rows)
+    at = f"@{questions.revision[:7]}" if questions.revision else ""
+    lines = [f"{questions.name:<16}{count:,} of {questions.data}{at}"]
+    lines += [f"{name:<16}{estimate}" for name, estimate in metrics.items()]
+    return lines, record(questions.name, questions.data, questions.revision, count, metrics)
+
+
+def record(
+    task: str, data: str, revision: str, count: int, metrics: dict[str, Estimate]
+) -> dict[str, object]:
+    """What --output keeps of a task."""
+    values = {name: asdict(estimate) for name, estimate in metrics.items()}
+    return {"task": task, "data": data, "revision": revision, "count": count, "metrics": values}
+
+
+def look_up(
+    name: str, arguments: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks
+) -> Callable[[Scorer], Found]:
+    """Have a task's data ready; what is returned measures a model on it."""
+    if name == "val":
+        return partial(measure_loss, validation_stream(arguments, checkpoint), arguments.tokens)
+    questions = ranks.in_turn(lambda: load_questions(name, arguments.file))
+    return partial(examine, questions, arguments.stride or checkpoint.meta.model.block_size)
+
+
+def write_report(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks, results: list[dict]
+) -> None:
+    """What --output keeps. Raises UserError if it can't be written."""
+    report = {
+        "checkpoint": arguments.checkpoint,
+        "step": checkpoint.meta.step,
+        "sha256": checkpoint.model_sha256(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{ranks.world_size} × {device_name(ranks.device)}",
+        "torch": torch.__version__,
+        "results": results,
+    }
+    try:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"can't write {arguments.output}: {error.strerror}") from error
+
+
+def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Have all data ready, then measure task by task, and tell what was found."""
+    names = task_names(arguments.tasks, known=("val", *EXAMINATIONS))
+    if not names:
+        raise UserError("--tasks is empty: no task is named")
+    if arguments.file and (len(names) != 1 or names == ["val"]):
+        raise UserError(f"--file holds one examination's questions, --tasks is {arguments.tasks}")
+    if arguments.output and not arguments.output.parent.is_dir():
+        raise UserError(f"--output {arguments.output}: there is no folder of that name")
+    checkpoint = ranks.in_turn(lambda: find_checkpoint(arguments.checkpoint))
+    tasks = [look_up(name, arguments, checkpoint, ranks) for name in names]
     model = GPT(checkpoint.meta.model)
     checkpoint.load_model(model)
-    model.to(device)
-    alone = Ranks(rank=0, local_rank=0, world_size=1, device=device)
-    block_size = checkpoint.meta.model.block_size
+    scorer = Scorer(model.to(ranks.device), checkpoint.encoding(), ranks)
+    tell = print if ranks.is_first else (lambda line: None)
+    tell(f"checkpoint      {checkpoint.path.name} of {arguments.checkpoint}")
+    results = []
     with evaluating(model):
-        result = validate(
-            model, stream, block_size, 16, arguments.tokens, alone, token_byte_lengths(encoding)
-        )
-    print(f"checkpoint      {checkpoint.path.name} of {arguments.checkpoint}")
-    print(f"validation      {result.tokens:,} tokens, {result.text_bytes or 0:,} bytes of {folder}")
-    print(f"loss            {result.loss:.4f} nats per token")
-    print(f"perplexity      {result.perplexity:.2f}")
-    if result.bits_per_byte is None:  # nothing but <|endoftext|>
-        return
-    print(f"bits per byte   {result.bits_per_byte:.3f}")
-    xz = xz_bits_per_byte(stream, encoding, result.tokens)
-    if xz is not None:
-        print(f"xz -9e          {xz:.3f} bits per byte on the same text")
+        for measure in tasks:
+            lines, result = measure(scorer)
+            tell("\n".join(lines))
+            results.append(result)
+    if arguments.output and ranks.is_first:
+        write_report(arguments, checkpoint, ranks, results)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Evaluate, alone or with the other processes that torchrun started."""
+    with process_group(arguments.device, TIMEOUT) as ranks:
+        evaluate(arguments, ranks)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Metrics:
             raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
 
     def write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
-        """Record values of `kind` "train" or "val" after `step` finished steps."""
+        """Record values of `kind` "train", "val" or a task's name after `step` finished steps."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{key}": value for key, value in values.items() if value is not None}

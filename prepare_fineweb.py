@@ -58,6 +58,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="tokens for validation, from the source's beginning (100,000,000)",
     )
     add("--max-tokens", type=positive, help="stop after so many tokens (all)")
+    add(
+        "--pretokenized",
+        nargs="?",
+        const="kjj0/fineweb10B-gpt2",
+        metavar="OWNER/DATASET",
+        help="fetch shards that are GPT-2's tokens already, as many as hold --max-tokens "
+        "(kjj0/fineweb10B-gpt2, from FineWeb)",
+    )
     workers = min(8, os.cpu_count() or 1)  # about 140 MB each
     add("--workers", type=positive, default=workers, help="processes (one per core, at most 8)")
     return parser.parse_args(arguments)
@@ -67,7 +75,6 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
     ARGUMENTS = parse_arguments()
 
 import itertools
-import json
 import multiprocessing
 import queue
 import shutil
@@ -75,7 +82,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -83,18 +90,16 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
+import pretokenized
 from shards import (
     MANIFEST,
     PROGRESS,
     VOCABULARY,
     Manifest,
     ShardRecord,
-    ShardWriter,
     TokenizerRecord,
     check_contents,
-    locked,
     read_manifest,
-    write_atomically,
 )
 from sources import PIECE_CHARACTERS, Batch, Source, batches, estimated_tokens, find_source
 from tokenizer import (
@@ -105,6 +110,7 @@ from tokenizer import (
     train_bpe,
     vocabulary_sha256,
 )
+from writing import Progress, ShardWriter, check_same, locked, read_progress, write_atomically
 
 BLOCK_TOKENS = 1 << 20  # what a worker sends at once
 BLOCKS_AHEAD = 8  # blocks that wait in memory for each worker
@@ -247,52 +253,6 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
         yield item
 
 
-# Progress
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come: after the last finished shard, where to go on in the source."""
-
-    settings: dict[str, object]
-    tokenizer: TokenizerRecord
-    shards: tuple[ShardRecord, ...] = ()
-    batch: int = 0  # the first batch whose tokens are not all in finished shards
-    skip: int = 0  # the tokens of that batch which are
-
-    def save(self, folder: Path) -> None:
-        """Write it into the shards' folder."""
-        write_atomically(folder / PROGRESS, json.dumps(asdict(self), indent=1))
-
-
-def read_progress(folder: Path) -> Progress | None:
-    """What an interrupted run left, or None. Raises UserError if it is damaged."""
-    path = folder / PROGRESS
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_bytes())
-        return Progress(
-            dict(content["settings"]),
-            TokenizerRecord(**content["tokenizer"]),
-            tuple(ShardRecord(**shard) for shard in content["shards"]),
-            int(content["batch"]),
-            int(content["skip"]),
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged: delete the folder and start again") from error
-
-
-def check_same(then: dict[str, object], now: dict[str, object], what: str) -> None:
-    """Raises UserError if a folder was begun with other settings or another source."""
-    for key, value in now.items():
-        if then.get(key) != value:
-            raise UserError(
-                f"{what} with another {key}: {str(then.get(key))[:60]!r} then, "
-                f"{str(value)[:60]!r} now; choose another --out or delete that folder"
-            )
-
-
 # The command
 
 
@@ -406,7 +366,7 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
         else:
             progress = continued(folder, settings) or begun(source, settings, arguments)
             manifest = finish(source, progress, arguments)
-        (folder / PROGRESS).unlink(missing_ok=True)
+        Progress.remove(folder)
     return manifest
 
 
@@ -458,9 +418,22 @@ def finish(source: Source, progress: Progress, arguments: argparse.Namespace) ->
     return manifest
 
 
+def fetch(arguments: argparse.Namespace) -> Manifest:
+    """Fetch shards that are tokens already. Raises UserError for what asks to make some."""
+    if (arguments.source, arguments.tokenizer) != ("fineweb-edu", "gpt2"):
+        raise UserError(
+            "--pretokenized fetches shards as they are, of GPT-2's vocabulary: leave --source and "
+            "--tokenizer out"
+        )
+    return pretokenized.fetch(
+        arguments.pretokenized, arguments.out, arguments.max_tokens, check_disk
+    )
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Prepare, and say what came of it."""
-    if arguments.max_tokens and arguments.max_tokens <= arguments.val_tokens:
+    taken = 0 if arguments.pretokenized else arguments.val_tokens
+    if arguments.max_tokens and arguments.max_tokens <= taken:
         raise UserError(
             f"--max-tokens {arguments.max_tokens:,} leaves none to train on, because the first "
             f"{arguments.val_tokens:,} are --val-tokens: give fewer of those"
@@ -468,7 +441,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.shard_tokens >= 2**31:
         raise UserError(f"--shard-tokens {arguments.shard_tokens:,}: a shard holds less than 2^31")
     try:
-        manifest = prepare(arguments)
+        manifest = (fetch if arguments.pretokenized else prepare)(arguments)
     except OSError as error:
         raise UserError(f"can't write to {arguments.out}: {error.strerror or error}") from error
     print(

@@ -1,4 +1,4 @@
-"""Token shards: the files that hold a text's tokens, how they are written, checked and read.
+"""Token shards: the files that hold a text's tokens, how they are checked and read.
 
 A shard is a flat file of tokens in the layout of llm.c and modded-nanogpt: a header of 256
 little-endian int32 (magic number, version, token count, zeros), then the tokens as little-endian
@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +153,7 @@ def check_contents(folder: Path, shards: Iterable[ShardRecord]) -> None:
     """Raises UserError, naming the file, if a shard isn't there or isn't what was written."""
     for record in shards:
         try:
-            sha256 = _file_sha256(folder / record.file)
+            sha256 = file_sha256(folder / record.file)
         except OSError as error:
             raise UserError(
                 f"can't read the shard {folder / record.file}: {error.strerror}"
@@ -167,7 +165,8 @@ def check_contents(folder: Path, shards: Iterable[ShardRecord]) -> None:
             )
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -198,106 +197,6 @@ def find_encoding(folder: Path, record: TokenizerRecord) -> tiktoken.Encoding:
             "prepare the data again"
         )
     return encoding
-
-
-# Writing
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by new text, so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same lock out of `folder`.
-
-    The system lifts the lock when the process ends, however it ends. Windows has none of the kind,
-    and some network file systems don't either: there it is up to the user. Raises UserError if
-    another process holds it.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process is writing to {folder}: wait until it is done") from error
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-@dataclass
-class ShardWriter:
-    """Fills shards one after another: the split "val" up to `val_tokens`, then "train"."""
-
-    folder: Path
-    shard_tokens: int
-    val_tokens: int
-    records: list[ShardRecord] = field(default_factory=list)
-    pending: int = 0  # tokens in the shard that is being filled
-
-    def __post_init__(self) -> None:
-        self.partial = self.folder / "shard.partial"
-        self._begin()
-
-    def _begin(self) -> None:
-        self.file = self.partial.open("wb")
-        self.file.write(shard_header(0))
-        self.pending = 0
-
-    @property
-    def written(self) -> int:
-        """Tokens in finished shards."""
-        return sum(record.tokens for record in self.records)
-
-    @property
-    def split(self) -> str:
-        """The split that is being filled."""
-        return "val" if self.written < self.val_tokens else "train"
-
-    @property
-    def room(self) -> int:
-        """Tokens that the present shard still takes."""
-        left = self.val_tokens - self.written if self.split == "val" else self.shard_tokens
-        return min(left, self.shard_tokens) - self.pending
-
-    def write(self, tokens: np.ndarray) -> None:
-        """Append at most `room` tokens to the present shard."""
-        self.file.write(tokens.tobytes())
-        self.pending += len(tokens)
-
-    def finish(self) -> None:
-        """Complete the present shard and begin the next."""
-        split = self.split
-        index = sum(record.split == split for record in self.records)
-        path = self.folder / f"{self.split}_{index:06d}.bin"
-        self.file.seek(0)
-        self.file.write(shard_header(self.pending))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        sha256 = _file_sha256(self.partial)
-        self.partial.replace(path)
-        self.records.append(ShardRecord(path.name, self.split, self.pending, sha256))
-        self._begin()
-
-    def close(self) -> None:
-        """Throw the unfinished shard away."""
-        self.file.close()
-        self.partial.unlink(missing_ok=True)
 
 
 # Reading

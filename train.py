@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from config import Config, load_config
+from config import Config, load_config, task_names
 from errors import UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -35,12 +35,14 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, Meta, find_checkpoint, newest_checkpoint, save_checkpoint
 from data import BatchShape, StepLoader
 from distributed import Ranks, choose_dtype, device_name, memory_errors, process_group
-from evaluate import Validation, evaluating, validate
 from metrics import Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer
-from shards import VOCABULARY, TokenStream, encoding_of, locked, tokenizer_of
+from scoring import Scorer, Validation, evaluating, validate
+from shards import VOCABULARY, TokenStream, encoding_of, tokenizer_of
+from tasks import load_questions
 from tokenizer import token_byte_lengths
+from writing import locked
 
 SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
 DROPOUT, SAMPLE = 0, 1  # what a random draw is for
@@ -141,6 +143,12 @@ class Trainer:
         self.wrapped = self._wrap()
         self.encoding = self._find_encoding(folder)
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
+        self.examinations = [
+            ranks.in_turn(lambda name=name: load_questions(name))
+            for name in task_names(config.log.eval_tasks)
+        ]
+        if self.examinations and not self.encoding:
+            raise UserError("log.eval_tasks needs GPT-2's vocabulary, which can't be had here")
 
     def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
         """The data's encoding. Downloaded shards come without their vocabulary, which is GPT-2's;
@@ -187,10 +195,7 @@ class Trainer:
 
     def _begin_with(self, name: str, data: Path) -> None:
         """Take the weights of another run's checkpoint, to train them further on other text."""
-        if self.ranks.is_first:
-            find_checkpoint(name)  # a model of the Hub is fetched once, not by every rank
-        self.ranks.wait_for_all()
-        checkpoint = find_checkpoint(name)
+        checkpoint = self.ranks.in_turn(lambda: find_checkpoint(name))
         checkpoint.check_vocabulary(data)
         theirs = asdict(checkpoint.meta.model)
         for key, ours in asdict(self.config.model).items():
@@ -226,10 +231,14 @@ class Trainer:
 
     # One step
 
+    def in_its_arithmetic(self) -> AbstractContextManager:
+        """Matrix products inside are done in `train.dtype`."""
+        device, dtype = self.ranks.device.type, self.dtype
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a batch, inputs and targets (B, T), in the run's arithmetic."""
-        device = self.ranks.device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+        """The mean loss of a batch, inputs and targets (B, T)."""
+        with self.in_its_arithmetic():
             return self.wrapped(inputs, targets)
 
     def syncing(self, last: bool) -> AbstractContextManager:
@@ -327,6 +336,24 @@ class Trainer:
                 self.ranks,
                 self.byte_lengths,
             )
+
+    def examine(self, metrics: Metrics | None) -> None:
+        """Put the model to the examinations, shared out over the ranks, and tell what it got."""
+        block_size = self.config.model.block_size
+        batch_tokens = self.config.train.micro_batch_size * block_size
+        scorer = Scorer(self.model, self.encoding, self.ranks, batch_tokens)
+        for questions in self.examinations:
+            with (
+                evaluating(self.model),
+                torch.compiler.set_stance("force_eager"),
+                self.in_its_arithmetic(),
+            ):
+                found = questions.ask(scorer, stride=block_size)
+            if metrics:
+                values = {name: estimate.value for name, estimate in found.items()}
+                metrics.write(questions.name, self.step, values)
+                told = ", ".join(f"{name} {estimate}" for name, estimate in found.items())
+                say(f"step {self.step:,}: {questions.name} {told}")
 
     def sample(self) -> str:
         """A text from nothing but <|endoftext|>, as the model writes it now."""
@@ -462,13 +489,19 @@ class Trainer:
 
     def _anything_due(self) -> bool:
         log, train = self.config.log, self.config.train
-        return any(map(self._is_due, (log.eval_every, train.checkpoint_every, log.sample_every)))
+        rhythms = (log.eval_every, train.checkpoint_every, log.sample_every)
+        return any(map(self._is_due, rhythms)) or self._examination_is_due()
+
+    def _examination_is_due(self) -> bool:
+        return bool(self.examinations) and self._is_due(self.config.log.eval_tasks_every)
 
     def _do_what_is_due(self, metrics: Metrics | None) -> None:
         """Validate, save, write a sample."""
         config, val_loss = self.config, None
         if self._is_due(config.log.eval_every):
             val_loss = self._report_validation(metrics)
+        if self._examination_is_due():
+            self.examine(metrics)
         if self._is_due(config.train.checkpoint_every):
             self.save(val_loss)
         if self.ranks.is_first and self.encoding and self._is_due(config.log.sample_every):
@@ -509,7 +542,7 @@ class Trainer:
         result = self.validate()
         self.best_val_loss = min(self.best_val_loss, result.loss)
         if metrics:
-            bits = result.bits_per_byte
+            bits = result.bits_per_byte and result.bits_per_byte.value
             metrics.write("val", self.step, {"loss": result.loss, "bits_per_byte": bits})
             per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
             say(f"step {self.step:,}: validation loss {result.loss:.4f}{per_byte}")

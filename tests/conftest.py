@@ -146,15 +146,15 @@ def torchrun(processes: int, *arguments: object) -> Result:
     )
 
 
-def ranks(processes: int, *arguments: object) -> Result:
-    """Run train.py as so many ranks without torchrun, each told its place; rank 0's result."""
+def ranks(processes: int, *arguments: object, script: str = "train.py") -> Result:
+    """Run a script as so many ranks without torchrun, each told its place; rank 0's result."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     place["WORLD_SIZE"] = str(processes)
 
     def one(rank: int) -> Result:
         environment = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return run("train.py", *arguments, environment=environment)
+        return run(script, *arguments, environment=environment)
 
     with ThreadPoolExecutor(processes) as pool:
         results = list(pool.map(one, range(processes)))

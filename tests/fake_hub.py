@@ -26,6 +26,7 @@ class FakeHub:
     cut_after: int | None = None  # the next file ends after so many bytes, as a connection may
     asked: list[str] = field(default_factory=list)  # "GET /path", in order
     bytes_sent: int = 0
+    missing: set[str] = field(default_factory=set)  # files that are listed and can't be had
     failures: int = 0  # so many ranges of files get status 503 first
 
     @contextmanager
@@ -78,8 +79,12 @@ class FakeHub:
 
     def entry(self, path: str, content: bytes) -> dict:
         """A file as the tree shows it."""
-        oid = hashlib.sha1(content).hexdigest()
-        return {"type": "file", "path": path, "oid": oid, "size": len(content)}
+        oid, size = hashlib.sha1(content).hexdigest(), len(content)
+        entry = {"type": "file", "path": path, "oid": oid, "size": size}
+        if path.endswith(".bin"):  # large files are kept apart, and told by another hash
+            sha256 = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": 134}
+        return entry
 
     def paths_info(self, commit: str, paths: list[str]) -> list[dict]:
         """What is at each of `paths`."""
@@ -156,6 +161,9 @@ class Handler(BaseHTTPRequestHandler):
         content = self.hub.commits[commit].get(path)
         if content is None:
             self.refuse(404, "EntryNotFound")
+            return
+        if path in self.hub.missing:
+            self.answer(500)
             return
         if self.hub.gated:
             self.refuse(403, "GatedRepo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 import prepare_fineweb
 from errors import UserError
 from prepare_fineweb import encode_batch, safe_pieces, training_texts
-from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, locked, read_manifest
+from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, read_manifest
 from sources import batches, find_source
 from tests.conftest import ROOT, TEXT, run
 from tests.test_tokenizer import AWKWARD
@@ -37,6 +38,7 @@ from tokenizer import (
     vocabulary_of,
     well_formed,
 )
+from writing import locked
 
 SCRIPT = "prepare_fineweb.py"
 
@@ -543,8 +545,9 @@ def test_two_runs_into_the_same_folder_do_not_meet(prepare, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with locked(out):
-        assert f"another process is writing to {out}" in prepare().error()
-    assert list(out.iterdir()) == []
+        error = prepare().error()
+    assert re.search(rf"process {os.getpid()} on .* is writing to {re.escape(str(out))}", error)
+    assert [path.name for path in out.iterdir()] == ["lock"]
     assert prepare().status == 0
 
 
@@ -552,7 +555,7 @@ def test_a_folder_with_somebody_elses_shards_is_left_alone(prepare, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train_000000.bin").write_text("mine")
     assert f"{tmp_path / 'out'} holds shards of another origin" in prepare().error()
-    assert fingerprint(tmp_path / "out").keys() == {"train_000000.bin"}
+    assert fingerprint(tmp_path / "out").keys() == {"train_000000.bin", "lock"}
 
 
 # Amounts

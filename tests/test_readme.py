@@ -170,6 +170,7 @@ def test_what_needs_only_a_model_runs(command, call, trained, shards, tmp_path, 
     module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
     shutil.copytree(trained, tmp_path / "out" / "demo")
     shutil.copytree(KEPT, tmp_path / "visuals" / "model")
+    shutil.copytree(ROOT / "tests" / "items", tmp_path / "tests" / "items")
     shutil.copy(ROOT / "LICENSE", tmp_path)
     monkeypatch.chdir(tmp_path)
     result = call(module, *words[start:])
@@ -230,10 +231,8 @@ def test_the_object_for_programs_is_what_is_shown(call, monkeypatch):
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-@pytest.mark.parametrize("chapter", range(6))
-def test_the_story_is_what_the_kept_model_says(chapter):
-    """Word for word; the last digit of a number may differ, since CPUs add in different orders."""
-    told = f"{chapters(load_story())[chapter]}\n"
+def check_shown(told: str) -> None:
+    """A block begins with the first line of `told`; it has to end like it, too."""
     first = NUMBER.sub("#", told.splitlines()[0])
     (shown,) = (text for _, text in BLOCKS if NUMBER.sub("#", text.split("\n")[0]) == first)
     assert NUMBER.sub("#", shown) == NUMBER.sub("#", told)
@@ -241,6 +240,18 @@ def test_the_story_is_what_the_kept_model_says(chapter):
         last_digit = 10.0 ** -len(ours.partition(".")[2]) if "." in ours else 0
         difference = float(ours.replace(",", "")) - float(theirs.replace(",", ""))
         assert abs(difference) <= 1.01 * last_digit, (ours, theirs)
+
+
+@pytest.mark.parametrize("chapter", range(6))
+def test_the_story_is_what_the_kept_model_says(chapter):
+    """Word for word; the last digit of a number may differ, since CPUs add in different orders."""
+    check_shown(f"{chapters(load_story())[chapter]}\n")
+
+
+def test_the_examinations_are_shown_as_they_are_told(call, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    asked = [command for command in commands() if "tests/items" in command]
+    check_shown("".join(call("evaluate", *shlex.split(command)[2:]).out for command in asked))
 
 
 def test_the_heads_do_what_the_text_says_of_them():
@@ -252,15 +263,24 @@ def test_the_heads_do_what_the_text_says_of_them():
         assert most[token][1, 2] == story.tokens.index(article)
 
 
-def test_the_positions_and_the_curve_are_as_the_text_says():
+def told_of_the_kept_model() -> list[str]:
+    """What the text says of its positions and of its training."""
     vectors = torch.nn.functional.normalize(load_story().model.wpe.weight.detach(), dim=-1)
     near, far = (vectors[10] @ vectors[11]).item(), (vectors[10] @ vectors[30]).item()
-    assert f"10 is hardly more like 11 ({near:.2f}) than like 30 ({far:.2f})" in PROSE
     lines = [json.loads(line) for line in (KEPT / "metrics.jsonl").read_text().splitlines()]
     train = [line["loss"] for line in lines if line["kind"] == "train"]
     (*_, val) = (line["loss"] for line in lines if line["kind"] == "val")
-    assert f"it is {val:.2f} against {sum(train[-100:]) / 100:.2f}, the mean of the last" in PROSE
-    assert f"{val:.4f}" == str(DEMO["validation_loss"])
+    return [
+        f"10 is hardly more like 11 ({near:.2f}) than like 30 ({far:.2f})",
+        f"it is {val:.2f} against {sum(train[-100:]) / 100:.2f}, the mean of the last",
+    ]
+
+
+def test_the_positions_and_the_curve_are_as_the_text_says():
+    for told in told_of_the_kept_model():
+        assert told in PROSE, told
+    val = json.loads((KEPT / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (val["kind"], f"{val['loss']:.4f}") == ("val", str(DEMO["validation_loss"]))
 
 
 # Links and headings
@@ -365,14 +385,15 @@ def test_the_numbers_of_the_demo_are_those_that_were_measured():
     )
 
 
-def test_the_numbers_that_this_repository_can_work_out():
+def worked_out() -> list[str]:
+    """What the text says of numbers that follow from the code, as it says it."""
     small = GPTConfig()
     with torch.device("meta"):
         model = GPT(small)
     V, T, C = small.vocab_size, small.block_size, small.n_embd
     block = sum(p.numel() for p in model.h[0].parameters())
     scores = 64 * small.n_head * small.n_layer * T * T
-    for number in (
+    return [
         f"{V * C:,}",
         f"{T * C:,}",
         f"{block:,}",
@@ -396,8 +417,49 @@ def test_the_numbers_that_this_repository_can_work_out():
         f"0.67 / 0.91 = {0.67 / 0.91:.2f} and {0.24 / 0.91:.2f}",
         f"= {DEMO['validation_loss'] / math.log(2):.3f} bits per token; times 32,640 / 100,271",
         f"−ln 0.67 = {-math.log(math.exp(2) / (math.exp(2) + math.e + 1)):.2f}",
-    ):
+        f"{C:,} × {3 * C:,} + {3 * C:,} and {C} × {C} + {C}",
+        f"token 300 is not a little more than token {300 - 1}",
+        f"the ids 0 to {256 - 1} (in an order of its own in GPT-2's vocabulary), the merges those",
+        f"here {263 - 1}, in GPT-2's vocabulary {V - 1:,}. That vocabulary has 256 bytes, "
+        f"{V - 257:,} merges and this one",
+        f"e⁴ = {math.exp(4):.1f}",
+        f"are {math.exp(2):.2f}, {math.e:.2f} and 1, together {math.exp(2) + math.e + 1:.2f};",
+        f"{C} × {C} + {C}, MLP {C} × {4 * C:,} + {4 * C:,} and {4 * C:,} × {C} + {C}",
+    ]
+
+
+def test_the_numbers_that_this_repository_can_work_out():
+    for number in worked_out():
         assert number in PROSE, number
+
+
+def numbers_of(text: str) -> set[str]:
+    """The numbers in a text that say something: with a point, a comma or three digits."""
+    plain = re.sub(r"\]\([^)]*\)|\]\[\w+\]|`[^`]*`", "", text)
+    found = re.findall(r"(?<![\w.])\d[\d,.]*\d", plain)
+    return {number for number in found if "." in number or len(number) > 2}
+
+
+def test_every_number_is_worked_out_here_or_says_where_it_is_from():
+    """A paragraph with a number from outside has a link; a table's may stand just above it.
+
+    Numbers from inside are those that other tests compute or compare: of the code, of the settings,
+    of what is measured, and of what commands print.
+    """
+    files = [ROOT / name for name in ("model.py", "config.py", "requirements.txt")]
+    files += [*ROOT.glob("configs/*.toml"), *ROOT.glob("results/*.json")]
+    ours = numbers_of(" ".join(block for _, block in BLOCKS))
+    ours |= numbers_of(" ".join(worked_out()))
+    ours |= numbers_of(" ".join(path.read_text("utf-8").replace("_", ",") for path in files))
+    ours |= numbers_of(" ".join(told_of_the_kept_model()))
+    text = re.sub(r"^\[\w+\]: .*$", "", TEXT, flags=re.MULTILINE)
+    parts = re.split(r"\n\s*\n(?!\|)", text)
+    linked = [part for part in parts if re.search(r"(?<!!)\[[^]]+\][\[(]", part)]
+    sourced = numbers_of(" ".join(linked))
+    assert len(linked) > 30
+    for part in set(parts) - set(linked):
+        unknown = numbers_of(part) - ours - sourced
+        assert not unknown, (unknown, part)
 
 
 def test_the_numbers_of_counting_are_those_that_were_measured():
@@ -407,6 +469,10 @@ def test_the_numbers_of_counting_are_those_that_were_measured():
     assert f"reaches a loss of {COUNTS['bigram_loss']:.2f}](results/counting.json)" in PROSE
     after, before = KEPT_LOSS["validation_loss"], KEPT_LOSS["validation_loss_before"]
     assert f"[its loss](results/kept_model.json): {after} after that, {before} before" in PROSE
+    theirs = json.loads((ROOT / "results" / "lm_eval.json").read_text())["results"]["hellaswag"]
+    for key in ("same acc choices", "same acc_norm choices"):
+        assert theirs[key] == [1.0, 1.0]
+    assert f"the same choices in {theirs['questions'][0]} questions" in PROSE
     assert f"the little GPT {DEMO['validation_loss']:.2f}](results/demo.json)" in PROSE
 
 

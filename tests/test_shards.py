@@ -23,20 +23,18 @@ from shards import (
     VOCABULARY,
     Manifest,
     ShardRecord,
-    ShardWriter,
     TokenizerRecord,
     TokenStream,
     check_contents,
     encoding_of,
-    locked,
     open_shard,
     read_manifest,
     shard_header,
     tokenizer_of,
-    write_atomically,
 )
 from tests.conftest import ROOT
 from tokenizer import GPT2_SHA256
+from writing import ShardWriter
 
 RECORD = TokenizerRecord("gpt2", 50_257, GPT2_SHA256)
 
@@ -72,36 +70,6 @@ def test_a_shard_that_llmc_could_have_written_reads_as_its_tokens(tmp_path):
 def test_an_empty_shard_reads_as_no_tokens(tmp_path):
     write_shard(tmp_path / "a.bin", [])
     assert open_shard(tmp_path / "a.bin").tolist() == []
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(0, 65535), max_size=60),
-    st.integers(1, 20),
-    st.integers(1, 30),
-    st.integers(1, 7),
-)
-def test_what_a_writer_wrote_is_read_back(tmp_path_factory, tokens, shard_tokens, val, at_once):
-    folder = tmp_path_factory.mktemp("written")
-    writer = ShardWriter(folder, shard_tokens, val)
-    rest = np.array(tokens, dtype="<u2")
-    while len(rest):
-        part, rest = np.split(rest, [min(writer.room, at_once)])
-        writer.write(part)
-        if writer.room == 0:
-            writer.finish()
-    if writer.pending:
-        writer.finish()
-    writer.close()
-    written = [open_shard(folder / record.file) for record in writer.records]
-    assert [token for shard in written for token in shard.tolist()] == tokens
-    assert sum(r.tokens for r in writer.records if r.split == "val") == min(val, len(tokens))
-    assert all(len(shard) <= shard_tokens for shard in written)
-    assert {path.name for path in folder.iterdir()} == {record.file for record in writer.records}
-    for split in ("val", "train"):
-        names = [record.file for record in writer.records if record.split == split]
-        assert names == [f"{split}_{index:06d}.bin" for index in range(len(names))]
-    check_contents(folder, writer.records)
 
 
 @pytest.mark.parametrize(
@@ -304,43 +272,6 @@ def test_a_folder_whose_vocabulary_is_missing_or_another_is_refused(tmp_path):
     (tmp_path / VOCABULARY).unlink()
     with pytest.raises(UserError, match=f"can't read the vocabulary {tmp_path / VOCABULARY}"):
         encoding_of(tmp_path)
-
-
-def test_a_crash_while_writing_atomically_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def crash(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-
-
-def test_a_lock_keeps_other_processes_out_until_its_owner_is_gone(tmp_path):
-    code = (
-        "import sys, pathlib, shards\n"
-        f"with shards.locked(pathlib.Path({str(tmp_path)!r})):\n"
-        "    print('locked', flush=True); sys.stdin.read()"
-    )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert owner.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
-            with locked(tmp_path):
-                pass
-    finally:
-        owner.kill()
-        owner.communicate()
-    with locked(tmp_path):
-        assert list(tmp_path.iterdir()) == []
 
 
 def test_reading_shards_needs_no_torch():

@@ -1,0 +1,256 @@
+"""The examinations that people quote: HellaSwag, LAMBADA, WikiText.
+
+Each has its questions in a dataset of the Hugging Face Hub; a local copy, Parquet or JSON lines
+with the same columns, does as well. They are asked as EleutherAI's lm-evaluation-harness asks them,
+and HellaSwag as llm.c does it, too, since both kinds of numbers are quoted. What they ask for:
+README, "How good is it?".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from scoring import Estimate, Request, Scorer
+
+Rows = list[dict[str, object]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """An examination: where its questions are, and how they are asked."""
+
+    repository: str  # on the Hub
+    config: str | None
+    split: str
+    columns: dict[str, type]  # what a row must have
+    measure: Callable[[Rows, Scorer, int], dict[str, Estimate]]
+    check: Callable[[dict[str, object], str], None] = lambda row, where: None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A task's rows, and where they are from."""
+
+    name: str
+    rows: Rows
+    data: str  # the dataset, or the file
+    revision: str  # of the dataset: a commit
+
+    def ask(self, scorer: Scorer, stride: int) -> dict[str, Estimate]:
+        """What the model makes of them: estimates by name, in the order in which to tell them."""
+        return TASKS[self.name].measure(self.rows, scorer, stride)
+
+
+# HellaSwag: which of four endings is the sensible one?
+
+
+def hellaswag(rows: Rows, scorer: Scorer, _: int) -> dict[str, Estimate]:
+    """The share of right choices (Zellers et al. 2019), by four ways to choose."""
+    labels = np.array([int(row["label"]) for row in rows])
+    choices = hellaswag_choices(rows, scorer)
+    return {name: Estimate.of(chosen == labels) for name, chosen in choices.items()}
+
+
+def hellaswag_choices(rows: Rows, scorer: Scorer) -> dict[str, np.ndarray]:
+    """The number of the ending that is chosen for each row, (rows,), by each way to choose.
+
+    `acc` takes the likeliest ending and `acc_norm` the likeliest per character, both of texts that
+    were tidied and told their subject, as the harness does it (its `hellaswag` task). `llmc_acc`
+    and `llmc_acc_norm`, per token, take texts as they are (llm.c and build-nanogpt,
+    `hellaswag.py`).
+    """
+    harness, plain, characters = [], [], []
+    encode = scorer.encoding.encode_ordinary
+    for row in rows:
+        start = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+        before = encode(row["ctx"])
+        for ending in row["endings"]:
+            harness.append(scorer.request(tidy(start), " " + tidy(ending)))
+            plain.append(scorer.cut(before, encode(" " + ending)))
+            characters.append(len(tidy(ending)))
+    tokens = np.array([request.guessed for request in plain])
+    theirs, _ = scorer.score(harness, "hellaswag")
+    llmc, _ = scorer.score(plain, "hellaswag, as llm.c")
+    scores = {
+        "acc": theirs,
+        "acc_norm": theirs / np.maximum(characters, 1),
+        "llmc_acc": llmc,
+        "llmc_acc_norm": llmc / tokens,
+    }
+    return {name: score.reshape(-1, 4).argmax(axis=1) for name, score in scores.items()}
+
+
+def check_endings(row: dict[str, object], where: str) -> None:
+    """Raises UserError unless there are four endings, and the label tells one of them."""
+    endings, label = row["endings"], row.get("label")
+    if len(endings) != 4 or not all(isinstance(ending, str) for ending in endings):
+        raise UserError(f"{where}: expected four endings, found {endings!r:.60}")
+    if str(label) not in ("0", "1", "2", "3"):
+        raise UserError(
+            f"{where}: the label is {label!r}, expected 0 to 3 (the test split has none)"
+        )
+
+
+def tidy(text: str) -> str:
+    """HellaSwag's text without WikiHow's marks, such as [header] and [title]."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+# LAMBADA: the last word of a story, which takes all of it to guess
+
+
+def lambada(rows: Rows, scorer: Scorer, _: int) -> dict[str, Estimate]:
+    """Accuracy, when each token of the word must be the likeliest, and perplexity per word.
+
+    Paperno et al. 2016, in the form that OpenAI published, the harness's `lambada_openai`.
+    """
+    parted = [str(row["text"]).rpartition(" ") for row in rows]
+    requests = [scorer.request(before, blank + word) for before, blank, word in parted]
+    log_probability, likeliest = scorer.score(requests, "lambada")
+    return {
+        "acc": Estimate.of(likeliest),
+        "perplexity": Estimate.of(-log_probability).exponential(),
+    }
+
+
+# WikiText: long texts, window by window
+
+
+def wikitext(rows: Rows, scorer: Scorer, stride: int) -> dict[str, Estimate]:
+    """Perplexity per token and per word, and bits per byte (Merity et al. 2016).
+
+    The texts were cut into words long ago; `joined` undoes most of that. Words and bytes are those
+    of the text as published, so that models with different vocabularies can be compared.
+    """
+    pages = [str(row["page"]) for row in rows]
+    requests, owners = [], []
+    for number, page in enumerate(pages):
+        ids = scorer.encoding.encode_ordinary(joined(page))
+        some = windows(ids, scorer.encoding.eot_token, scorer.model.config.block_size, stride)
+        requests += some
+        owners += [number] * len(some)
+    log_probability, _ = scorer.score(requests, "wikitext")
+    nats = np.bincount(owners, weights=-log_probability, minlength=len(pages))
+    tokens = np.bincount(owners, [request.guessed for request in requests], len(pages))
+    words = [len(re.split(r"\s+", page)) for page in pages]
+    text_bytes = [len(page.encode()) for page in pages]
+    return {
+        "perplexity": Estimate.of(nats, tokens).exponential(),
+        "word_perplexity": Estimate.of(nats, words).exponential(),
+        "bits_per_byte": Estimate.of(nats, text_bytes).scaled(1 / np.log(2)),
+    }
+
+
+def windows(ids: list[int], start: int, block_size: int, stride: int) -> list[Request]:
+    """Guess every token of a text once: a window goes on by `stride` tokens and guesses the new.
+
+    `start` comes before the first token. With a small stride each token is guessed from more of
+    what is before it, and there is more to compute. With the whole context as stride, only the
+    last window overlaps with the one before.
+    """
+    text = [start, *ids]
+    requests, done = [], 1
+    while done < len(text):
+        end = min(len(text), done + (block_size if done == 1 else stride))
+        requests.append(Request(text[max(0, end - block_size - 1) : end], end - done))
+        done = end
+    return requests
+
+
+# What is put right, in this order, after Radford et al. 2019, section 3.1, who speak of
+# "de-tokenizers" and don't give them; the rules are those of the harness, so that numbers compare.
+SPACED_MARKS = [("s '", "s'"), *((f" @{mark}@ ", mark) for mark in "-,.")]
+SPACED_MARKS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
+PAIRS = ["()", "[]", "{}", '""', "''"]
+SPACED_REST = [(" ".join("=" * count), "=" * count) for count in (4, 3, 2)]
+SPACED_REST += [(" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
+
+
+def joined(text: str) -> str:
+    """WikiText's words as they stood on the page: "( 1 @,@ 000 )" becomes "(1,000)"."""
+    for spaced, right in SPACED_MARKS:
+        text = text.replace(spaced, right)
+    for left, right in PAIRS:
+        inside = rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"
+        text = re.sub(inside, lambda found, pair=(left, right): found[1].join(pair), text)
+    for spaced, right in SPACED_REST:
+        text = text.replace(spaced, right)
+    return text
+
+
+SWAG = {name: str for name in ("activity_label", "ctx_a", "ctx_b", "ctx")} | {"endings": list}
+WIKI = "EleutherAI/wikitext_document_level"
+TASKS = {
+    "hellaswag": Task("Rowan/hellaswag", None, "validation", SWAG, hellaswag, check_endings),
+    "lambada": Task("EleutherAI/lambada_openai", "default", "test", {"text": str}, lambada),
+    "wikitext2": Task(WIKI, "wikitext-2-raw-v1", "test", {"page": str}, wikitext),
+    "wikitext103": Task(WIKI, "wikitext-103-raw-v1", "test", {"page": str}, wikitext),
+}
+
+
+# Where the questions come from
+
+
+def load_questions(name: str, file: Path | None = None) -> Questions:
+    """A task's questions, from the Hub or from a file, checked.
+
+    Raises UserError if they can't be had, or if a row isn't as it should be.
+    """
+    task = TASKS[name]
+    rows, data, revision = read_file(file) if file else read_hub(task)
+    if not rows:
+        raise UserError(f"{data} has no rows: expected the questions of {name}")
+    for number, row in enumerate(rows, 1):
+        where = f"{data}, row {number}"
+        for column, kind in task.columns.items():
+            if not isinstance(row.get(column), kind):
+                raise UserError(f"{where}: {column!r} is {row.get(column)!r:.60}, not {kind}")
+        task.check(row, where)
+    return Questions(name, rows, data, revision)
+
+
+def read_file(path: Path) -> tuple[Rows, str, str]:
+    """(rows, name, "") of a Parquet or JSON-lines file. Raises UserError if it is none."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these, too
+        raise UserError(f"can't read {path}: {' '.join(str(error).split())}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: expected an object in each line")
+    return rows, str(path), ""
+
+
+def read_hub(task: Task) -> tuple[Rows, str, str]:
+    """(rows, name, commit) from the Hub, or from the cache that an earlier run has filled.
+
+    Raises UserError if it can't be had.
+    """
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    try:
+        builder = load_dataset_builder(task.repository, task.config)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(task.split).to_list()
+        files = (builder.config.data_files or {}).get(task.split, [""])
+    except (DatasetsError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{task.repository} can't be had from the Hub: {reason}; evaluate.py --file takes a "
+            "local copy"
+        ) from error
+    commit = re.search(r"@([0-9a-f]{40})/", str(files[0]))
+    return rows, task.repository, commit[1] if commit else ""

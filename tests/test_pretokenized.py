@@ -1,0 +1,93 @@
+"""Published shards from the Hub: how many, checked, and taken up again where it broke off."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from fake_hub import FakeHub
+
+from errors import UserError
+from pretokenized import Published, choose
+from shards import MANIFEST, PROGRESS, TokenStream, read_manifest, shard_header
+
+COMMIT, NEWER = "a" * 40, "b" * 40
+TOKENS = np.arange(1000, dtype="<u2")
+
+
+def shard(tokens: np.ndarray) -> bytes:
+    return shard_header(len(tokens)) + tokens.tobytes()
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    """llm.c's FineWeb in small: 100 tokens to validate on, 3 × 300 to train on."""
+    files = {f"fineweb_train_00000{n}.bin": shard(TOKENS[n * 300 - 200 :][:300]) for n in (1, 2, 3)}
+    files |= {"fineweb_val_000000.bin": shard(TOKENS[:100]), "README.md": b"about", "x.bin": b"no"}
+    return FakeHub("kjj0/fineweb10B-gpt2", {COMMIT: files})
+
+
+@pytest.fixture
+def fetch(on_hub, hub, tmp_path):
+    """prepare_fineweb.py --pretokenized with more options."""
+    words = ("prepare_fineweb.py", "--out", tmp_path / "data", "--pretokenized")
+    return lambda *options: on_hub(hub, *words, *options)
+
+
+def test_as_many_shards_as_hold_the_tokens_are_fetched(fetch, hub, tmp_path):
+    folder = tmp_path / "data"
+    result = fetch("--max-tokens", 500)
+    assert result.status == 0, result.err
+    assert "600 tokens to train on, 100 to validate on, in 3 shards" in result.err
+    train, val = (TokenStream(folder, split) for split in ("train", "val"))
+    assert train.read(0, len(train)).tolist() == TOKENS[100:700].tolist()
+    assert val.read(0, len(val)).tolist() == TOKENS[:100].tolist()
+    manifest = read_manifest(folder)
+    assert manifest.settings["revision"] == COMMIT
+    assert manifest.tokenizer.name == "gpt2"
+    assert not (folder / PROGRESS).exists()
+    hub.asked.clear()
+    assert fetch("--max-tokens", 500).status == 0
+    assert hub.asked == []  # what is there is checked, and nothing fetched
+    (folder / "fineweb_val_000000.bin").write_bytes(shard(TOKENS[1:101]))
+    assert "has been damaged or changed" in fetch("--max-tokens", 500).error()
+    assert "was begun with another max_tokens" in fetch().error()
+
+
+def test_a_download_that_broke_off_goes_on_with_the_same_commit(fetch, hub, tmp_path):
+    folder, lost = tmp_path / "data", "fineweb_train_000002.bin"
+    files = dict(hub.commits[COMMIT])
+    hub.missing = {lost}
+    assert f"{lost} of kjj0/fineweb10B-gpt2 can't be had" in fetch().error()
+    with pytest.raises(UserError, match="is not finished"):
+        TokenStream(folder, "train")
+    hub.missing, hub.commits[NEWER] = set(), {"fineweb_train_000001.bin": b"other"}
+    hub.asked.clear()
+    assert fetch().status == 0
+    fetched = [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
+    assert {line.rsplit("/", 1)[1] for line in fetched} == {lost, "fineweb_train_000003.bin"}
+    assert (folder / lost).read_bytes() == files[lost]
+    assert json.loads((folder / MANIFEST).read_text())["settings"]["revision"] == COMMIT
+
+
+def test_what_is_no_shard_is_one_line(fetch, hub, tmp_path):
+    hub.commits[COMMIT]["fineweb_train_000001.bin"] = b"\0" * 1624
+    assert "fineweb_train_000001.bin is no token shard" in fetch().error()
+    assert not (tmp_path / "data" / MANIFEST).exists()
+
+
+def test_what_cannot_be_is_one_line(fetch, hub):
+    assert "the validation shard alone has 100" in fetch("--max-tokens", 100).error()
+    assert "leave --source and --tokenizer out" in fetch("--tokenizer", "bpe:300").error()
+    assert "nobody/nothing can't be had from the Hub" in fetch("nobody/nothing").error()
+    hub.commits[COMMIT].pop("fineweb_val_000000.bin")
+    assert "holds no shards in llm.c's layout" in fetch().error()
+
+
+def test_shards_are_taken_in_the_order_of_their_names():
+    shards = [
+        Published(f"f_{split}_{n}.bin", 10, None) for n in (2, 1, 3) for split in ("train", "val")
+    ]
+    names = [shard.file for shard in choose(shards, 41)]
+    assert names == ["f_val_1.bin", "f_val_2.bin", "f_val_3.bin", "f_train_1.bin", "f_train_2.bin"]

@@ -1,0 +1,130 @@
+"""Log-probabilities in batches are those one by one; a mean's error is what chance makes of it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distributed import Ranks
+from errors import UserError
+from model import GPT, GPTConfig
+from scoring import Estimate, Request, Scorer
+from tokenizer import make_encoding
+
+ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+BYTES = make_encoding({bytes([byte]): byte for byte in range(256)})
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=257, block_size=24, n_layer=2, n_head=2, n_embd=16)).eval()
+
+
+def requests_of_all_lengths() -> list[Request]:
+    draw = np.random.default_rng(0)
+    lengths = [(length, guessed) for length in (2, 3, 9, 17, 25) for guessed in (1, 2, length - 1)]
+    return [Request(draw.integers(257, size=n).tolist(), g) for n, g in lengths if g < n]
+
+
+def one_by_one(model: GPT, request: Request) -> tuple[float, bool]:
+    """What `Scorer.score` is to find, written out in float64."""
+    model, ids = model.double(), torch.tensor([request.ids])
+    with torch.no_grad():
+        guesses = model(ids[:, :-1])[0, -request.guessed :].log_softmax(dim=-1)
+    model.float()
+    targets = ids[0, -request.guessed :]
+    total = sum(row[target].item() for row, target in zip(guesses, targets))
+    return total, bool((guesses.argmax(dim=-1) == targets).all())
+
+
+# Requests
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
+def test_batched_scores_are_those_one_by_one(model, batch_tokens):
+    requests = requests_of_all_lengths()
+    likely = [
+        [*r.ids[:-1], model(torch.tensor([r.ids[:-1]]))[0, -1].argmax().item()] for r in requests
+    ]
+    requests += [Request(ids, 1) for ids in likely]  # the likeliest token is guessed
+    with torch.no_grad():
+        found, right = Scorer(model, BYTES, ALONE, batch_tokens).score(requests, "test")
+    expected = [one_by_one(model, request) for request in requests]
+    np.testing.assert_allclose(found, [total for total, _ in expected], rtol=1e-5)
+    assert right.tolist() == [hit for _, hit in expected]
+    assert 0 < right.sum() < len(right)
+
+
+def test_logits_are_compared_in_float32(model):
+    """bfloat16 has two or three digits: near-ties would be decided by rounding."""
+    requests = requests_of_all_lengths()
+    scorer = Scorer(model, BYTES, ALONE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, _ = scorer.score(requests, "test")
+    assert not np.array_equal(found, torch.from_numpy(found).bfloat16().double().numpy())
+
+
+@given(
+    lengths=st.lists(st.integers(2, 25), min_size=1, max_size=40), batch_tokens=st.integers(1, 100)
+)
+def test_every_request_is_in_one_batch_that_is_not_too_large(lengths, batch_tokens):
+    requests = [Request([0] * length, 1) for length in lengths]
+    batches = Scorer(None, BYTES, ALONE, batch_tokens).batches(requests)
+    assert sorted(number for batch in batches for number in batch) == [*range(len(requests))]
+    for batch in batches:
+        longest = lengths[batch[0]] - 1
+        assert longest == max(lengths[number] - 1 for number in batch)
+        assert len(batch) == 1 or len(batch) * longest <= batch_tokens
+    assert [lengths[n] for b in batches for n in b] == sorted(lengths, reverse=True)
+
+
+def test_a_request_is_the_context_and_its_ending(model):
+    scorer = Scorer(model, BYTES, ALONE)
+    assert scorer.request("ab", " c") == Request([*b"ab c"], 2)
+    assert scorer.request("ab  ", "c") == Request([*b"ab  c"], 3)  # blanks are the ending's
+    assert scorer.request("", "c") == Request([256, *b"c"], 1)
+    long = scorer.request("x" * 100, "y" * 24)
+    assert long == Request([*b"x", *b"y" * 24], 24)
+    for ending in ("y" * 25, ""):
+        with pytest.raises(UserError, match="this model can guess 1 to 24"):
+            scorer.request("x", ending)
+
+
+# Estimates
+
+
+def test_the_error_of_a_mean_is_the_textbooks():
+    values = [3.0, 1.0, 4.0, 1.0, 5.0]
+    for counts in (None, [2] * 5):
+        estimate = Estimate.of(values, counts)
+        scale = 1 if counts is None else 2
+        assert estimate.value == pytest.approx(statistics.mean(values) / scale)
+        assert estimate.error == pytest.approx(statistics.stdev(values) / math.sqrt(5) / scale)
+    assert Estimate.of([1.0]) == Estimate(1.0, None)
+
+
+def test_the_error_of_a_ratio_is_what_drawing_again_gives():
+    draw = np.random.default_rng(0)
+    counts = draw.integers(5, 50, size=400)
+    sums = counts * 3.0 + draw.normal(size=400) * counts
+    again = []
+    for _ in range(2000):
+        chosen = draw.integers(400, size=400)
+        again.append(sums[chosen].sum() / counts[chosen].sum())
+    assert Estimate.of(sums, counts).error == pytest.approx(np.std(again), rel=0.1)
+
+
+def test_estimates_are_told_with_the_digits_that_mean_something():
+    told = [str(e) for e in (Estimate(0.28593, 0.0045), Estimate(29.417, 0.62), Estimate(3, 31))]
+    assert told == ["0.2859 ± 0.0045", "29.42 ± 0.62", "3 ± 31"]
+    assert str(Estimate(0.5, None)) == str(Estimate(0.5, 0.0)) == "0.5000"
+    assert Estimate(2.0, 0.5).scaled(3) == Estimate(6.0, 1.5)
+    perplexity = Estimate(math.log(10), 0.1).exponential()
+    assert (perplexity.value, perplexity.error) == (pytest.approx(10), pytest.approx(1))

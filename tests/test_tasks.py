@@ -1,0 +1,280 @@
+"""Examinations: what is asked, what counts as right, what is refused, and the Hub's datasets."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT
+from fake_hub import FakeHub
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tasks
+from checkpoint import find_checkpoint
+from config import EXAMINATIONS
+from distributed import Ranks
+from errors import UserError
+from model import GPT
+from scoring import Scorer
+from visuals import KEPT
+
+ITEMS = ROOT / "tests" / "items"
+ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+COMMIT = "d" * 40
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    """The model that comes with README."""
+    checkpoint = find_checkpoint(str(KEPT))
+    model = GPT(checkpoint.meta.model)
+    checkpoint.load_model(model)
+    return Scorer(model.eval().requires_grad_(False), checkpoint.encoding(), ALONE)
+
+
+def rows_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ITEMS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def log_probability(scorer: Scorer, before: str, ending: str) -> tuple[float, int]:
+    """(the sum of log p over the ending's tokens, how many they are), one text at a time."""
+    encode = scorer.encoding.encode_ordinary
+    ids, count = [*encode(before), *encode(ending)], len(encode(ending))
+    logs = scorer.model(torch.tensor([ids[:-1]]))[0, -count:].log_softmax(dim=-1)
+    return sum(row[i].item() for row, i in zip(logs, ids[-count:])), count
+
+
+def test_the_examinations_are_those_that_settings_know():
+    assert tuple(tasks.TASKS) == EXAMINATIONS
+
+
+# What is asked
+
+
+def test_hellaswag_takes_the_likeliest_ending_by_each_convention(scorer):
+    rows, expected = rows_of("hellaswag"), {name: [] for name in ("acc", "acc_norm", "llmc_acc")}
+    expected["llmc_acc_norm"] = []
+    for row in rows:
+        before = tasks.tidy(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        endings = [tasks.tidy(ending) for ending in row["endings"]]
+        sums = [log_probability(scorer, before, f" {ending}")[0] for ending in endings]
+        expected["acc"].append(np.argmax(sums))
+        expected["acc_norm"].append(np.argmax([s / len(e) for s, e in zip(sums, endings)]))
+        pairs = [log_probability(scorer, row["ctx"], f" {ending}") for ending in row["endings"]]
+        expected["llmc_acc"].append(np.argmax([total for total, _ in pairs]))
+        expected["llmc_acc_norm"].append(np.argmax([total / count for total, count in pairs]))
+    choices = tasks.hellaswag_choices(rows, scorer)
+    assert {name: chosen.tolist() for name, chosen in choices.items()} == expected
+    labels = [int(row["label"]) for row in rows]
+    for name, estimate in tasks.hellaswag(rows, scorer, 0).items():
+        assert estimate.value == np.mean(np.array(expected[name]) == labels)
+    assert len({tuple(chosen) for chosen in expected.values()}) > 1  # the conventions differ
+
+
+def test_lambada_asks_for_the_last_word(scorer):
+    rows = [*rows_of("lambada"), {"text": "Return a list of the number"}, {"text": "word"}]
+    found = tasks.lambada(rows, scorer, 0)
+    nats = []
+    for row in rows[:-1]:
+        before, _, last = row["text"].rpartition(" ")
+        nats.append(-log_probability(scorer, before, f" {last}")[0])
+    start = torch.tensor([[scorer.encoding.eot_token]])
+    first, *_ = ids = scorer.encoding.encode_ordinary("word")
+    logs = scorer.model(torch.cat((start, torch.tensor([ids[:-1]], dtype=torch.long)), dim=1))
+    logs = logs[0].log_softmax(dim=-1)
+    nats.append(-sum(row[i].item() for row, i in zip(logs, ids)))
+    assert found["perplexity"].value == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
+    right = tasks.lambada([{"text": "Return a list of the number"}], scorer, 0)["acc"]
+    wrong = tasks.lambada([{"text": "Return a list of the giraffe"}], scorer, 0)["acc"]
+    assert (right.value, wrong.value) == (1, 0)
+
+
+def test_wikitext_counts_every_token_once_and_the_words_as_published(scorer):
+    rows = rows_of("wikitext")
+    nats = tokens = 0
+    for row in rows:
+        ids = [
+            scorer.encoding.eot_token,
+            *scorer.encoding.encode_ordinary(tasks.joined(row["page"])),
+        ]
+        tokens += len(ids) - 1
+        for at in range(1, len(ids)):  # each token from the 128 before it
+            window = torch.tensor([ids[max(0, at - 128) : at]])
+            nats -= scorer.model(window)[0, -1].log_softmax(dim=-1)[ids[at]].item()
+    found = tasks.wikitext(rows, scorer, stride=1)
+    words = sum(len(row["page"].split()) + 2 for row in rows)  # blanks at both ends: two more
+    size = sum(len(row["page"].encode()) for row in rows)
+    assert found["perplexity"].value == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert found["word_perplexity"].value == pytest.approx(math.exp(nats / words), rel=1e-4)
+    assert found["bits_per_byte"].value == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+
+
+@given(count=st.integers(0, 100), block_size=st.integers(1, 20), data=st.data())
+def test_windows_guess_every_token_once_from_as_much_as_the_context_holds(count, block_size, data):
+    stride = data.draw(st.integers(1, block_size))
+    ids = [*range(count)]
+    requests, guessed = tasks.windows(ids, -1, block_size, stride), []
+    for request in requests:
+        assert len(request.ids) == min(block_size, len(guessed) + request.guessed) + 1
+        assert (
+            request.ids
+            == [-1, *ids][len(guessed) + request.guessed + 1 - len(request.ids) :][
+                : len(request.ids)
+            ]
+        )
+        guessed += request.ids[-request.guessed :]
+    assert guessed == ids
+    assert all(request.guessed == stride for request in requests[1:-1])
+    assert tasks.windows(ids, -1, block_size, block_size)[:1] == requests[:1] or not count
+
+
+def test_texts_are_put_right():
+    assert tasks.joined('1 @,@ 000 well @-@ known ( or so ) " words " .\n') == (
+        '1,000 well-known (or so) "words" .\n'
+    )
+    assert tasks.joined(" = = Title = = \n It 's 20 ° C ; the dogs ' day !  No ? ") == (
+        " == Title ==\nIt's 20°C; the dogs' day!  No? "
+    )
+    assert tasks.tidy(" [header] How to [title] Do it.  [step] Now ") == "How to. Do it. Now"
+
+
+# What is refused
+
+
+def swag(**changes: object) -> dict:
+    return {**rows_of("hellaswag")[0], **changes}
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (swag(endings=["one", "two", "three"]), "row 2: expected four endings"),
+        (swag(endings=["one", "two", "three", 4]), "row 2: expected four endings"),
+        (swag(endings="four"), "'endings' is 'four'"),
+        (swag(label=""), "the label is '', expected 0 to 3"),
+        (swag(label="4"), "the label is '4'"),
+        (swag(ctx=None), "row 2: 'ctx' is None"),
+        ({"text": "x"}, "row 2: 'activity_label' is None"),
+        (["no", "object"], "expected an object in each line"),
+    ],
+)
+def test_a_row_that_is_not_as_it_should_be_is_named(row, complaint, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (swag(label=2), row)))
+    with pytest.raises(UserError, match=complaint) as error:
+        tasks.load_questions("hellaswag", path)
+    assert "some.jsonl" in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "some.jsonl"
+    with pytest.raises(UserError, match="can't read .*some.jsonl"):
+        tasks.load_questions("lambada", path)
+    for content, complaint in ((b"{", "can't read"), (b"\xff", "can't read"), (b"", "no rows")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=complaint):
+            tasks.load_questions("lambada", path)
+    (tmp_path / "some.parquet").write_bytes(b"PAR")
+    with pytest.raises(UserError, match="can't read .*some.parquet"):
+        tasks.load_questions("lambada", tmp_path / "some.parquet")
+
+
+def test_parquet_and_json_lines_are_the_same_questions(tmp_path):
+    pq.write_table(pa.Table.from_pylist(rows_of("hellaswag")), tmp_path / "a.parquet")
+    ours = tasks.load_questions("hellaswag", tmp_path / "a.parquet")
+    assert ours.rows == tasks.load_questions("hellaswag", ITEMS / "hellaswag.jsonl").rows
+
+
+# The Hub
+
+
+def parquet(name: str) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows_of(name)), sink)
+    return sink.getvalue()
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    """HellaSwag's dataset: its files by split, as on the Hub."""
+    files = {
+        f"data/{split}-00000-of-00001.parquet": parquet("hellaswag")
+        for split in ("validation", "train")
+    }
+    return FakeHub("Rowan/hellaswag", {COMMIT: {**files, "README.md": b"---\n---\n"}})
+
+
+EVALUATE = ("evaluate.py", "--checkpoint", KEPT, "--tasks", "hellaswag")
+
+
+def test_questions_come_from_the_hub_and_their_commit_is_told(on_hub, hub, call, tmp_path):
+    result = on_hub(hub, *EVALUATE, "--output", tmp_path / "found.json")
+    assert f"hellaswag       5 of Rowan/hellaswag@{COMMIT[:7]}\n" in result.out, result.err
+    local = call("evaluate", *EVALUATE[1:], "--file", ITEMS / "hellaswag.jsonl")
+    assert result.out.splitlines()[2:] == local.out.splitlines()[2:]
+    (record,) = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert (record["data"], record["revision"]) == ("Rowan/hellaswag", COMMIT)
+
+
+def test_questions_that_were_fetched_before_need_no_network(on_hub, hub, monkeypatch):
+    first = on_hub(hub, *EVALUATE)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    again = on_hub(hub, *EVALUATE)
+    assert again.status == 0, again.err
+    assert again.out.splitlines()[2:] == first.out.splitlines()[2:]
+
+
+def test_questions_that_the_hub_does_not_give_are_one_line(on_hub, hub):
+    hub.gated = True
+    assert "Rowan/hellaswag can't be had from the Hub" in on_hub(hub, *EVALUATE).error()
+    hub.name = "somebody/else"
+    assert "Rowan/hellaswag can't be had from the Hub" in on_hub(hub, *EVALUATE).error()
+
+
+def test_a_run_is_examined_now_and_then(on_hub, hub, tiny, shards, tmp_path):
+    settings = (
+        "--log.eval_tasks",
+        "hellaswag",
+        "--log.eval_tasks_every",
+        2,
+        "--train.max_steps",
+        3,
+    )
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--model.block_size", 256)
+    arguments += ("--train.tokens_per_step", 512)
+    result = on_hub(hub, "train.py", tiny, *arguments, *settings)
+    assert result.status == 0, result.err
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    told = {line["step"]: line for line in lines if line["kind"] == "hellaswag"}
+    assert told.keys() == {2, 3}
+    assert "step 3: hellaswag acc 0." in result.err
+    file = ITEMS / "hellaswag.jsonl"
+    words = ("--checkpoint", tmp_path / "run", "--tasks", "hellaswag", "--file", file)
+    output = tmp_path / "found.json"
+    assert on_hub(hub, "evaluate.py", *words, "--output", output).status == 0
+    (record,) = json.loads(output.read_text())["results"]
+    for name, metric in record["metrics"].items():
+        assert told[3][name] == metric["value"]
+
+
+def test_questions_that_cannot_be_had_stop_a_run_before_its_first_step(
+    on_hub, hub, tiny, shards, tmp_path
+):
+    arguments = (
+        "--data.dir",
+        shards,
+        "--train.out",
+        tmp_path / "run",
+        "--log.eval_tasks",
+        "lambada",
+    )
+    error = on_hub(hub, "train.py", tiny, *arguments).error()
+    assert "EleutherAI/lambada_openai can't be had from the Hub" in error
+    assert not (tmp_path / "run").exists()

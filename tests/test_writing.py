@@ -1,0 +1,88 @@
+"""Shards as they are written: whole or absent, and by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import UserError
+from shards import check_contents, open_shard
+from tests.conftest import ROOT
+from writing import ShardWriter, locked, write_atomically
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 65535), max_size=60),
+    st.integers(1, 20),
+    st.integers(1, 30),
+    st.integers(1, 7),
+)
+def test_what_a_writer_wrote_is_read_back(tmp_path_factory, tokens, shard_tokens, val, at_once):
+    folder = tmp_path_factory.mktemp("written")
+    writer = ShardWriter(folder, shard_tokens, val)
+    rest = np.array(tokens, dtype="<u2")
+    while len(rest):
+        part, rest = np.split(rest, [min(writer.room, at_once)])
+        writer.write(part)
+        if writer.room == 0:
+            writer.finish()
+    if writer.pending:
+        writer.finish()
+    writer.close()
+    written = [open_shard(folder / record.file) for record in writer.records]
+    assert [token for shard in written for token in shard.tolist()] == tokens
+    assert sum(r.tokens for r in writer.records if r.split == "val") == min(val, len(tokens))
+    assert all(len(shard) <= shard_tokens for shard in written)
+    assert {path.name for path in folder.iterdir()} == {record.file for record in writer.records}
+    for split in ("val", "train"):
+        names = [record.file for record in writer.records if record.split == split]
+        assert names == [f"{split}_{index:06d}.bin" for index in range(len(names))]
+    check_contents(folder, writer.records)
+
+
+def test_a_crash_while_writing_atomically_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_lock_keeps_other_processes_out_until_its_owner_is_gone(tmp_path):
+    code = (
+        "import sys, pathlib, writing\n"
+        f"with writing.locked(pathlib.Path({str(tmp_path)!r})):\n"
+        "    print('locked', flush=True); sys.stdin.read()"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert owner.stdout.readline() == b"locked\n"
+        told = f"process {owner.pid} on {socket.gethostname()} is writing to {tmp_path}"
+        with pytest.raises(UserError, match=re.escape(told)):
+            with locked(tmp_path):
+                pass
+    finally:
+        owner.kill()
+        owner.communicate()
+    with locked(tmp_path):  # a lock whose owner was killed is taken over
+        assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()

@@ -1,0 +1,179 @@
+"""A folder of shards that is being filled, so that a kill at any moment leaves it usable.
+
+A shard gets its name when it is complete and on the disk, `progress.json` says after each one where
+to go on, and the manifest, written last, takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from shards import PROGRESS, ShardRecord, TokenizerRecord, file_sha256, shard_header
+
+LOCK = "lock"  # names the process that is at work in a folder
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by new text, so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock out of `folder`; its owner is named there.
+
+    The system lifts the lock when the process ends, however it ends. Windows has none of the kind,
+    and some network file systems don't either: there it is up to the user. Raises UserError if
+    another process holds it, or if the folder can't be written to.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    try:
+        file = (folder / LOCK).open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise UserError(f"{owner} is writing to {folder}: wait until it is done") from error
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)  # a file stays behind: removing it could let two others in at once
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+@dataclass
+class ShardWriter:
+    """Fills shards one after another: the split "val" up to `val_tokens`, then "train"."""
+
+    folder: Path
+    shard_tokens: int
+    val_tokens: int
+    records: list[ShardRecord] = field(default_factory=list)
+    pending: int = 0  # tokens in the shard that is being filled
+
+    def __post_init__(self) -> None:
+        self.partial = self.folder / "shard.partial"
+        self._begin()
+
+    def _begin(self) -> None:
+        self.file = self.partial.open("wb")
+        self.file.write(shard_header(0))
+        self.pending = 0
+
+    @property
+    def written(self) -> int:
+        """Tokens in finished shards."""
+        return sum(record.tokens for record in self.records)
+
+    @property
+    def split(self) -> str:
+        """The split that is being filled."""
+        return "val" if self.written < self.val_tokens else "train"
+
+    @property
+    def room(self) -> int:
+        """Tokens that the present shard still takes."""
+        left = self.val_tokens - self.written if self.split == "val" else self.shard_tokens
+        return min(left, self.shard_tokens) - self.pending
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append at most `room` tokens to the present shard."""
+        self.file.write(tokens.tobytes())
+        self.pending += len(tokens)
+
+    def finish(self) -> None:
+        """Complete the present shard and begin the next."""
+        split = self.split
+        index = sum(record.split == split for record in self.records)
+        path = self.folder / f"{self.split}_{index:06d}.bin"
+        self.file.seek(0)
+        self.file.write(shard_header(self.pending))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        sha256 = file_sha256(self.partial)
+        self.partial.replace(path)
+        self.records.append(ShardRecord(path.name, self.split, self.pending, sha256))
+        self._begin()
+
+    def close(self) -> None:
+        """Throw the unfinished shard away."""
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+# Progress
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: after the last finished shard, where to go on in the source."""
+
+    settings: dict[str, object]
+    tokenizer: TokenizerRecord
+    shards: tuple[ShardRecord, ...] = ()
+    batch: int = 0  # the first batch whose tokens are not all in finished shards
+    skip: int = 0  # the tokens of that batch which are
+
+    def save(self, folder: Path) -> None:
+        """Write it into the shards' folder."""
+        write_atomically(folder / PROGRESS, json.dumps(asdict(self), indent=1))
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """The folder is finished."""
+        (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """What an interrupted run left, or None. Raises UserError if it is damaged."""
+    path = folder / PROGRESS
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        return Progress(
+            dict(content["settings"]),
+            TokenizerRecord(**content["tokenizer"]),
+            tuple(ShardRecord(**shard) for shard in content["shards"]),
+            int(content["batch"]),
+            int(content["skip"]),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: delete the folder and start again") from error
+
+
+def check_same(then: dict[str, object], now: dict[str, object], what: str) -> None:
+    """Raises UserError if a folder was begun with other settings or another source."""
+    for key, value in now.items():
+        if then.get(key) != value:
+            raise UserError(
+                f"{what} with another {key}: {str(then.get(key))[:60]!r} then, "
+                f"{str(value)[:60]!r} now; choose another --out or delete that folder"
+            )
