@@ -1,6 +1,7 @@
 # make demo    a fresh machine → environment, data, a small GPT trained on a CPU, a sample of its text
 #              (STEPS=150 for a shorter training)
 # make test    the whole test suite
+# make soak    fifty training runs, killed at random, that must end like an untouched one (hours)
 # make lint    style checks
 # make bench   speed; beside others with NANOGPT=, BUILD_NANOGPT= (their checkouts), TEXTS= (Parquet)
 # make figures README's figures, from the trained model in visuals/model
@@ -13,7 +14,7 @@ RUN := $(VENV)/bin/python
 # Python compiles a file when it is first imported: pip needn't do all 13,000 beforehand.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint bench figures clean
+.PHONY: demo test soak lint bench figures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/requirements.installed
@@ -26,6 +27,9 @@ demo: $(VENV)/requirements.installed
 
 test: $(VENV)/requirements-dev.installed
 	$(RUN) -m pytest -n auto --dist loadfile
+
+soak: $(VENV)/requirements-dev.installed
+	$(RUN) tests/soak.py --seeds 50
 
 lint: $(VENV)/requirements-dev.installed
 	$(RUN) -m ruff check .

@@ -47,6 +47,8 @@ class Meta:
     best_val_loss: float | None  # the lowest so far
     scaler: dict[str, float] | None  # the gradient scaler's state, for float16
     data: str  # TokenStream.fingerprint of the training data
+    skipped: int = 0  # steps in a row that were passed over, this one the last
+    spikes: dict[str, object] | None = None  # what guard.SpikeFilter remembers, if it is in use
 
 
 @dataclass(frozen=True)

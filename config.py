@@ -84,9 +84,20 @@ class TrainSettings:
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     compile: bool = setting(True, "torch.compile: a slow start, then faster steps")
+    reduction: str = setting(
+        "ddp",
+        "how gradients are summed: ddp, or canonical, the same bits for any number of processes",
+        choices=("ddp", "canonical"),
+    )
     checkpoint_every: int = setting(1000, "steps between checkpoints; the last is saved", minimum=1)
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best", minimum=1)
     timeout_seconds: int = setting(600, "how long ranks wait for one another", minimum=1)
+    max_skipped_steps: int = setting(
+        10, "steps in a row that may be passed over (not finite, or a spike)", minimum=0
+    )
+    skip_spikes: float = setting(
+        0.0, "standard deviations of the gradient norm that make a spike; 0 = off", minimum=0
+    )
 
 
 @dataclass(frozen=True)

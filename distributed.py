@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from errors import UserError
 
@@ -110,6 +111,32 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS.get(device_name(device))
 
 
+class TreeSum:
+    """A sum of tensors in a fixed order: neighbours first, then neighbouring pairs, and so on.
+
+    Floating-point sums depend on their order. In this one, as many tensors as a power of two add up
+    to the same bits whether they are added here or are one item of a larger TreeSum. No more than
+    log2(count) + 1 tensors are kept.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, Tensor]] = []  # (how many tensors, their sum), falling counts
+
+    def add(self, tensor: Tensor) -> None:
+        """Add the next tensor, which may be changed."""
+        count = 1
+        while self.parts and self.parts[-1][0] == count:
+            count, tensor = 2 * count, self.parts.pop()[1].add_(tensor)
+        self.parts.append((count, tensor))
+
+    def result(self) -> Tensor:
+        """The sum of all."""
+        _, total = self.parts.pop()
+        while self.parts:
+            total = self.parts.pop()[1].add_(total)
+        return total
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's place among all, and how it talks to the others."""
@@ -133,6 +160,23 @@ class Ranks:
     def merge(self, table: Tensor) -> Tensor:
         """One table, on every rank's CPU, of the ranks' own, which are 0 where others worked."""
         return self.sum(table.to(self.device)).cpu() if self.world_size > 1 else table
+
+    def tree_sum(self, vector: Tensor) -> Tensor:
+        """The sum of the ranks' vectors (N,) by `TreeSum`, in the order of ranks, on every rank.
+
+        Each rank adds up one slice of all vectors: what is sent is as much as in a ring all-reduce.
+        """
+        W, N = self.world_size, len(vector)
+        if W == 1:
+            return vector
+        padded = F.pad(vector, (0, -N % W))
+        slices = torch.empty_like(padded)
+        dist.all_to_all_single(slices, padded)  # rank r gets everybody's slice r
+        total = TreeSum()
+        for part in slices.chunk(W):
+            total.add(part)
+        dist.all_gather_into_tensor(padded, total.result())
+        return padded[:N]
 
     def in_turn(self, get: Callable[[], Result]) -> Result:
         """Call `get` on one rank of each machine first: what it fetches, the others find there."""

@@ -1,6 +1,7 @@
 """How the scripts meet a user: one line for what the user can mend, and an exit status.
 
-Wrong input is a UserError: scripts print it as `error: …` and exit with status 2.
+Wrong input is a UserError: scripts print it as `error: …` and exit with status 2. Being asked to
+stop is no error: Stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,15 @@ from typing import NoReturn
 
 class UserError(Exception):
     """Wrong input. The message names the value, what was expected and what to do."""
+
+
+class Stopped(Exception):
+    """The script was asked to stop by a signal and has put everything in order."""
+
+    def __init__(self, message: str, number: int) -> None:
+        """`number` is the signal's; the exit status is 128 more, as shells have it."""
+        super().__init__(message)
+        self.status = 128 + number
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +49,7 @@ def positive(text: str) -> int:
 
 
 def run_script(main: Callable[..., None], *arguments: object) -> int:
-    """Call `main(*arguments)` and return the exit status: 0, 2 after a UserError, 130 after Ctrl-C.
+    """Call `main(*arguments)` and return the exit status: 0, 2 after a UserError, 128 + a signal.
 
     Under torchrun the line says which rank it comes from, because each rank may see another disk,
     and the process ends here. gloo's threads live on after destroy_process_group; one that lets go
@@ -64,6 +74,9 @@ def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: 
     except UserError as error:
         print(f"error: {where}{error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"{where}{stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print(f"{where}interrupted", file=sys.stderr)
         return 130

@@ -64,11 +64,12 @@ class Metrics:
         except ImportError as error:
             raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
 
-    def write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
-        """Record values of `kind` "train", "val" or a task's name after `step` finished steps."""
+    def write(self, kind: str, step: int, values: dict[str, object]) -> None:
+        """Record values of `kind` ("train", "val", "skip", a task) after `step` finished steps."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        numbers = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
+        known = ((key, value) for key, value in values.items() if isinstance(value, (int, float)))
+        numbers = {f"{kind}/{key}": value for key, value in known}
         if self.tensorboard:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)

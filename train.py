@@ -13,13 +13,14 @@ from __future__ import annotations
 import sys
 
 from config import Config, load_config, task_names
-from errors import UserError, run_script
+from errors import Stopped, UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     CONFIG = load_config()
 
 import math
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -33,8 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, Meta, find_checkpoint, newest_checkpoint, save_checkpoint
-from data import BatchShape, StepLoader
-from distributed import Ranks, choose_dtype, device_name, memory_errors, process_group
+from data import BatchShape, StepLoader, step_windows
+from distributed import Ranks, TreeSum, choose_dtype, device_name, memory_errors, process_group
+from guard import SpikeFilter, StopRequest
 from metrics import Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer
@@ -73,7 +75,7 @@ class StepResult:
     """
 
     def __init__(self, step: int, learning_rate: float, numbers: Tensor) -> None:
-        """`step` is counted from 1; `numbers` are the loss and the norm, (2,), on the device."""
+        """`step` is counted from 1; `numbers` (4,), on the device, are what the properties tell."""
         self.step, self.learning_rate = step, learning_rate
         self.numbers = numbers.to("cpu", non_blocking=True)
         self.arrived = torch.cuda.Event() if numbers.is_cuda else None
@@ -100,6 +102,16 @@ class StepResult:
         """The gradient's norm before clipping."""
         return self._read(1)
 
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the weights were left as they are."""
+        return self._read(2) > 0
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether a process was asked to stop before this step's end."""
+        return self._read(3) > 0
+
 
 class Trainer:
     """A training run: model, optimizer, data, and the loop that brings them together."""
@@ -124,6 +136,13 @@ class Trainer:
             ranks.world_size,
         )
         self.dtype = choose_dtype(config.train.dtype, ranks.device)
+        if config.train.skip_spikes and self.dtype == torch.float16:
+            raise UserError("train.skip_spikes doesn't go with float16: choose another train.dtype")
+        if self.is_canonical and ranks.world_size > 1 and self.shape.accumulation.bit_count() > 1:
+            raise UserError(
+                f"train.reduction = canonical: {self.shape.accumulation} micro-batches per process "
+                "are no power of two; change train.tokens_per_step or the number of processes"
+            )
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         torch.manual_seed(config.train.seed)
         self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, **asdict(config.model)))
@@ -136,7 +155,9 @@ class Trainer:
             ranks.rank,
             pin_memory=ranks.device.type == "cuda",
         )
-        self.step, self.best_val_loss = 0, math.inf
+        self.stop = StopRequest()
+        self.spikes = SpikeFilter(config.train.skip_spikes, ranks.device)
+        self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
         self._resume(folder)
         if self.step == 0 and config.train.init_from:
             self._begin_with(config.train.init_from, folder)
@@ -187,7 +208,9 @@ class Trainer:
         checkpoint.load_optimizer(self.model, self.optimizer)
         if checkpoint.meta.scaler:
             self.scaler.load_state_dict(checkpoint.meta.scaler)
-        self.step = checkpoint.meta.step
+        self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
+        if checkpoint.meta.spikes:
+            self.spikes.load_state(checkpoint.meta.spikes)
         if checkpoint.meta.best_val_loss is not None:
             self.best_val_loss = checkpoint.meta.best_val_loss
         if self.ranks.is_first:
@@ -215,7 +238,7 @@ class Trainer:
         """
         if self.config.train.compile:
             self.model.compile_parts()
-        if self.ranks.world_size == 1:
+        if self.ranks.world_size == 1 or self.is_canonical:
             return self.model
         on_gpu = self.ranks.device.type == "cuda"
         return DistributedDataParallel(
@@ -223,6 +246,11 @@ class Trainer:
             device_ids=[self.ranks.local_rank] if on_gpu else None,
             gradient_as_bucket_view=True,  # one copy of the gradients, not two
         )
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether gradients are summed in an order that the number of processes doesn't change."""
+        return self.config.train.reduction == "canonical"
 
     @property
     def tokens(self) -> int:
@@ -243,7 +271,7 @@ class Trainer:
 
     def syncing(self, last: bool) -> AbstractContextManager:
         """DDP averages gradients in every backward pass; let it, only in the last of a step."""
-        if last or self.ranks.world_size == 1:
+        if last or self.wrapped is self.model:
             return nullcontext()
         return self.wrapped.no_sync()
 
@@ -273,15 +301,23 @@ class Trainer:
             yield number, inputs, targets.to(device, non_blocking=True)
 
     def train_step(self) -> StepResult:
-        """One optimizer step: accumulate the gradients of all micro-batches, clip, update.
+        """One optimizer step: the gradient of all micro-batches, clipped, and the update.
 
-        Nothing here waits for the device. If loss or gradient are not finite, the optimizer leaves
-        the weights as they are, on the device's own decision: `check` is to find out and stop.
+        Nothing here waits for the device.
         """
-        optim, accumulation = self.config.optim, self.shape.accumulation
-        learning_rate = learning_rate_at(self.step, optim, self.config.train.max_steps)
+        optim, max_steps = self.config.optim, self.config.train.max_steps
+        learning_rate = learning_rate_at(self.step, optim, max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        told = self.canonical_gradients() if self.is_canonical else self.gradients()
+        return self.update(told, learning_rate)
+
+    def gradients(self) -> Tensor:
+        """Accumulate the gradients of all micro-batches; DDP averages them over the ranks.
+
+        Returns (2,), the same on every rank: the mean loss, and above 0 if one was asked to stop.
+        """
+        accumulation = self.shape.accumulation
         loss_sum = torch.zeros((), device=self.ranks.device)
         for done, (number, inputs, targets) in enumerate(self._micro_batches(), 1):
             torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, self.step, number))
@@ -291,36 +327,88 @@ class Trainer:
                 loss = self.loss_of(inputs, targets) / accumulation
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
-        return self.update(loss_sum, learning_rate)
+        return self.ranks.sum(torch.stack((loss_sum, self.asked()))) / self.ranks.world_size
 
-    def update(self, loss_sum: Tensor, learning_rate: float) -> StepResult:
-        """Clip the gradients and let the optimizer use them. `loss_sum`: this rank's, a scalar."""
+    def canonical_gradients(self) -> Tensor:
+        """As `gradients`, but summed in an order that the number of ranks doesn't change.
+
+        The micro-batches are the leaves of a tree (`TreeSum`). Each rank has a contiguous block of
+        them, as many as a power of two, which is a branch of its own. So losses and weights are
+        the same to the bit for 1, 2, 4 … ranks. It needs a copy of the gradient for every level of
+        the tree, and nothing is sent before the last micro-batch is done.
+        """
+        parameters, tree = [*self.model.parameters()], TreeSum()
+        for number, inputs, targets in self._micro_batches():
+            torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, self.step, number))
+            loss = self.loss_of(inputs, targets)
+            self.scaler.scale(loss).backward()
+            told = torch.stack((loss.detach(), self.asked()))
+            tree.add(torch.cat([*(p.grad.flatten() for p in parameters), told]))
+            self.optimizer.zero_grad(set_to_none=True)
+        mean = self.ranks.tree_sum(tree.result())
+        mean /= self.shape.accumulation * self.ranks.world_size
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, mean[:-2].split(sizes)):
+            parameter.grad = part.view_as(parameter)
+        return mean[-2:]
+
+    def asked(self) -> Tensor:
+        """1 if this process was asked to stop, else 0."""
+        return torch.full((), float(self.stop.number > 0), device=self.ranks.device)
+
+    def update(self, told: Tensor, learning_rate: float) -> StepResult:
+        """Clip the gradients and let the optimizer use them. `told`: see `gradients`.
+
+        If loss or gradient are not finite, or the gradient is a spike, the optimizer leaves the
+        weights as they are, on the device's own decision: `check` is to find out.
+        """
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optim.grad_clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        numbers = torch.stack((self.ranks.sum(loss_sum) / self.ranks.world_size, grad_norm))
+        loss, asked = told.unbind()
+        skip = ~(loss.isfinite() & grad_norm.isfinite()) | self.spikes.is_spike(grad_norm)
         # AdamW skips its update where this is 1; the gradient scaler sets the same for float16.
-        self.optimizer.found_inf = (~numbers.isfinite().all()).float()
+        self.optimizer.found_inf = skip.float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        numbers = torch.stack((loss, grad_norm, skip.float(), asked))
         return StepResult(self.step, learning_rate, numbers)
 
-    def check(self, result: StepResult) -> None:
-        """Raises UserError if a step's loss or gradient were not finite.
+    def check(self, result: StepResult, metrics: Metrics | None) -> bool:
+        """Count and tell a step that was passed over, and return whether this one was.
 
-        Every rank sees the same two numbers, so all stop or none. In float16 an overflowing
-        gradient is normal: the scaler passes over such a step.
+        Every rank sees the same numbers, so all of them do the same.
+        Raises UserError if there were too many in a row. In float16 an overflowing gradient is
+        normal: the scaler then lowers its factor.
         """
-        loss, grad_norm = result.loss, result.grad_norm
-        overflow_is_normal = self.scaler.is_enabled()
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflow_is_normal):
+        overflow = self.scaler.is_enabled() and math.isfinite(result.loss)
+        if not result.was_skipped or overflow:
+            self.skipped = 0
+            return False
+        self.skipped += 1
+        numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
+        if metrics:
+            finite = {key: n if math.isfinite(n) else None for key, n in numbers.items()}
+            metrics.write("skip", result.step, finite | {"windows": self._windows(result.step)})
+        told = f"step {result.step:,}: loss {result.loss}, gradient norm {result.grad_norm}"
+        if self.skipped > self.config.train.max_skipped_steps:
             raise UserError(
-                f"step {result.step:,}: loss {loss}, gradient norm {grad_norm}. The weights were "
-                f"not updated; go on from the last checkpoint in {self.out} with a lower "
-                "--optim.learning_rate or more --optim.warmup_steps"
+                f"{told}: passed over, the {self.skipped}. in a row, which is one too many "
+                f"(train.max_skipped_steps); it saw windows {self._windows(result.step)[:4]} … of "
+                f"{self.config.data.dir}. Go on from the last checkpoint in {self.out} with a "
+                "lower --optim.learning_rate or more --optim.warmup_steps"
             )
+        if self.ranks.is_first:
+            say(f"{told}: passed over, the weights stay as they are")
+        return True
+
+    def _windows(self, step: int) -> list[int]:
+        """The windows of the training text that a step, counted from 1, saw."""
+        per_step, count = self.shape.windows_per_step, self.config.model.block_size
+        num_windows = self.train_stream.num_windows(count)
+        return step_windows(step - 1, per_step, num_windows, self.config.train.seed).tolist()
 
     # Now and then
 
@@ -381,6 +469,8 @@ class Trainer:
                 best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
                 scaler=self.scaler.state_dict() or None,
                 data=self.train_stream.fingerprint,
+                skipped=self.skipped,
+                spikes=self.spikes.state() if self.spikes.limit else None,
             )
             keep = self.config.train.keep_checkpoints
             save_checkpoint(self.out / "checkpoints", meta, self.model, self.optimizer, keep)
@@ -450,37 +540,50 @@ class Trainer:
         if first:
             say(self.plan())
         self.rehearse()
-        with tqdm(
-            total=config.train.max_steps,
-            initial=self.step,
-            unit="step",
-            disable=not first,
-            dynamic_ncols=True,
-        ) as bar:
-            self._loop(metrics, bar)
+        with (
+            tqdm(
+                total=config.train.max_steps,
+                initial=self.step,
+                unit="step",
+                disable=not first,
+                dynamic_ncols=True,
+            ) as bar,
+            self.stop,
+        ):
+            stopped = self._loop(metrics, bar)
         if first:
             metrics.close()
+        if stopped:
+            number = self.stop.number or signal.SIGTERM
+            told = f"stopped after step {self.step:,}; the same command goes on from there"
+            raise Stopped(told, number)
+        if first:
             say(f"done: python sample.py --checkpoint {self.out}")
 
-    def _loop(self, metrics: Metrics | None, bar: tqdm) -> None:
-        """Step after step, and what is due after some of them.
+    def _loop(self, metrics: Metrics | None, bar: tqdm) -> bool:
+        """Step after step, and what is due after some of them; returns whether it was stopped.
 
         A step that a GPU does is looked at when the next one is under way, or when something is to
         be done with the model as it is after it.
         """
         speed = Speed(self.tokens, self.model.flops_per_token(), self.ranks)
-        before = None
+        before, stop = None, False
         while self.step < self.config.train.max_steps:
             result = self.train_step()
             if before:
-                self._finish(before, metrics, speed, bar)
+                stop = self._finish(before, metrics, speed, bar)
             before, due = result, self._anything_due()
-            if due or not result.is_queued:
-                self._finish(result, metrics, speed, bar)
+            if due or stop or not result.is_queued:
+                stop |= self._finish(result, metrics, speed, bar)
                 before = None
             if due:
                 with speed.paused():
                     self._do_what_is_due(metrics)
+            if stop and self.step < self.config.train.max_steps:
+                if not self._is_due(self.config.train.checkpoint_every):
+                    self.save(val_loss=None)
+                return True
+        return False
 
     def _is_due(self, every: int) -> bool:
         """Whether what happens every so many steps (0 = never) and after the last is due now."""
@@ -507,13 +610,18 @@ class Trainer:
         if self.ranks.is_first and self.encoding and self._is_due(config.log.sample_every):
             say(f"step {self.step:,} writes:\n{self.sample()}\n")
 
-    def _finish(self, result: StepResult, metrics: Metrics | None, speed: Speed, bar: tqdm) -> None:
-        """Wait for a step, see that it went well, and report it if it is one to report."""
-        self.check(result)
+    def _finish(self, result: StepResult, metrics: Metrics | None, speed: Speed, bar: tqdm) -> bool:
+        """Wait for a step, see that it went well, and report it if it is one to report.
+
+        Returns whether the run is to stop.
+        """
+        passed_over = self.check(result, metrics)
         bar.update()
-        last = result.step == self.config.train.max_steps
-        if self.ranks.is_first and (result.step % self.config.log.log_every == 0 or last):
+        due = result.step % self.config.log.log_every == 0
+        due |= result.step == self.config.train.max_steps
+        if self.ranks.is_first and due and not passed_over:
             self._report(result, metrics, speed, bar)
+        return result.stop_asked
 
     def _report(self, result: StepResult, metrics: Metrics, speed: Speed, bar: tqdm) -> None:
         """One line into the metrics, and the newest numbers beside the bar."""
@@ -553,10 +661,14 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
     """Raises UserError if a checkpoint is of another model, or would go on with other batches."""
     now = asdict(config)
     names = [("model", key) for key in now["model"] if key not in FREE]
-    for section, key in [*names, ("train", "seed"), ("train", "tokens_per_step")]:
-        if then[section][key] != now[section][key]:
+    names += [("train", "seed"), ("train", "tokens_per_step")]
+    if config.train.reduction == "canonical":
+        names += [("train", "reduction"), ("train", "micro_batch_size"), ("train", "dtype")]
+    for section, key in names:
+        before = then[section].get(key)
+        if before != now[section][key]:
             raise UserError(
-                f"{path} was trained with {section}.{key} = {then[section][key]}, now it is "
+                f"{path} was trained with {section}.{key} = {before}, now it is "
                 f"{now[section][key]}: set it back, or choose another --train.out"
             )
 
@@ -564,6 +676,8 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
 def train(config: Config) -> None:
     """Train as `config` says, together with the other processes if torchrun started several."""
     with process_group(config.train.device, config.train.timeout_seconds) as ranks:
+        if config.train.reduction == "canonical":
+            torch.set_num_threads(1)  # of a CPU; more of them add up in another order
         with memory_errors("the model and its optimizer don't fit; make the model smaller"):
             trainer = Trainer(config, ranks)
         advice = (

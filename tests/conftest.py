@@ -99,7 +99,8 @@ def call(capfd):
     return call_script
 
 
-FORKED = ("train.py", "sample.py", "evaluate.py", "bench.py")  # scripts that begin with torch
+# Scripts that begin with torch.
+FORKED = ("train.py", "sample.py", "evaluate.py", "bench.py", "tests/faulty_train.py")
 
 
 def run(

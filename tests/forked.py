@@ -12,10 +12,23 @@ import multiprocessing
 import os
 import runpy
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 LARGE = ["torch", "torch.utils.checkpoint", "torch.distributed", "torch._dynamo", "numpy"]
 LARGE += ["tiktoken", "regex", "safetensors.torch", "tqdm"]
+
+
+def start_forked(
+    words: list[str], folder: Path, environment: dict[str, str], files: list[Path]
+) -> BaseProcess:
+    """As `run_forked`, without waiting for the end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LARGE)
+    arguments = (words, str(folder), environment, [str(path) for path in files])
+    process = context.Process(target=_become, args=arguments)
+    process.start()
+    return process
 
 
 def run_forked(
@@ -26,11 +39,7 @@ def run_forked(
     `files` become its standard input, output and error. None if it had to be killed after `timeout`
     seconds; a negative status is a signal's number, as in subprocess.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LARGE)
-    arguments = (words, str(folder), environment, [str(path) for path in files])
-    process = context.Process(target=_become, args=arguments)
-    process.start()
+    process = start_forked(words, folder, environment, files)
     process.join(timeout)
     if process.exitcode is None:
         process.kill()

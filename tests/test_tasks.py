@@ -142,7 +142,7 @@ def test_texts_are_put_right():
     assert tasks.joined(" = = Title = = \n It 's 20 ° C ; the dogs ' day !  No ? ") == (
         " == Title ==\nIt's 20°C; the dogs' day!  No? "
     )
-    assert tasks.tidy(" [header] How to [title] Do it.  [step] Now ") == "How to. Do it. Now"
+    assert tasks.tidy(" How to [title] Do it.  Twice [step] Now ") == "How to. Do it. Twice Now"
 
 
 # What is refused

@@ -499,18 +499,22 @@ def test_downloaded_shards_train_where_gpt2s_vocabulary_cannot_be_had(
     assert metrics_of(tmp_path / "o", "val")[-1]["bits_per_byte"] is None
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(configure):
-    trainer = train.Trainer(configure(), ALONE)
+def test_losses_that_stay_not_finite_stop_the_run_and_never_reach_the_weights(configure):
+    trainer = train.Trainer(configure("--train.max_skipped_steps", 1), ALONE)
     with torch.no_grad():
         trainer.model.ln_f.weight[0] = math.nan
     before = trainer.model.wte.weight.clone()
     result = trainer.train_step()
     assert torch.equal(trainer.model.wte.weight, before)
     assert not any(state["step"] for state in trainer.optimizer.state.values())
-    with pytest.raises(train.UserError, match="step 1: loss nan"):
-        trainer.check(result)
-    with trainer.own_folder(), pytest.raises(train.UserError, match="step 2: loss nan"):
+    assert trainer.check(result, metrics=None)
+    with trainer.own_folder(), pytest.raises(train.UserError, match="step 2: loss nan") as error:
         trainer.run()
+    assert "the 2. in a row, which is one too many" in str(error.value)
+    windows = step_windows(1, 16, trainer.train_stream.num_windows(32), seed=1337).tolist()
+    assert f"it saw windows {windows[:4]}" in str(error.value)
+    (line,) = metrics_of(trainer.out, "skip")
+    assert line == {"kind": "skip", "step": 2, "loss": None, "grad_norm": None, "windows": windows}
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -1,0 +1,173 @@
+"""What a run survives: kills, signals, bad numbers, other numbers of processes. Real processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ranks, run
+from safetensors.torch import load_file
+from soak import survive, without_torchrun
+from torch.testing import assert_close
+
+CANONICAL = ("--train.reduction", "canonical")
+
+
+def lines_of(folder: Path, *kinds: str) -> list[dict]:
+    """The lines of metrics.jsonl of these kinds, without what depends on the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return [line for line in lines if line["kind"] in kinds or not kinds]
+
+
+def weights_of(folder: Path, step: int = 40) -> bytes:
+    return (folder / "checkpoints" / f"step_{step:06d}" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def train(tiny, shards, monkeypatch):
+    """train(out, world_size, *settings, fault=…, at=…): a run of `tiny`, perhaps with a fault."""
+
+    def start(out: Path, world_size: int, *settings: object, fault: str = "", **where: object):
+        script = "train.py"
+        if fault:
+            script = "tests/faulty_train.py"
+            monkeypatch.setenv("FAULT", fault)
+            monkeypatch.setenv("AT", str(where["at"]))
+            monkeypatch.setenv("FAULTY_RANK", str(where.get("rank", 0)))
+        arguments = (tiny, "--data.dir", shards, "--train.out", out, *settings)
+        if world_size == 1:
+            return run(script, *arguments)
+        return ranks(world_size, *arguments, script=script)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, shards, tmp_path_factory) -> Path:
+    """An uninterrupted canonical run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    result = run("train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL)
+    assert result.status == 0, result.err
+    return out
+
+
+# Any number of processes
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_canonical_run_is_the_same_to_the_bit_for_any_number_of_processes(
+    train, alone, tmp_path, world_size
+):
+    """With dropout on, whose draws are keyed by step and micro-batch."""
+    result = train(tmp_path / "run", world_size, *CANONICAL)
+    assert result.status == 0, result.err
+    assert lines_of(tmp_path / "run") == lines_of(alone)
+    assert weights_of(tmp_path / "run") == weights_of(alone)
+
+
+def test_a_canonical_run_goes_on_with_another_number_of_processes(train, alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "run", ignore=shutil.ignore_patterns("step_000040"))
+    assert train(tmp_path / "run", 2, *CANONICAL).status == 0
+    assert lines_of(tmp_path / "run") == lines_of(alone)
+    assert weights_of(tmp_path / "run") == weights_of(alone)
+
+
+def test_canonical_gradients_are_ddps_but_for_rounding(train, alone, tmp_path):
+    """For twenty steps: rounding grows."""
+    assert train(tmp_path / "run", 1, "--train.checkpoint_every", 10).status == 0
+    for ours, theirs in zip(lines_of(alone, "train")[:20], lines_of(tmp_path / "run", "train")):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert lines_of(alone) != lines_of(tmp_path / "run")  # it is another order
+
+
+def test_what_cannot_be_canonical_is_one_line(train, alone, tmp_path):
+    settings = (*CANONICAL, "--train.tokens_per_step", 384)
+    assert "3 micro-batches per process are no power of two" in (
+        train(tmp_path / "o", 2, *settings).error()
+    )
+    shutil.copytree(alone, tmp_path / "run", ignore=shutil.ignore_patterns("step_000040"))
+    error = train(tmp_path / "run", 1, *CANONICAL, "--train.micro_batch_size", 4).error()
+    assert "was trained with train.micro_batch_size = 2, now it is 4" in error
+
+
+# Kills
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
+    tiny, shards, alone, tmp_path, seed
+):
+    """`make soak` does it with more seeds, and under torchrun."""
+    out = tmp_path / "run"
+    words = ["train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
+    words += ["--train.checkpoint_every", 4]
+    survive(without_torchrun, [str(word) for word in words], out, seed, kills=3)
+    assert lines_of(out) == lines_of(alone)
+    assert weights_of(out) == weights_of(alone)
+
+
+# Being asked to stop
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(1, "SIGINT"), (2, "SIGTERM")])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_lost(
+    train, alone, tmp_path, world_size, name
+):
+    out, began = tmp_path / "run", time.monotonic()
+    fault = {"fault": name, "at": 7, "rank": world_size - 1}
+    result = train(out, world_size, *CANONICAL, **fault)
+    assert result.status == {"SIGINT": 130, "SIGTERM": 143}[name]
+    assert "stopped after step 7; the same command goes on from there" in result.err
+    assert time.monotonic() - began < 600
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000007"]
+    assert train(out, world_size, *CANONICAL).status == 0
+    assert lines_of(out) == lines_of(alone)
+    assert weights_of(out) == weights_of(alone)
+
+
+# Bad numbers
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(train, tmp_path):
+    """The weights after it are those of a run whose optimizer rested in that step."""
+    fault = {"fault": "nan", "at": 5, "rank": 1}
+    settings = ("--train.max_steps", 6, "--train.checkpoint_every", 1, "--log.eval_every", 0)
+    result = train(tmp_path / "run", 2, *settings, "--train.keep_checkpoints", 6, **fault)
+    assert result.status == 0, result.err
+    assert "step 5: loss nan, gradient norm nan: passed over" in result.err
+    (skipped,) = lines_of(tmp_path / "run", "skip")
+    assert (skipped["step"], len(skipped["windows"])) == (5, 16)
+    assert [line["step"] for line in lines_of(tmp_path / "run", "train")] == [1, 2, 3, 4, 6]
+    weights = [weights_of(tmp_path / "run", step) for step in (4, 5, 6)]
+    assert weights[0] == weights[1] != weights[2]
+    states = [load_file(optimizer_of(tmp_path / "run", step)) for step in (4, 5)]
+    assert_close(*states, rtol=0, atol=0)
+
+
+def optimizer_of(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step_{step:06d}" / "optimizer.safetensors"
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_checkpoint(train, tmp_path):
+    fault = {"fault": "nan", "at": "4,7,8,9", "rank": 1}
+    settings = ("--train.max_skipped_steps", 2, "--train.checkpoint_every", 3)
+    result = train(tmp_path / "run", 2, *settings, "--log.eval_every", 0, **fault)
+    assert "step 9: loss nan, gradient norm nan: passed over, the 3. in a row" in result.error()
+    assert "it saw windows [" in result.err
+    assert len(weights_of(tmp_path / "run", 6)) > 100_000
+    settings = ("--train.max_steps", 12, "--log.eval_every", 0)  # the fault is gone
+    assert train(tmp_path / "run", 2, *settings).status == 0
+
+
+def test_a_spike_is_passed_over_once_there_is_something_to_compare_with(train, tmp_path):
+    settings = ("--train.skip_spikes", 6, "--train.max_steps", 140, "--log.eval_every", 0)
+    fault = {"fault": "spike", "at": "20,135"}
+    result = train(tmp_path / "run", 1, *settings, **fault)
+    assert [line["step"] for line in lines_of(tmp_path / "run", "skip")] == [135]
+    assert "step 135: loss" in result.err
