@@ -8,6 +8,7 @@ contestants take turns.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -148,15 +149,16 @@ def our_step(
         ),
         log=LogSettings(eval_every=0, sample_every=0),
     )
-    trainer = Trainer(config, Ranks(rank=0, local_rank=0, world_size=1, device=device))
+    stepper = Trainer(config, Ranks(rank=0, local_rank=0, world_size=1, device=device)).stepper
     shutil.rmtree(folder)  # what is open stays readable
-    load, forward, update = trainer.loader.load, trainer.loss_of, trainer.update
+    load, forward, update = stepper.loader.load, stepper.loss_of, stepper.update
+    numbers = itertools.count()
 
     def step(watch: Stopwatch) -> None:
-        trainer.loader.load = watch.timed("data", load, before="data")
-        trainer.loss_of = watch.timed("forward", forward, before="data")
-        trainer.update = watch.timed("optimizer", update, before="backward")
-        trainer.train_step()
+        stepper.loader.load = watch.timed("data", load, before="data")
+        stepper.loss_of = watch.timed("forward", forward, before="data")
+        stepper.update = watch.timed("optimizer", update, before="backward")
+        stepper.take(next(numbers))
 
     return step
 

@@ -3,9 +3,9 @@
     python train.py configs/demo.toml
     torchrun --standalone --nproc-per-node=8 train.py configs/gpt2_124m.toml
 
-The loop is in `Trainer._loop`, a step in `Trainer.train_step`. A run that was stopped goes on from
-its newest checkpoint when the same command is given again, and computes what it would have computed
-anyway. Explained in README, "Implementation: training the model".
+The loop is in `Trainer._loop`, a step in step.py. A run that was stopped goes on from its newest
+checkpoint when the same command is given again, and computes what it would have computed anyway.
+Explained in README, "Implementation: training the model".
 """
 
 from __future__ import annotations
@@ -22,95 +22,34 @@ import math
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, Meta, find_checkpoint, newest_checkpoint, save_checkpoint
-from data import BatchShape, StepLoader, step_windows
-from distributed import Ranks, TreeSum, choose_dtype, device_name, memory_errors, process_group
-from guard import SpikeFilter, StopRequest
+from data import BatchShape, step_windows
+from distributed import Ranks, device_name, memory_errors, process_group
+from guard import StopRequest
 from metrics import Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
-from optim import learning_rate_at, make_optimizer
 from scoring import Scorer, Validation, evaluating, validate
 from shards import VOCABULARY, TokenStream, encoding_of, tokenizer_of
+from step import SAMPLE, Stepper, StepResult, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
 from writing import locked
 
 SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
-DROPOUT, SAMPLE = 0, 1  # what a random draw is for
 FREE = ("dropout", "recompute")  # [model] settings that the weights don't depend on
 
 
 def say(text: str) -> None:
     """Tell the user something, above the progress bar."""
     tqdm.write(text, file=sys.stderr)
-
-
-def draw_seed(purpose: int, seed: int, step: int, micro_batch: int) -> int:
-    """A generator's seed for one use of random numbers in a run.
-
-    Every random draw has such a key, so that no generator's state has to be saved: a resumed run,
-    or one with another number of processes, draws the same numbers.
-    """
-    return int(
-        np.random.SeedSequence((purpose, seed, step, micro_batch)).generate_state(1, np.uint64)[0]
-    )
-
-
-class StepResult:
-    """What one optimizer step tells, once the device has come to its end.
-
-    On a GPU, work is only queued by the code here. Whoever reads `loss` or `grad_norm` waits for
-    it, so they are read a step late, when the GPU has been given the next step to do.
-    """
-
-    def __init__(self, step: int, learning_rate: float, numbers: Tensor) -> None:
-        """`step` is counted from 1; `numbers` (4,), on the device, are what the properties tell."""
-        self.step, self.learning_rate = step, learning_rate
-        self.numbers = numbers.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if numbers.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
-
-    @property
-    def is_queued(self) -> bool:
-        """Whether the numbers may have to be waited for. A CPU has done its work on return."""
-        return self.arrived is not None
-
-    def _read(self, index: int) -> float:
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.numbers[index].item()
-
-    @property
-    def loss(self) -> float:
-        """Nats per token, the mean over the whole step and all ranks."""
-        return self._read(0)
-
-    @property
-    def grad_norm(self) -> float:
-        """The gradient's norm before clipping."""
-        return self._read(1)
-
-    @property
-    def was_skipped(self) -> bool:
-        """Whether the weights were left as they are."""
-        return self._read(2) > 0
-
-    @property
-    def stop_asked(self) -> bool:
-        """Whether a process was asked to stop before this step's end."""
-        return self._read(3) > 0
 
 
 class Trainer:
@@ -135,33 +74,15 @@ class Trainer:
             config.train.micro_batch_size,
             ranks.world_size,
         )
-        self.dtype = choose_dtype(config.train.dtype, ranks.device)
-        if config.train.skip_spikes and self.dtype == torch.float16:
-            raise UserError("train.skip_spikes doesn't go with float16: choose another train.dtype")
-        if self.is_canonical and ranks.world_size > 1 and self.shape.accumulation.bit_count() > 1:
-            raise UserError(
-                f"train.reduction = canonical: {self.shape.accumulation} micro-batches per process "
-                "are no power of two; change train.tokens_per_step or the number of processes"
-            )
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         torch.manual_seed(config.train.seed)
         self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, **asdict(config.model)))
         self.model.to(ranks.device)
-        self.optimizer = make_optimizer(self.model, config.optim)
-        self.loader = StepLoader(
-            self.train_stream,
-            self.shape,
-            config.train.seed,
-            ranks.rank,
-            pin_memory=ranks.device.type == "cuda",
-        )
+        self.stepper = Stepper(config, ranks, self.model, self.shape, self.train_stream)
         self.stop = StopRequest()
-        self.spikes = SpikeFilter(config.train.skip_spikes, ranks.device)
         self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
         self._resume(folder)
         if self.step == 0 and config.train.init_from:
             self._begin_with(config.train.init_from, folder)
-        self.wrapped = self._wrap()
         self.encoding = self._find_encoding(folder)
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
         self.examinations = [
@@ -205,12 +126,12 @@ class Trainer:
                 "with the same shards, or starts anew with another --train.out"
             )
         checkpoint.load_model(self.model)
-        checkpoint.load_optimizer(self.model, self.optimizer)
+        checkpoint.load_optimizer(self.model, self.stepper.optimizer)
         if checkpoint.meta.scaler:
-            self.scaler.load_state_dict(checkpoint.meta.scaler)
+            self.stepper.scaler.load_state_dict(checkpoint.meta.scaler)
         self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
         if checkpoint.meta.spikes:
-            self.spikes.load_state(checkpoint.meta.spikes)
+            self.stepper.spikes.load_state(checkpoint.meta.spikes)
         if checkpoint.meta.best_val_loss is not None:
             self.best_val_loss = checkpoint.meta.best_val_loss
         if self.ranks.is_first:
@@ -231,27 +152,6 @@ class Trainer:
         if self.ranks.is_first:
             say(f"beginning with the weights of {checkpoint.path}")
 
-    def _wrap(self) -> nn.Module:
-        """The model as it is trained: compiled if asked for, and under DDP if there are others.
-
-        It shares its weights with `self.model`, which is the one to save and to sample from.
-        """
-        if self.config.train.compile:
-            self.model.compile_parts()
-        if self.ranks.world_size == 1 or self.is_canonical:
-            return self.model
-        on_gpu = self.ranks.device.type == "cuda"
-        return DistributedDataParallel(
-            self.model,
-            device_ids=[self.ranks.local_rank] if on_gpu else None,
-            gradient_as_bucket_view=True,  # one copy of the gradients, not two
-        )
-
-    @property
-    def is_canonical(self) -> bool:
-        """Whether gradients are summed in an order that the number of processes doesn't change."""
-        return self.config.train.reduction == "canonical"
-
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
@@ -259,122 +159,11 @@ class Trainer:
 
     # One step
 
-    def in_its_arithmetic(self) -> AbstractContextManager:
-        """Matrix products inside are done in `train.dtype`."""
-        device, dtype = self.ranks.device.type, self.dtype
-        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
-
-    def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a batch, inputs and targets (B, T)."""
-        with self.in_its_arithmetic():
-            return self.wrapped(inputs, targets)
-
-    def syncing(self, last: bool) -> AbstractContextManager:
-        """DDP averages gradients in every backward pass; let it, only in the last of a step."""
-        if last or self.wrapped is self.model:
-            return nullcontext()
-        return self.wrapped.no_sync()
-
-    def rehearse(self) -> None:
-        """Run one micro-batch, forward and backward, and forget its gradients.
-
-        It lets torch.compile compile, and memory run out, before the first step rather than in it.
-        And DDP, after its first backward pass, orders its buckets anew by the order in which
-        gradients came; had that happened in a real step, a resumed run would round differently from
-        one that was never stopped.
-        """
-        _, inputs, targets = next(self._micro_batches())
-        try:
-            self.loss_of(inputs, targets).backward()
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"torch.compile failed ({reason}): give --train.compile false to do without"
-            ) from error
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _micro_batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """This rank's micro-batches of the present step, on the device."""
-        device = self.ranks.device
-        for number, inputs, targets in self.loader.load(self.step):
-            inputs = inputs.to(device, non_blocking=True)
-            yield number, inputs, targets.to(device, non_blocking=True)
-
     def train_step(self) -> StepResult:
-        """One optimizer step: the gradient of all micro-batches, clipped, and the update.
-
-        Nothing here waits for the device.
-        """
-        optim, max_steps = self.config.optim, self.config.train.max_steps
-        learning_rate = learning_rate_at(self.step, optim, max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        told = self.canonical_gradients() if self.is_canonical else self.gradients()
-        return self.update(told, learning_rate)
-
-    def gradients(self) -> Tensor:
-        """Accumulate the gradients of all micro-batches; DDP averages them over the ranks.
-
-        Returns (2,), the same on every rank: the mean loss, and above 0 if one was asked to stop.
-        """
-        accumulation = self.shape.accumulation
-        loss_sum = torch.zeros((), device=self.ranks.device)
-        for done, (number, inputs, targets) in enumerate(self._micro_batches(), 1):
-            torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, self.step, number))
-            with self.syncing(last=done == accumulation):
-                # Each micro-batch has the same number of tokens, so the mean of their means is the
-                # mean over all tokens of the step. DDP takes the mean over the ranks.
-                loss = self.loss_of(inputs, targets) / accumulation
-                self.scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        return self.ranks.sum(torch.stack((loss_sum, self.asked()))) / self.ranks.world_size
-
-    def canonical_gradients(self) -> Tensor:
-        """As `gradients`, but summed in an order that the number of ranks doesn't change.
-
-        The micro-batches are the leaves of a tree (`TreeSum`). Each rank has a contiguous block of
-        them, as many as a power of two, which is a branch of its own. So losses and weights are
-        the same to the bit for 1, 2, 4 … ranks. It needs a copy of the gradient for every level of
-        the tree, and nothing is sent before the last micro-batch is done.
-        """
-        parameters, tree = [*self.model.parameters()], TreeSum()
-        for number, inputs, targets in self._micro_batches():
-            torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, self.step, number))
-            loss = self.loss_of(inputs, targets)
-            self.scaler.scale(loss).backward()
-            told = torch.stack((loss.detach(), self.asked()))
-            tree.add(torch.cat([*(p.grad.flatten() for p in parameters), told]))
-            self.optimizer.zero_grad(set_to_none=True)
-        mean = self.ranks.tree_sum(tree.result())
-        mean /= self.shape.accumulation * self.ranks.world_size
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, part in zip(parameters, mean[:-2].split(sizes)):
-            parameter.grad = part.view_as(parameter)
-        return mean[-2:]
-
-    def asked(self) -> Tensor:
-        """1 if this process was asked to stop, else 0."""
-        return torch.full((), float(self.stop.number > 0), device=self.ranks.device)
-
-    def update(self, told: Tensor, learning_rate: float) -> StepResult:
-        """Clip the gradients and let the optimizer use them. `told`: see `gradients`.
-
-        If loss or gradient are not finite, or the gradient is a spike, the optimizer leaves the
-        weights as they are, on the device's own decision: `check` is to find out.
-        """
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.optim.grad_clip or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        loss, asked = told.unbind()
-        skip = ~(loss.isfinite() & grad_norm.isfinite()) | self.spikes.is_spike(grad_norm)
-        # AdamW skips its update where this is 1; the gradient scaler sets the same for float16.
-        self.optimizer.found_inf = skip.float()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        numbers = torch.stack((loss, grad_norm, skip.float(), asked))
-        return StepResult(self.step, learning_rate, numbers)
+        """The next optimizer step."""
+        result = self.stepper.take(self.step, asked_to_stop=self.stop.number > 0)
+        self.step = result.step
+        return result
 
     def check(self, result: StepResult, metrics: Metrics | None) -> bool:
         """Count and tell a step that was passed over, and return whether this one was.
@@ -383,7 +172,7 @@ class Trainer:
         Raises UserError if there were too many in a row. In float16 an overflowing gradient is
         normal: the scaler then lowers its factor.
         """
-        overflow = self.scaler.is_enabled() and math.isfinite(result.loss)
+        overflow = self.stepper.scaler.is_enabled() and math.isfinite(result.loss)
         if not result.was_skipped or overflow:
             self.skipped = 0
             return False
@@ -414,9 +203,9 @@ class Trainer:
 
     def validate(self) -> Validation:
         """The loss on the validation split, shared out over the ranks."""
-        with evaluating(self.wrapped):
+        with evaluating(self.stepper.wrapped):
             return validate(
-                self.loss_of,
+                self.stepper.loss_of,
                 self.val_stream,
                 self.config.model.block_size,
                 self.config.train.micro_batch_size,
@@ -434,7 +223,7 @@ class Trainer:
             with (
                 evaluating(self.model),
                 torch.compiler.set_stance("force_eager"),
-                self.in_its_arithmetic(),
+                self.stepper.in_its_arithmetic(),
             ):
                 found = questions.ask(scorer, stride=block_size)
             if metrics:
@@ -460,6 +249,7 @@ class Trainer:
     def save(self, val_loss: float | None) -> None:
         """Write a checkpoint (rank 0) while the others wait."""
         if self.ranks.is_first:
+            optimizer, spikes = self.stepper.optimizer, self.stepper.spikes
             meta = Meta(
                 step=self.step,
                 model=self.model.config,
@@ -467,13 +257,13 @@ class Trainer:
                 config=asdict(self.config),
                 val_loss=val_loss,
                 best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
-                scaler=self.scaler.state_dict() or None,
+                scaler=self.stepper.scaler.state_dict() or None,
                 data=self.train_stream.fingerprint,
                 skipped=self.skipped,
-                spikes=self.spikes.state() if self.spikes.limit else None,
+                spikes=spikes.state() if spikes.limit else None,
             )
             keep = self.config.train.keep_checkpoints
-            save_checkpoint(self.out / "checkpoints", meta, self.model, self.optimizer, keep)
+            save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, keep)
         self.ranks.wait_for_all()
 
     # The whole run
@@ -513,8 +303,9 @@ class Trainer:
         train, shape, model = self.config.train, self.shape, self.model
         asked, there = train.max_steps * shape.tokens_per_step, len(self.train_stream)
         micro_batch = train.micro_batch_size * self.config.model.block_size
-        memory = estimated_memory(model, micro_batch, self.dtype)
-        device, precision = device_name(self.ranks.device), str(self.dtype).removeprefix("torch.")
+        device, dtype = device_name(self.ranks.device), self.stepper.dtype
+        precision = str(dtype).removeprefix("torch.")
+        memory = estimated_memory(model, micro_batch, dtype)
         return "\n".join(
             [
                 f"model       {model.num_parameters():,} parameters, vocabulary "
@@ -539,7 +330,7 @@ class Trainer:
         metrics = self.prepare_folder()
         if first:
             say(self.plan())
-        self.rehearse()
+        self.stepper.rehearse(self.step)
         with (
             tqdm(
                 total=config.train.max_steps,

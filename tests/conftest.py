@@ -243,6 +243,19 @@ def tiny(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def configure(tiny, shards, tmp_path):
+    """A config of the tiny run with changes: configure("--train.max_steps", 3)."""
+
+    from config import load_config
+
+    def make(*changes: object):
+        arguments = [tiny, "--data.dir", shards, "--train.out", tmp_path / "run", *changes]
+        return load_config([str(argument) for argument in arguments])
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, tiny, shards) -> Path:
     """The run folder of a finished run of `tiny`."""

@@ -16,29 +16,32 @@ import torch
 import train
 from config import load_config
 from errors import run_script
+from step import Stepper, StepResult
 
 FAULT, AT = os.environ["FAULT"], [int(step) for step in os.environ["AT"].split(",")]
 HERE = os.environ.get("RANK", "0") == os.environ.get("FAULTY_RANK", "0")
 
 
-class Trainer(train.Trainer):
+class FaultyStepper(Stepper):
     """Does what FAULT says at the steps AT, counted from 1, on the rank FAULTY_RANK."""
 
-    def loss_of(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = super().loss_of(inputs, targets)
-        if not (HERE and torch.is_grad_enabled() and self.step + 1 in AT):
-            return loss
-        return loss * {"nan": math.nan, "spike": 1000.0}.get(FAULT, 1.0)
+    factor = 1.0  # of the loss
 
-    def train_step(self) -> train.StepResult:
-        if HERE and self.step + 1 in AT:
+    def take(self, step: int, asked_to_stop: bool = False) -> StepResult:
+        if HERE and step + 1 in AT:
+            self.factor = {"nan": math.nan, "spike": 1000.0}.get(FAULT, 1.0)
             if FAULT.startswith("SIG"):
                 os.kill(os.getpid(), getattr(signal, FAULT))
             if FAULT == "stall":
                 time.sleep(1000)
-        return super().train_step()
+        result = super().take(step, asked_to_stop)
+        self.factor = 1.0
+        return result
+
+    def loss_of(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().loss_of(inputs, targets) * self.factor
 
 
 if __name__ == "__main__":
-    train.Trainer = Trainer
+    train.Stepper = FaultyStepper
     sys.exit(run_script(train.train, load_config()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run, without_key_biases
+from conftest import run
 from safetensors.torch import load_file
 
 import train
@@ -21,21 +21,9 @@ from data import load_windows, step_windows
 from distributed import Ranks
 from metrics import estimated_memory
 from model import GPT, GPTConfig
-from optim import learning_rate_at
 from shards import TokenStream, encoding_of
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-
-
-@pytest.fixture
-def configure(tiny, shards, tmp_path):
-    """A config of the tiny run with changes: configure("--train.max_steps", 3)."""
-
-    def make(*changes: object):
-        arguments = [tiny, "--data.dir", shards, "--train.out", tmp_path / "run", *changes]
-        return load_config([str(argument) for argument in arguments])
-
-    return make
 
 
 def metrics_of(run: Path, kind: str = "train") -> list[dict]:
@@ -43,82 +31,7 @@ def metrics_of(run: Path, kind: str = "train") -> list[dict]:
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
-# A step
-
-
-def test_accumulated_micro_batches_equal_one_big_batch(configure):
-    results, weights = [], []
-    for micro_batch_size in (16, 4, 1):
-        config = configure("--train.micro_batch_size", micro_batch_size, "--model.dropout", 0)
-        trainer = train.Trainer(config, ALONE)
-        results.append([trainer.train_step() for _ in range(3)])
-        weights.append(without_key_biases(trainer.model.state_dict()))
-    for other, weight in zip(results[1:], weights[1:]):
-        for first, second in zip(results[0], other):
-            assert second.loss == pytest.approx(first.loss, rel=1e-6)
-            assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-4)
-        torch.testing.assert_close(weight, weights[0], rtol=0, atol=1e-5)
-
-
-def test_three_steps_equal_a_loop_written_out(configure, shards):
-    """The same in a dozen lines of plain PyTorch, without clipping, dropout or accumulation."""
-    config = configure("--model.dropout", 0, "--optim.grad_clip", 0, "--train.micro_batch_size", 16)
-    trainer = train.Trainer(config, ALONE)
-    losses = [trainer.train_step().loss for _ in range(3)]
-
-    torch.manual_seed(config.train.seed)
-    model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=32))
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    stream = TokenStream(shards, "train")
-    tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
-    for step, loss in enumerate(losses):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config.optim, 40)
-        windows = step_windows(step, 16, (len(tokens) - 1) // 32, config.train.seed)
-        batch = torch.stack([tokens[w * 32 : w * 32 + 33] for w in windows])
-        expected = model(batch[:, :-1], batch[:, 1:])
-        assert loss == pytest.approx(expected.item(), rel=1e-6)
-        optimizer.zero_grad()
-        expected.backward()
-        optimizer.step()
-
-
-def test_the_gradient_is_clipped_and_its_norm_told_before(configure):
-    config = configure("--optim.grad_clip", 0.01)
-    trainer = train.Trainer(config, ALONE)
-    norms = []
-    step = trainer.optimizer.step
-
-    def spy() -> None:
-        gradients = [p.grad.flatten() for p in trainer.model.parameters()]
-        norms.append(torch.cat(gradients).norm().item())
-        step()
-
-    trainer.optimizer.step = spy
-    assert trainer.train_step().grad_norm > 0.1
-    assert norms == pytest.approx([0.01], rel=1e-3)
-
-
-def test_dropout_depends_on_the_step_and_micro_batch_not_on_what_was_drawn_before(configure):
-    first, second = (train.Trainer(configure(), ALONE) for _ in range(2))
-    loss = first.train_step().loss
-    torch.manual_seed(99)
-    torch.rand(1000)
-    assert second.train_step().loss == loss
-    seeds = {train.draw_seed(0, 1, step, micro) for step in range(20) for micro in range(20)}
-    assert len(seeds) == 400
-    assert train.draw_seed(0, 1, 10, 0) != train.draw_seed(1, 1, 10, 0)
-
-
-def test_the_rehearsal_leaves_no_trace(configure):
-    rehearsed, plain = (train.Trainer(configure(), ALONE) for _ in range(2))
-    rehearsed.rehearse()
-    for _ in range(2):
-        one, other = rehearsed.train_step(), plain.train_step()
-        assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
+# A run
 
 
 def test_a_compiled_model_computes_the_same_and_is_not_the_one_that_is_saved(configure, call):
@@ -134,28 +47,6 @@ def test_a_compiled_model_computes_the_same_and_is_not_the_one_that_is_saved(con
         compiled.save(None)
     result = call("sample", "--checkpoint", config.train.out, "--max-new-tokens", 3, "--seed", 1)
     assert result.status == 0
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_reduced_precision_learns_too(configure, dtype):
-    trainer = train.Trainer(configure("--train.dtype", dtype), ALONE)
-    losses = [trainer.train_step().loss for _ in range(30)]
-    assert losses[-1] < losses[0] - 1
-    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
-
-
-def test_the_gradient_scaler_of_float16_is_resumed(configure):
-    config = configure("--train.dtype", "float16", "--train.max_steps", 3)
-    trainer = train.Trainer(config, ALONE)
-    trainer.train_step()
-    trainer.scaler.update(new_scale=1024.0)
-    with trainer.own_folder():
-        trainer.prepare_folder()
-        trainer.save(None)
-    assert train.Trainer(config, ALONE).scaler.state_dict()["scale"] == 1024.0
-
-
-# A run
 
 
 def test_a_run_leaves_its_settings_vocabulary_metrics_and_checkpoints(trained, shards):
@@ -412,6 +303,28 @@ def test_weights_that_do_not_fit_are_one_line(
     assert not (tmp_path / "o" / "checkpoints").exists()
 
 
+def test_the_gradient_scaler_of_float16_is_resumed(configure):
+    config = configure("--train.dtype", "float16", "--train.max_steps", 3)
+    trainer = train.Trainer(config, ALONE)
+    trainer.train_step()
+    trainer.stepper.scaler.update(new_scale=1024.0)
+    with trainer.own_folder():
+        trainer.prepare_folder()
+        trainer.save(None)
+    assert train.Trainer(config, ALONE).stepper.scaler.state_dict()["scale"] == 1024.0
+
+
+def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
+    config = configure("--train.skip_spikes", 6)
+    trainer = train.Trainer(config, ALONE)
+    norms = [trainer.train_step().grad_norm for _ in range(3)]
+    with trainer.own_folder():
+        trainer.prepare_folder()
+        trainer.save(None)
+    state = train.Trainer(config, ALONE).stepper.spikes.state()
+    assert (state["norms"][:4], state["count"]) == ([*norms, 0], 3)
+
+
 def test_two_runs_in_one_folder_do_not_meet(configure):
     first, second = (train.Trainer(configure(), ALONE) for _ in range(2))
     with first.own_folder():
@@ -506,7 +419,7 @@ def test_losses_that_stay_not_finite_stop_the_run_and_never_reach_the_weights(co
     before = trainer.model.wte.weight.clone()
     result = trainer.train_step()
     assert torch.equal(trainer.model.wte.weight, before)
-    assert not any(state["step"] for state in trainer.optimizer.state.values())
+    assert not any(state["step"] for state in trainer.stepper.optimizer.state.values())
     assert trainer.check(result, metrics=None)
     with trainer.own_folder(), pytest.raises(train.UserError, match="step 2: loss nan") as error:
         trainer.run()
@@ -519,12 +432,12 @@ def test_losses_that_stay_not_finite_stop_the_run_and_never_reach_the_weights(co
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_running_out_of_memory_names_the_knob(call, tiny, shards, tmp_path, monkeypatch, device):
-    def refuse(self) -> None:
+    def refuse(*_: object) -> None:
         if device == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory")
         torch.empty(1 << 60)  # the real thing
 
-    monkeypatch.setattr(train.Trainer, "rehearse", refuse)
+    monkeypatch.setattr(train.Stepper, "rehearse", refuse)
     result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
     assert "lower --train.micro_batch_size" in result.error()
 

@@ -1,0 +1,249 @@
+"""One optimizer step: the gradient over all micro-batches and all ranks, and the update.
+
+train.py takes one after another. Explained in README, "Implementation: training the model".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import Config
+from data import BatchShape, StepLoader
+from distributed import Ranks, TreeSum, choose_dtype
+from errors import UserError
+from guard import SpikeFilter
+from model import GPT
+from optim import learning_rate_at, make_optimizer
+from shards import TokenStream
+
+DROPOUT, SAMPLE = 0, 1  # what a random draw is for
+
+
+def draw_seed(purpose: int, seed: int, step: int, micro_batch: int) -> int:
+    """A generator's seed for one use of random numbers in a run.
+
+    Every random draw has such a key, so that no generator's state has to be saved: a resumed run,
+    or one with another number of processes, draws the same numbers.
+    """
+    return int(
+        np.random.SeedSequence((purpose, seed, step, micro_batch)).generate_state(1, np.uint64)[0]
+    )
+
+
+class StepResult:
+    """What one optimizer step tells, once the device has come to its end.
+
+    On a GPU, work is only queued by the code here. Whoever reads `loss` or `grad_norm` waits for
+    it, so they are read a step late, when the GPU has been given the next step to do.
+    """
+
+    def __init__(self, step: int, learning_rate: float, numbers: Tensor) -> None:
+        """`step` is counted from 1; `numbers` (4,), on the device, are what the properties tell."""
+        self.step, self.learning_rate = step, learning_rate
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if numbers.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether the numbers may have to be waited for. A CPU has done its work on return."""
+        return self.arrived is not None
+
+    def _read(self, index: int) -> float:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.numbers[index].item()
+
+    @property
+    def loss(self) -> float:
+        """Nats per token, the mean over the whole step and all ranks."""
+        return self._read(0)
+
+    @property
+    def grad_norm(self) -> float:
+        """The gradient's norm before clipping."""
+        return self._read(1)
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the weights were left as they are."""
+        return self._read(2) > 0
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether a process was asked to stop before this step's end."""
+        return self._read(3) > 0
+
+
+class Stepper:
+    """Makes the optimizer steps of a run, each from nothing but the weights and its number."""
+
+    def __init__(
+        self, config: Config, ranks: Ranks, model: GPT, shape: BatchShape, stream: TokenStream
+    ) -> None:
+        """`model` is on its device already; what is trained shares its weights with it.
+
+        Raises UserError if the settings don't go together.
+        """
+        self.config, self.ranks, self.model, self.shape = config, ranks, model, shape
+        self.dtype = choose_dtype(config.train.dtype, ranks.device)
+        if config.train.skip_spikes and self.dtype == torch.float16:
+            raise UserError("train.skip_spikes doesn't go with float16: choose another train.dtype")
+        if self.is_canonical and ranks.world_size > 1 and shape.accumulation.bit_count() > 1:
+            raise UserError(
+                f"train.reduction = canonical: {shape.accumulation} micro-batches per process "
+                "are no power of two; change train.tokens_per_step or the number of processes"
+            )
+        self.loader = StepLoader(
+            stream,
+            shape,
+            config.train.seed,
+            ranks.rank,
+            pin_memory=ranks.device.type == "cuda",
+        )
+        self.optimizer = make_optimizer(model, config.optim)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+        self.spikes = SpikeFilter(config.train.skip_spikes, ranks.device)
+        self.wrapped = self._wrap()
+
+    def _wrap(self) -> nn.Module:
+        """The model as it is trained: compiled if asked for, and under DDP if there are others.
+
+        It shares its weights with `self.model`, which is the one to save and to sample from.
+        """
+        if self.config.train.compile:
+            self.model.compile_parts()
+        if self.ranks.world_size == 1 or self.is_canonical:
+            return self.model
+        on_gpu = self.ranks.device.type == "cuda"
+        return DistributedDataParallel(
+            self.model,
+            device_ids=[self.ranks.local_rank] if on_gpu else None,
+            gradient_as_bucket_view=True,  # one copy of the gradients, not two
+        )
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether gradients are summed in an order that the number of processes doesn't change."""
+        return self.config.train.reduction == "canonical"
+
+    def in_its_arithmetic(self) -> AbstractContextManager:
+        """Matrix products inside are done in `train.dtype`."""
+        device, dtype = self.ranks.device.type, self.dtype
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+    def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of a batch, inputs and targets (B, T)."""
+        with self.in_its_arithmetic():
+            return self.wrapped(inputs, targets)
+
+    def syncing(self, last: bool) -> AbstractContextManager:
+        """DDP averages gradients in every backward pass; let it, only in the last of a step."""
+        if last or self.wrapped is self.model:
+            return nullcontext()
+        return self.wrapped.no_sync()
+
+    def rehearse(self, step: int) -> None:
+        """Run a micro-batch of a step, forward and backward, and forget its gradients.
+
+        It lets torch.compile compile, and memory run out, before the first step rather than in it.
+        And DDP, after its first backward pass, orders its buckets anew by the order in which
+        gradients came; had that happened in a real step, a resumed run would round differently from
+        one that was never stopped.
+        """
+        _, inputs, targets = next(self._micro_batches(step))
+        try:
+            self.loss_of(inputs, targets).backward()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"torch.compile failed ({reason}): give --train.compile false to do without"
+            ) from error
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """This rank's micro-batches of a step, on the device."""
+        device = self.ranks.device
+        for number, inputs, targets in self.loader.load(step):
+            inputs = inputs.to(device, non_blocking=True)
+            yield number, inputs, targets.to(device, non_blocking=True)
+
+    def take(self, step: int, asked_to_stop: bool = False) -> StepResult:
+        """One optimizer step, counted from 0: all micro-batches' gradient, clipped, and the update.
+
+        All ranks are told if one of them was asked to stop. Nothing here waits for the device.
+        """
+        learning_rate = learning_rate_at(step, self.config.optim, self.config.train.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        asked = torch.full((), float(asked_to_stop), device=self.ranks.device)
+        accumulate = self.canonical_gradients if self.is_canonical else self.gradients
+        told = accumulate(step, asked)
+        return StepResult(step + 1, learning_rate, self.update(told))
+
+    def gradients(self, step: int, asked: Tensor) -> Tensor:
+        """Accumulate the gradients of all micro-batches; DDP averages them over the ranks.
+
+        Returns (2,), the means over the ranks: of the loss, and of `asked`, a scalar.
+        """
+        accumulation = self.shape.accumulation
+        loss_sum = torch.zeros((), device=self.ranks.device)
+        for done, (number, inputs, targets) in enumerate(self._micro_batches(step), 1):
+            torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, step, number))
+            with self.syncing(last=done == accumulation):
+                # Each micro-batch has the same number of tokens, so the mean of their means is the
+                # mean over all tokens of the step. DDP takes the mean over the ranks.
+                loss = self.loss_of(inputs, targets) / accumulation
+                self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        return self.ranks.sum(torch.stack((loss_sum, asked))) / self.ranks.world_size
+
+    def canonical_gradients(self, step: int, asked: Tensor) -> Tensor:
+        """As `gradients`, but summed in an order that the number of ranks doesn't change.
+
+        The micro-batches are the leaves of a tree (`TreeSum`). Each rank has a contiguous block of
+        them, as many as a power of two, which is a branch of its own. So losses and weights are
+        the same to the bit for 1, 2, 4 … ranks. It needs a copy of the gradient for every level of
+        the tree, and nothing is sent before the last micro-batch is done.
+        """
+        parameters, tree = [*self.model.parameters()], TreeSum()
+        for number, inputs, targets in self._micro_batches(step):
+            torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, step, number))
+            loss = self.loss_of(inputs, targets)
+            self.scaler.scale(loss).backward()
+            told = torch.stack((loss.detach(), asked))
+            tree.add(torch.cat([*(p.grad.flatten() for p in parameters), told]))
+            self.optimizer.zero_grad(set_to_none=True)
+        mean = self.ranks.tree_sum(tree.result())
+        mean /= self.shape.accumulation * self.ranks.world_size
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, mean[:-2].split(sizes)):
+            parameter.grad = part.view_as(parameter)
+        return mean[-2:]
+
+    def update(self, told: Tensor) -> Tensor:
+        """Clip the gradients and let the optimizer use them.
+
+        If loss or gradient are not finite, or the gradient is a spike, the optimizer leaves the
+        weights as they are: decided on the device, for the CPU to find out later. `told`, what
+        `gradients` returned, becomes the numbers of a StepResult (4,).
+        """
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.optim.grad_clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        loss, asked = told.unbind()
+        skip = ~(loss.isfinite() & grad_norm.isfinite()) | self.spikes.is_spike(grad_norm)
+        # AdamW skips its update where this is 1; the gradient scaler sets the same for float16.
+        self.optimizer.found_inf = skip.float()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack((loss, grad_norm, skip.float(), asked))

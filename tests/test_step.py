@@ -1,0 +1,129 @@
+"""One optimizer step, in one process: what it computes, and of what it takes no notice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import without_key_biases
+
+from config import Config
+from data import BatchShape, step_windows
+from distributed import Ranks
+from model import GPT, GPTConfig
+from optim import learning_rate_at
+from shards import TokenStream
+from step import Stepper, StepResult, draw_seed
+
+ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def tiny_model(config: Config) -> GPT:
+    """The model of the tiny run, as it is at first."""
+    torch.manual_seed(config.train.seed)
+    sizes = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    return GPT(GPTConfig(vocab_size=300, dropout=config.model.dropout, **sizes))
+
+
+@pytest.fixture
+def stepper_of(shards):
+    """stepper_of(config): what makes the steps of a tiny run."""
+
+    def make(config: Config) -> Stepper:
+        shape = BatchShape(512, 32, config.train.micro_batch_size, world_size=1)
+        return Stepper(config, ALONE, tiny_model(config), shape, TokenStream(shards, "train"))
+
+    return make
+
+
+def take(stepper: Stepper, count: int) -> list[StepResult]:
+    """The first so many steps."""
+    return [stepper.take(step) for step in range(count)]
+
+
+def test_accumulated_micro_batches_equal_one_big_batch(configure, stepper_of):
+    results, weights = [], []
+    for micro_batch_size in (16, 4, 1):
+        changes = ("--train.micro_batch_size", micro_batch_size, "--model.dropout", 0)
+        stepper = stepper_of(configure(*changes))
+        results.append(take(stepper, 3))
+        weights.append(without_key_biases(stepper.model.state_dict()))
+    for other, weight in zip(results[1:], weights[1:]):
+        for first, second in zip(results[0], other):
+            assert second.loss == pytest.approx(first.loss, rel=1e-6)
+            assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-4)
+        torch.testing.assert_close(weight, weights[0], rtol=0, atol=1e-5)
+
+
+def test_three_steps_equal_a_loop_written_out(configure, stepper_of, shards):
+    """The same in a dozen lines of plain PyTorch, without clipping, dropout or accumulation."""
+    config = configure("--model.dropout", 0, "--optim.grad_clip", 0, "--train.micro_batch_size", 16)
+    losses = [result.loss for result in take(stepper_of(config), 3)]
+
+    model = tiny_model(config)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    stream = TokenStream(shards, "train")
+    tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
+    for step, loss in enumerate(losses):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config.optim, 40)
+        windows = step_windows(step, 16, (len(tokens) - 1) // 32, config.train.seed)
+        batch = torch.stack([tokens[w * 32 : w * 32 + 33] for w in windows])
+        expected = model(batch[:, :-1], batch[:, 1:])
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+
+
+def test_the_gradient_is_clipped_and_its_norm_told_before(configure, stepper_of):
+    stepper = stepper_of(configure("--optim.grad_clip", 0.01))
+    norms = []
+    step = stepper.optimizer.step
+
+    def spy() -> None:
+        gradients = [p.grad.flatten() for p in stepper.model.parameters()]
+        norms.append(torch.cat(gradients).norm().item())
+        step()
+
+    stepper.optimizer.step = spy
+    assert stepper.take(0).grad_norm > 0.1
+    assert norms == pytest.approx([0.01], rel=1e-3)
+
+
+def test_dropout_depends_on_the_step_and_micro_batch_not_on_what_was_drawn_before(
+    configure, stepper_of
+):
+    first, second = (stepper_of(configure()) for _ in range(2))
+    loss = first.take(0).loss
+    torch.manual_seed(99)
+    torch.rand(1000)
+    assert second.take(0).loss == loss
+    seeds = {draw_seed(0, 1, step, micro) for step in range(20) for micro in range(20)}
+    assert len(seeds) == 400
+    assert draw_seed(0, 1, 10, 0) != draw_seed(1, 1, 10, 0)
+
+
+def test_the_rehearsal_leaves_no_trace(configure, stepper_of):
+    rehearsed, plain = (stepper_of(configure()) for _ in range(2))
+    rehearsed.rehearse(0)
+    for one, other in zip(take(rehearsed, 2), take(plain, 2)):
+        assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_reduced_precision_learns_too(configure, stepper_of, dtype):
+    stepper = stepper_of(configure("--train.dtype", dtype))
+    results = take(stepper, 30)
+    assert results[-1].loss < results[0].loss - 1
+    assert all(parameter.dtype == torch.float32 for parameter in stepper.model.parameters())
+
+
+def test_a_request_to_stop_is_told_and_changes_nothing(configure, stepper_of):
+    asked, plain = (stepper_of(configure()) for _ in range(2))
+    result, other = asked.take(0, asked_to_stop=True), plain.take(0)
+    assert (result.stop_asked, other.stop_asked) == (True, False)
+    assert result.loss == other.loss
