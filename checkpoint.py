@@ -27,8 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from errors import UserError
+from guard import SpikeMemory
 from model import GPT, GPTConfig
-from shards import VOCABULARY, TokenizerRecord, find_encoding, tokenizer_of
+from records import as_record, read_json
+from shards import VOCABULARY, TokenizerRecord, find_encoding, own_file, tokenizer_of
 from tokenizer import gpt2_encoding
 
 FORMAT_VERSION = 1
@@ -48,7 +50,7 @@ class Meta:
     scaler: dict[str, float] | None  # the gradient scaler's state, for float16
     data: str  # TokenStream.fingerprint of the training data
     skipped: int = 0  # steps in a row that were passed over, this one the last
-    spikes: dict[str, object] | None = None  # what guard.SpikeFilter remembers, if it is in use
+    spikes: SpikeMemory | None = None  # if guard.SpikeFilter is in use
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,11 @@ class Checkpoint:
         for name in [name for name in tensors if name.endswith("/scale")]:
             rounded = name.removesuffix("/scale")
             tensors[rounded] = tensors[rounded] * tensors.pop(name)
-        model.load_state_dict(tensors)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.path / MODEL} doesn't fit {META}: {reason}") from error
 
     def model_sha256(self) -> str:
         """Which weights these are."""
@@ -84,10 +90,15 @@ class Checkpoint:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         index = {name: number for number, name in enumerate(order)}
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         state: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(order))}
         for key, tensor in _read_tensors(self.path / OPTIMIZER).items():
             name, _, kind = key.rpartition("/")
+            if name not in shapes or tensor.shape not in (shapes[name], ()):
+                raise UserError(f"{self.path / OPTIMIZER} doesn't fit the model: {key}")
             state[index[name]][kind] = tensor
+        if len({tuple(sorted(kinds)) for kinds in state.values()}) > 1:
+            raise UserError(f"{self.path / OPTIMIZER} doesn't tell the same of every parameter")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def encoding(self) -> tiktoken.Encoding:
@@ -173,7 +184,10 @@ def newest_checkpoint(
     complaints = []
     for path in reversed(_steps(folder)):
         try:
-            return read_checkpoint(path, files)
+            found = read_checkpoint(path, files)
+            if path.name != step_name(found.meta.step):
+                raise UserError(f"{path / META} is of step {found.meta.step}")
+            return found
         except UserError as error:
             complaints.append(str(error))
             print(f"passed over: {error}", file=sys.stderr)
@@ -210,20 +224,21 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
     Raises UserError, naming the file that doesn't fit.
     """
     try:
-        content = json.loads((path / META).read_bytes())
-        if content.pop("checksum") != _checksum(content):
+        content = read_json(path / META)
+        if content.pop("checksum", None) != _checksum(content):
             raise UserError(f"{path / META} is damaged: its checksum is not as saved")
-        version, fingerprints = content.pop("format_version"), content.pop("files")
+        version, fingerprints = content.pop("format_version", None), content.pop("files", {})
         if version != FORMAT_VERSION:
-            raise UserError(f"{path / META} has format {version}, this code reads {FORMAT_VERSION}")
-        content["model"] = GPTConfig(**content["model"])
-        content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
-        meta = Meta(**content)
-        expected = {name: dict(fingerprints[name]) for name in files}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / META} is damaged or not a checkpoint's: {error!r}") from error
-    for name, fingerprint in expected.items():
-        if _fingerprint(path / name) != fingerprint:
+            raise UserError(
+                f"{path / META} has format {version!r:.40}, this code reads {FORMAT_VERSION}"
+            )
+        meta = as_record(Meta, content)
+        if not set(files) <= set(fingerprints) <= {MODEL, OPTIMIZER}:
+            raise ValueError(f"it vouches for {sorted(fingerprints)!r:.80}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path / META} is damaged or not a checkpoint's: {error}") from error
+    for name in files:
+        if _fingerprint(own_file(path, name)) != fingerprints[name]:
             raise UserError(f"{path / name} is damaged: its size or hash is not as saved")
     return Checkpoint(path, meta)
 
@@ -248,10 +263,10 @@ def _remove_old(folder: Path, keep: int) -> None:
 def _val_loss(path: Path) -> float:
     """A checkpoint's validation loss; infinity if it has none or its meta.json can't be read."""
     try:
-        loss = json.loads((path / META).read_bytes())["val_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
+        loss = read_json(path / META)["val_loss"]
+    except (OSError, ValueError, KeyError):
         return math.inf
-    return math.inf if loss is None else loss
+    return loss if type(loss) is float else math.inf
 
 
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -215,7 +215,7 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read the config {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
     for key, value in values.items():
         if not isinstance(value, dict):
@@ -276,7 +276,7 @@ def _checked(section: str, key: str, value: Any) -> Any:
     """The value in its setting's type. Raises UserError if it doesn't fit."""
     kind, name = _type(section, key), f"{section}.{key}"
     limits = SECTIONS[section].__dataclass_fields__[key].metadata
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{name} = {value!r}: expected {_type_name(kind)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -46,6 +47,18 @@ class StopRequest:
             os.write(sys.stderr.fileno(), told.encode())  # print isn't safe in here
 
 
+@dataclass(frozen=True)
+class SpikeMemory:
+    """What a checkpoint keeps of a SpikeFilter."""
+
+    norms: tuple[float, ...]
+    count: int
+
+    def __post_init__(self) -> None:
+        if len(self.norms) != WINDOW or self.count < 0:
+            raise ValueError(f"spikes has {len(self.norms)} norms and the count {self.count}")
+
+
 class SpikeFilter:
     """Tells a gradient norm that is far above those of the last steps, by its z-score.
 
@@ -71,11 +84,11 @@ class SpikeFilter:
         self.count += keep
         return spike
 
-    def state(self) -> dict[str, object]:
-        """What a checkpoint keeps."""
-        return {"norms": self.norms.tolist(), "count": int(self.count)}
+    def memory(self) -> SpikeMemory:
+        """What a checkpoint is to keep."""
+        return SpikeMemory(tuple(self.norms.tolist()), int(self.count))
 
-    def load_state(self, state: dict[str, object]) -> None:
-        """Go on with what `state` gave."""
-        self.norms.copy_(torch.tensor(state["norms"]))
-        self.count.fill_(state["count"])
+    def remember(self, memory: SpikeMemory) -> None:
+        """Go on with what `memory` gave."""
+        self.norms.copy_(torch.tensor(memory.norms))
+        self.count.fill_(memory.count)

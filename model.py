@@ -38,6 +38,8 @@ class GPTConfig:
     recompute: bool = False  # keep only each block's input for the backward pass: saves memory
 
     def __post_init__(self) -> None:
+        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise ValueError(f"a size is below 1: {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 

@@ -19,6 +19,7 @@ import numpy as np
 import tiktoken
 
 from errors import UserError
+from records import as_record, read_json
 from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE, gpt2_encoding, load_vocabulary
 
 SHARD_MAGIC = 20240520
@@ -106,6 +107,10 @@ class TokenizerRecord:
     vocab_size: int
     sha256: str  # of the vocabulary file
 
+    def __post_init__(self) -> None:
+        if not 0 < self.vocab_size <= 2**16:
+            raise ValueError(f"vocab_size is {self.vocab_size}, a token has 16 bits")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -131,29 +136,31 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
-        if content["version"] != MANIFEST_VERSION:
-            raise UserError(
-                f"{path} has version {content['version']}, this code reads {MANIFEST_VERSION}"
-            )
-        manifest = Manifest(
-            settings=dict(content["settings"]),
-            tokenizer=TokenizerRecord(**content["tokenizer"]),
-            shards=tuple(ShardRecord(**shard) for shard in content["shards"]),
-        )
-        for shard in manifest.shards:
-            if Path(shard.file).name != shard.file:
-                raise UserError(f"{path} names the shard {shard.file!r}, expected a plain name")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest: {error!r}") from error
+        content = read_json(path)
+        version = content.pop("version", None)
+        if version != MANIFEST_VERSION:
+            raise ValueError(f"it has version {version!r:.40}, this code reads {MANIFEST_VERSION}")
+        content.pop("totals", None)  # for people: they follow from the rest
+        return as_record(Manifest, content)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a manifest: {error}") from error
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """The path of a file in `folder`. Raises UserError if the name, or a link, leads out of it."""
+    path = folder / name
+    if Path(name).name != name or "\0" in name:
+        raise UserError(f"{folder} is said to hold {name!r:.80}: expected a plain name")
+    if path.resolve().parent != folder.resolve():
+        raise UserError(f"{path} is a link out of its folder: put the file itself there")
+    return path
 
 
 def check_contents(folder: Path, shards: Iterable[ShardRecord]) -> None:
     """Raises UserError, naming the file, if a shard isn't there or isn't what was written."""
     for record in shards:
         try:
-            sha256 = file_sha256(folder / record.file)
+            sha256 = file_sha256(own_file(folder, record.file))
         except OSError as error:
             raise UserError(
                 f"can't read the shard {folder / record.file}: {error.strerror}"
@@ -190,7 +197,7 @@ def find_encoding(folder: Path, record: TokenizerRecord) -> tiktoken.Encoding:
     path = folder / VOCABULARY
     if not path.exists() and record.sha256 == GPT2_SHA256:
         return gpt2_encoding()
-    encoding = load_vocabulary(path, record.sha256)
+    encoding = load_vocabulary(own_file(folder, VOCABULARY), record.sha256)
     if encoding.n_vocab != record.vocab_size:
         raise UserError(
             f"{path} has {encoding.n_vocab:,} tokens, {record.vocab_size:,} were expected: "
@@ -262,7 +269,7 @@ def _listed_shards(folder: Path, split: str, manifest: Manifest | None) -> list[
     for record in manifest.shards if manifest else ():
         if record.split != split:
             continue
-        shard = open_shard(folder / record.file)
+        shard = open_shard(own_file(folder, record.file))
         if len(shard) != record.tokens:
             raise UserError(
                 f"{folder / record.file} has {len(shard)} tokens, the manifest says {record.tokens}"

@@ -131,7 +131,7 @@ class Trainer:
             self.stepper.scaler.load_state_dict(checkpoint.meta.scaler)
         self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
         if checkpoint.meta.spikes:
-            self.stepper.spikes.load_state(checkpoint.meta.spikes)
+            self.stepper.spikes.remember(checkpoint.meta.spikes)
         if checkpoint.meta.best_val_loss is not None:
             self.best_val_loss = checkpoint.meta.best_val_loss
         if self.ranks.is_first:
@@ -255,12 +255,12 @@ class Trainer:
                 model=self.model.config,
                 tokenizer=self.tokenizer,
                 config=asdict(self.config),
-                val_loss=val_loss,
+                val_loss=val_loss if math.isfinite(val_loss or 0) else None,
                 best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
                 scaler=self.stepper.scaler.state_dict() or None,
                 data=self.train_stream.fingerprint,
                 skipped=self.skipped,
-                spikes=spikes.state() if spikes.limit else None,
+                spikes=spikes.memory() if spikes.limit else None,
             )
             keep = self.config.train.keep_checkpoints
             save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, keep)

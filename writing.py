@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from records import as_record, read_json
 from shards import PROGRESS, ShardRecord, TokenizerRecord, file_sha256, shard_header
 
 LOCK = "lock"  # names the process that is at work in a folder
@@ -157,15 +158,8 @@ def read_progress(folder: Path) -> Progress | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
-        return Progress(
-            dict(content["settings"]),
-            TokenizerRecord(**content["tokenizer"]),
-            tuple(ShardRecord(**shard) for shard in content["shards"]),
-            int(content["batch"]),
-            int(content["skip"]),
-        )
-    except (ValueError, TypeError, KeyError) as error:
+        return as_record(Progress, read_json(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: delete the folder and start again") from error
 
 

@@ -120,7 +120,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_lost(
     train, alone, tmp_path, world_size, name
 ):
     out, began = tmp_path / "run", time.monotonic()
-    fault = {"fault": name, "at": 7, "rank": world_size - 1}
+    fault = {"fault": name, "at": 6, "rank": world_size - 1}  # in a step: told with the next
     result = train(out, world_size, *CANONICAL, **fault)
     assert result.status == {"SIGINT": 130, "SIGTERM": 143}[name]
     assert "stopped after step 7; the same command goes on from there" in result.err

@@ -44,13 +44,13 @@ def test_before_the_window_is_full_and_without_a_limit_nothing_is_a_spike():
 
 
 @pytest.mark.parametrize("at", [10, WINDOW, WINDOW + 50])
-def test_a_filter_goes_on_from_its_state(at):
+def test_a_filter_goes_on_from_its_memory(at):
     norms = [*normal_norms(200), 9.0, 1.0]
     whole, parts = (SpikeFilter(5.0, torch.device("cpu")) for _ in range(2))
     expected = feed(whole, norms)
     feed(parts, norms[:at])
     again = SpikeFilter(5.0, torch.device("cpu"))
-    again.load_state(parts.state())
+    again.remember(parts.memory())
     assert feed(again, norms[at:]) == expected[at:]
     assert torch.equal(again.norms, whole.norms)
 

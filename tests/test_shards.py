@@ -201,7 +201,7 @@ def broken_manifest(**changes) -> str:
         ("not JSON", "is not a manifest"),
         ("[]", "is not a manifest"),
         ("\udc80", "is not a manifest"),
-        ("{}", "is not a manifest: KeyError"),
+        ("{}", "is not a manifest: it has version None, this code reads 1"),
         (broken_manifest(version=2), "has version 2, this code reads 1"),
         (broken_manifest(shards=None), "is not a manifest"),
         (broken_manifest(shards=[{"file": "x"}]), "is not a manifest"),
@@ -222,7 +222,7 @@ def test_a_manifest_that_points_out_of_its_folder_is_refused(tmp_path, name):
     folder = tmp_path / "data"
     folder.mkdir()
     write_manifest(folder, ShardRecord(name, "train", 1, ""))
-    with pytest.raises(UserError, match=f"names the shard '{name}', expected a plain name"):
+    with pytest.raises(UserError, match=f"is said to hold '{name}': expected a plain name"):
         TokenStream(folder, "train")
 
 

@@ -321,8 +321,8 @@ def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
     with trainer.own_folder():
         trainer.prepare_folder()
         trainer.save(None)
-    state = train.Trainer(config, ALONE).stepper.spikes.state()
-    assert (state["norms"][:4], state["count"]) == ([*norms, 0], 3)
+    memory = train.Trainer(config, ALONE).stepper.spikes.memory()
+    assert (memory.norms[:4], memory.count) == ((*norms, 0), 3)
 
 
 def test_two_runs_in_one_folder_do_not_meet(configure):
