@@ -60,11 +60,6 @@ class Checkpoint:
     path: Path
     meta: Meta
 
-    @classmethod
-    def at(cls, folder: Path, step: int) -> Checkpoint:
-        """The checkpoint of a step, whose files somebody else has checked."""
-        return read_checkpoint(folder / step_name(step), files=())
-
     def load_model(self, model: GPT) -> None:
         """Copy the weights into `model`, which may be on any device.
 
@@ -80,6 +75,10 @@ class Checkpoint:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path / MODEL} doesn't fit {META}: {reason}") from error
+
+    def description(self) -> str:
+        """What meta.json says, its files' hashes among it: of equal checkpoints the same."""
+        return (self.path / META).read_text(encoding="utf-8")
 
     def model_sha256(self) -> str:
         """Which weights these are."""
@@ -194,6 +193,11 @@ def newest_checkpoint(
     if complaints:
         raise UserError(f"no checkpoint in {folder} is undamaged: {complaints[0]}")
     return None
+
+
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether there is any checkpoint in `folder`, damaged or not."""
+    return bool(_steps(folder))
 
 
 def find_checkpoint(name: str) -> Checkpoint:

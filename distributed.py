@@ -8,10 +8,11 @@ through gloo; the code is the same.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -21,8 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from errors import UserError
+from guard import RollCall
 
 Result = TypeVar("Result")
+GRACE = 30  # seconds that a collective waits longer than RollCall, which can say for whom
 
 # Dense bf16 matrix products per second, in FLOP/s, by what the device calls itself: the vendor's
 # datasheet for each. A device that isn't here has no MFU: better none than a wrong one.
@@ -146,13 +149,22 @@ class Ranks:
     world_size: int
     device: torch.device
 
+    local_world_size: int = 1  # processes on this machine
+    roll_call: RollCall | None = None  # if there are others
+
     @property
     def is_first(self) -> bool:
         """Rank 0 writes the files and talks to the user."""
         return self.rank == 0
 
+    def arrive(self) -> None:
+        """Come to where all ranks meet, so that those who don't come can be told."""
+        if self.roll_call:
+            self.roll_call.arrive()
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, on every rank; in place."""
+        self.arrive()
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -169,6 +181,7 @@ class Ranks:
         W, N = self.world_size, len(vector)
         if W == 1:
             return vector
+        self.arrive()
         padded = F.pad(vector, (0, -N % W))
         slices = torch.empty_like(padded)
         dist.all_to_all_single(slices, padded)  # rank r gets everybody's slice r
@@ -188,12 +201,39 @@ class Ranks:
     def agree(self, number: int) -> int:
         """Rank 0's number, on every rank. So a decision is made once and followed by all."""
         box = torch.tensor(number, device=self.device)
+        self.arrive()
         if self.world_size > 1:
             dist.broadcast(box, src=0)
         return int(box)
 
+    def check_same(self, what: str, text: str) -> None:
+        """Raises UserError on the ranks where `text` isn't what it is on rank 0."""
+        ours = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        theirs = self.agree(ours)
+        with self.together():
+            if ours != theirs:
+                raise UserError(f"{what} here is not that of rank 0: all machines need the same")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done inside succeeds on all ranks, or fails on all: UserError.
+
+        It must not wait for other ranks itself, as one that has failed doesn't come.
+        """
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        failed = self.sum(torch.tensor(float(failure is not None), device=self.device))
+        if failure:
+            raise failure
+        if failed:
+            raise UserError(f"{int(failed)} of {self.world_size} processes can't go on, see there")
+
     def wait_for_all(self) -> None:
         """Return once every rank has come here."""
+        self.arrive()
         if self.world_size > 1:
             dist.barrier()
 
@@ -210,6 +250,7 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     ranks = Ranks(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         device=device,
     )
@@ -220,10 +261,22 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
         raise UserError("device mps: several processes can't share it; use cpu or one process")
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timedelta(seconds=timeout_seconds + GRACE),
         device_id=device if device.type == "cuda" else None,
     )
+    roll_call = _begin_roll_call(ranks, timeout_seconds)
     try:
-        yield ranks
+        yield replace(ranks, roll_call=roll_call)
     finally:
+        roll_call.close()
         dist.destroy_process_group()
+
+
+def _begin_roll_call(ranks: Ranks, timeout_seconds: int) -> RollCall:
+    """A RollCall in the store that the ranks found one another by."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore("roll_call", dist.TCPStore(host, port, is_master=False))
+    roll_call = RollCall(store, ranks.rank, ranks.world_size, timeout_seconds)
+    ranks.wait_for_all()  # what an attempt before this one left in the store is overwritten now
+    roll_call.watch()
+    return roll_call

@@ -1,19 +1,23 @@
-"""What makes a run stop early or pass over a step: a signal, numbers that are not finite, a spike.
+"""What makes a run stop early or pass over a step: signals, numbers that are not finite, a spike.
 
-All of it is decided on the device and from numbers that every rank has, so that all ranks do the
-same at the same step, and nobody waits for it.
+Signals and bad numbers go through the step's all-reduce, so that all ranks do the same at the same
+step, and nobody waits for it. And a rank that stands still is noticed by the others, and named.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from types import FrameType
 
 import torch
 from torch import Tensor
+from torch.distributed import Store
 
 WINDOW = 128  # steps whose gradient norms a spike is told from
 
@@ -92,3 +96,60 @@ class SpikeFilter:
         """Go on with what `memory` gave."""
         self.norms.copy_(torch.tensor(memory.norms))
         self.count.fill_(memory.count)
+
+
+class RollCall:
+    """Names a rank that keeps the others waiting, and ends the process that waited too long.
+
+    Every rank counts how often it came to where ranks meet, and tells it a store that all of them
+    reach. Who has waited for longer than the timeout looks up there who has come less often.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, timeout_seconds: float) -> None:
+        """For every rank to call, and to wait for the others before it goes on."""
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.timeout_seconds = timeout_seconds
+        self.count, self.since = 0, time.monotonic()
+        self._tell()
+        self.closed = threading.Event()
+
+    def arrive(self) -> None:
+        """This rank has come to where it meets the others."""
+        self.count, self.since = self.count + 1, time.monotonic()
+        self._tell()
+
+    def _tell(self) -> None:
+        self.store.set(str(self.rank), f"{self.count} {socket.gethostname()}")
+
+    def watch(self) -> None:
+        """Look at the clock now and then, in a thread, until `close`."""
+        threading.Thread(target=self._watch, daemon=True, name="roll call").start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.closed.set()
+
+    def missing(self) -> list[str]:
+        """The ranks that have come less often than this one, with their machines."""
+        try:
+            told = [self.store.get(str(rank)).decode().split() for rank in range(self.world_size)]
+        except RuntimeError:  # the store is with rank 0
+            return ["the machine of rank 0, which can't be reached,"]
+        return [
+            f"rank {rank} on {host}"
+            for rank, (count, host) in enumerate(told)
+            if int(count) < self.count
+        ]
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(1.0, self.timeout_seconds / 4)):
+            waited = time.monotonic() - self.since
+            if waited > self.timeout_seconds and (missing := self.missing()):
+                print(
+                    f"\nerror: [rank {self.rank} on {socket.gethostname()}] "
+                    f"{', '.join(missing)} kept the others waiting for {waited:.0f} s "
+                    "(train.timeout_seconds): see to it, then give the same command again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)

@@ -230,9 +230,9 @@ class TokenStream:
         self.shards = _listed_shards(folder, split, manifest) or _found_shards(folder, split)
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.vocab_size = tokenizer_of(folder).vocab_size
-        hashes = (
-            [shard.sha256 for shard in manifest.shards if shard.split == split] if manifest else []
-        )
+        listed = manifest.shards if manifest else ()
+        self.records = [record for record in listed if record.split == split]
+        hashes = [record.sha256 for record in self.records]
         content = repr(([len(shard) for shard in self.shards], hashes))
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()  # other data, another one
 

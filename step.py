@@ -147,6 +147,8 @@ class Stepper:
 
     def syncing(self, last: bool) -> AbstractContextManager:
         """DDP averages gradients in every backward pass; let it, only in the last of a step."""
+        if last:
+            self.ranks.arrive()
         if last or self.wrapped is self.model:
             return nullcontext()
         return self.wrapped.no_sync()

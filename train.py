@@ -30,14 +30,25 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, Meta, find_checkpoint, newest_checkpoint, save_checkpoint
+from checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    Checkpoint,
+    Meta,
+    find_checkpoint,
+    holds_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    step_name,
+)
 from data import BatchShape, step_windows
 from distributed import Ranks, device_name, memory_errors, process_group
 from guard import StopRequest
 from metrics import Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
 from scoring import Scorer, Validation, evaluating, validate
-from shards import VOCABULARY, TokenStream, encoding_of, tokenizer_of
+from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
 from step import SAMPLE, Stepper, StepResult, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
@@ -63,11 +74,10 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.out = Path(config.train.out)
         folder = Path(config.data.dir)
-        self.train_stream, self.val_stream = TokenStream(folder, "train"), None
-        if config.log.eval_every:
-            self.val_stream = TokenStream(folder, "val")
-            self.val_stream.num_windows(config.model.block_size)  # too short? say so now, not later
-        self.tokenizer = tokenizer_of(folder)
+        with ranks.together():
+            self._open_data(folder)
+        ranks.check_same("the training data", self.train_stream.fingerprint)
+        ranks.check_same("a setting", repr(shared_settings(config)))
         self.shape = BatchShape(
             config.train.tokens_per_step,
             config.model.block_size,
@@ -92,6 +102,20 @@ class Trainer:
         if self.examinations and not self.encoding:
             raise UserError("log.eval_tasks needs GPT-2's vocabulary, which can't be had here")
 
+    def _open_data(self, folder: Path) -> None:
+        """Open the splits; see that the shards are what the manifest says, before a step uses them.
+
+        The processes of a machine share that work. Raises UserError for a shard that isn't.
+        """
+        self.train_stream, self.val_stream = TokenStream(folder, "train"), None
+        records = self.train_stream.records
+        if self.config.log.eval_every:
+            self.val_stream = TokenStream(folder, "val")
+            self.val_stream.num_windows(self.config.model.block_size)  # too short? not later
+            records = records + self.val_stream.records
+        self.tokenizer = tokenizer_of(folder)
+        check_contents(folder, records[self.ranks.local_rank :: self.ranks.local_world_size])
+
     def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
         """The data's encoding. Downloaded shards come without their vocabulary, which is GPT-2's;
         on a machine that can't get it, training goes on without what needs text.
@@ -107,12 +131,42 @@ class Trainer:
 
     def _resume(self, data: Path) -> None:
         """Go on from the newest complete checkpoint, if there is one. Rank 0 chooses it."""
-        folder = self.out / "checkpoints"
-        newest = newest_checkpoint(folder) if self.ranks.is_first else None
-        step = self.ranks.agree(newest.meta.step if newest else 0)
-        if step == 0:
-            return
-        checkpoint = Checkpoint.at(folder, step)
+        folder, checkpoint = self.out / "checkpoints", None
+        with self.ranks.together():
+            if self.ranks.is_first:
+                checkpoint = newest_checkpoint(folder)
+        step = self.ranks.agree(checkpoint.meta.step if checkpoint else 0)
+        with self.ranks.together():
+            if not self.ranks.is_first:
+                checkpoint = self._copy_here(folder, step)
+            if checkpoint:
+                self._go_on_from(checkpoint, data)
+        self.ranks.check_same("the checkpoint", checkpoint.description() if checkpoint else "")
+
+    def _copy_here(self, folder: Path, step: int) -> Checkpoint | None:
+        """What this machine has of the checkpoint that rank 0 chose; 0 stands for none.
+
+        Raises UserError if it is another, or damaged. One process of a machine looks for damage.
+        """
+        path = folder / step_name(step)
+        if step == 0 and holds_checkpoints(folder):
+            raise UserError(
+                f"{folder} holds checkpoints on this machine and none on that of rank 0: start "
+                "where it has them, or put train.out on a disk that all machines share"
+            )
+        if step and not path.is_dir():
+            raise UserError(
+                f"rank 0 goes on after step {step:,}, and this machine has no {path}: put "
+                "train.out on a disk that all machines share, or copy that folder here"
+            )
+        files = (MODEL, OPTIMIZER) if self.ranks.local_rank == 0 else ()
+        return read_checkpoint(path, files) if step else None
+
+    def _go_on_from(self, checkpoint: Checkpoint, data: Path) -> None:
+        """Set everything as it was when the checkpoint was saved.
+
+        Raises UserError if the settings or the data are others.
+        """
         if not self.config.train.resume:
             raise UserError(
                 f"{self.out} holds {checkpoint.path.name} and train.resume = false: "
@@ -446,6 +500,13 @@ class Trainer:
             per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
             say(f"step {self.step:,}: validation loss {result.loss:.4f}{per_byte}")
         return result.loss
+
+
+def shared_settings(config: Config) -> dict[str, dict]:
+    """The settings that all machines of a run must have alike: all but their own paths."""
+    settings = asdict(config)
+    del settings["data"]["dir"], settings["train"]["out"]
+    return settings
 
 
 def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:

@@ -149,18 +149,29 @@ def torchrun(processes: int, *arguments: object) -> Result:
 
 def ranks(processes: int, *arguments: object, script: str = "train.py") -> Result:
     """Run a script as so many ranks without torchrun, each told its place; rank 0's result."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    place["WORLD_SIZE"] = str(processes)
-
-    def one(rank: int) -> Result:
-        environment = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return run(script, *arguments, environment=environment)
-
-    with ThreadPoolExecutor(processes) as pool:
-        results = list(pool.map(one, range(processes)))
+    places = [{"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes} for rank in range(processes)]
+    results = _in_places(places, [(script, *arguments)] * processes)
     assert len({result.status for result in results}) == 1, results
     return results[0]
+
+
+def machines(*arguments: tuple[object, ...]) -> list[Result]:
+    """Run train.py as ranks of machines of their own, each with its own arguments; all results."""
+    places = [{"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1} for _ in arguments]
+    return _in_places(places, [("train.py", *own) for own in arguments])
+
+
+def _in_places(places: list[dict[str, int]], commands: list[tuple[object, ...]]) -> list[Result]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def one(rank: int) -> Result:
+        place = {"RANK": rank, "WORLD_SIZE": len(places), **places[rank]}
+        environment = meet | {name: str(number) for name, number in place.items()}
+        return run(*commands[rank], environment=environment)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        return list(pool.map(one, range(len(places))))
 
 
 @pytest.fixture

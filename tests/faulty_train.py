@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -34,6 +35,8 @@ class FaultyStepper(Stepper):
                 os.kill(os.getpid(), getattr(signal, FAULT))
             if FAULT == "stall":
                 time.sleep(1000)
+            if FAULT == "full disk":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         result = super().take(step, asked_to_stop)
         self.factor = 1.0
         return result

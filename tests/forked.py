@@ -54,7 +54,7 @@ def _become(words: list[str], folder: str, environment: dict[str, str], files: l
     os.environ.clear()
     os.environ.update(environment)
     for number, path in enumerate(files):
-        handle = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_TRUNC)
+        handle = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.argv = words

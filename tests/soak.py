@@ -80,6 +80,7 @@ def without_torchrun(world_size: int, words: list[str], log: Path) -> Job:
     log.touch()
     for rank in range(world_size):
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        told["LOCAL_WORLD_SIZE"] = world_size
         environment = {**os.environ, **place, **{key: str(value) for key, value in told.items()}}
         files = [Path(os.devnull), log, log]
         processes.append(start_forked(words, ROOT, environment, files))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ranks, run
+from conftest import machines, ranks, run
 from safetensors.torch import load_file
-from soak import survive, without_torchrun
+from soak import survive, until, without_torchrun
+from test_checkpoint import rewrite_meta
 from torch.testing import assert_close
 
 CANONICAL = ("--train.reduction", "canonical")
@@ -171,3 +174,100 @@ def test_a_spike_is_passed_over_once_there_is_something_to_compare_with(train, t
     result = train(tmp_path / "run", 1, *settings, **fault)
     assert [line["step"] for line in lines_of(tmp_path / "run", "skip")] == [135]
     assert "step 135: loss" in result.err
+
+
+# Machines that are not alike, or stand still
+
+
+def test_a_rank_that_stands_still_is_named_with_its_machine(tiny, shards, tmp_path, monkeypatch):
+    for name, value in {"FAULT": "stall", "AT": "7", "FAULTY_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", tmp_path / "run"]
+    words += ["--train.timeout_seconds", 15]
+    job = without_torchrun(2, [str(word) for word in words], tmp_path / "log")
+    until(lambda: False, job)
+    error = next(line for line in (tmp_path / "log").read_text().splitlines() if "error" in line)
+    host = socket.gethostname()
+    assert error.startswith(f"error: [rank 0 on {host}] rank 1 on {host} kept the others waiting")
+    assert len(lines_of(tmp_path / "run", "train")) == 6
+
+
+@pytest.fixture
+def two_machines(tiny, shards, alone, tmp_path):
+    """Two ranks with a disk each: two_machines(settings of rank 0, of rank 1). "run" is there."""
+    shutil.copytree(alone, tmp_path / "run")
+
+    def start(*settings: tuple[object, ...]):
+        common = (tiny, "--data.dir", shards, "--train.max_steps", 60, *CANONICAL)
+        results = machines(*((*common, *own) for own in settings))
+        assert [result.status for result in results] == [2, 2]
+        return [result.error() for result in results]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("folders", "complaint"),
+    [
+        (("run", "empty"), "rank 0 goes on after step 40, and this machine has no "),
+        (("empty", "run"), "holds checkpoints on this machine and none on that of rank 0"),
+    ],
+)
+def test_a_machine_without_the_checkpoint_does_not_begin_at_step_0(
+    two_machines, tmp_path, folders, complaint
+):
+    errors = two_machines(*(("--train.out", tmp_path / folder) for folder in folders))
+    assert "1 of 2 processes can't go on" in errors[0]
+    assert complaint in errors[1]
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_machine_with_another_or_a_damaged_checkpoint_is_told(two_machines, tmp_path):
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    weights = tmp_path / "other" / "checkpoints" / "step_000040" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    out = [("--train.out", tmp_path / "run"), ("--train.out", tmp_path / "other")]
+    assert f"{weights} is damaged" in two_machines(*out)[1]
+    weights.write_bytes(content)
+    rewrite_meta(weights.parent, lambda meta: meta.update(best_val_loss=1.0))
+    assert "the checkpoint here is not that of rank 0" in two_machines(*out)[1]
+
+
+def test_machines_with_other_data_or_settings_are_told(two_machines, shards, tmp_path):
+    out = ("--train.out", tmp_path / "empty")
+    shutil.copytree(shards, tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").unlink()
+    errors = two_machines(out, (*out, "--data.dir", tmp_path / "data"))
+    assert "the training data here is not that of rank 0" in errors[1]
+    errors = two_machines(out, (*out, "--optim.learning_rate", 0.01))
+    assert "a setting here is not that of rank 0" in errors[1]
+
+
+# Checkpoints that can't be used, or can't be written
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(train, alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoints" / "step_000040" / "optimizer.safetensors"
+    os.truncate(damaged, damaged.stat().st_size - 1)
+    result = train(tmp_path / "run", 2, *CANONICAL)
+    assert result.status == 0
+    assert f"passed over: {damaged} is damaged" in result.err
+    assert "going on after step 20" in result.err
+    assert weights_of(tmp_path / "run") == weights_of(alone)
+    assert lines_of(tmp_path / "run") == lines_of(alone)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(train, alone, tmp_path):
+    """Files of this process can't grow beyond 100 kB from step 15 on: the system's own refusal."""
+    result = train(tmp_path / "run", 1, *CANONICAL, "--train.checkpoint_every", 10, **FULL)
+    assert "can't save " in result.error()
+    assert "step_000020: " in result.err
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert names == ["step_000010"]
+    assert train(tmp_path / "run", 1, *CANONICAL).status == 0
+    assert weights_of(tmp_path / "run") == weights_of(alone)
+
+
+FULL = {"fault": "full disk", "at": 15}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -339,8 +340,31 @@ def test_a_token_that_is_not_in_the_vocabulary_is_one_line(call, tiny, shards, t
     shutil.copytree(shards, tmp_path / "data")
     shard = tmp_path / "data" / "train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:1024] + b"\xff" * 8000)
-    result = call("train", tiny, "--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
-    assert "has a token 65535, its vocabulary only 300" in result.error()
+    arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
+    assert f"{shard} has been damaged or changed" in call("train", tiny, *arguments).error()
+    assert not (tmp_path / "o").exists()
+    for name in ("manifest.json", "tokenizer.tiktoken"):  # now it is unknown, and GPT-2's
+        (tmp_path / "data" / name).unlink()
+    result = call("train", tiny, *arguments)
+    assert "has a token 65535, its vocabulary only 50,257" in result.error()
+
+
+def test_data_that_is_not_what_the_run_began_with_is_one_line(
+    call, tiny, shards, trained, tmp_path
+):
+    """The shards are whole, and so is their manifest; but they are others."""
+    shutil.copytree(trained, tmp_path / "o")
+    shutil.copytree(shards, tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    shard = tmp_path / "data" / "train_000000.bin"
+    content, told = shard.read_bytes(), manifest.read_text()
+    shard.write_bytes(content[:1024] + content[1026:] + content[1024:1026])
+    before, after = (hashlib.sha256(some).hexdigest() for some in (content, shard.read_bytes()))
+    assert before in told
+    manifest.write_text(told.replace(before, after))
+    arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
+    result = call("train", tiny, *arguments, "--train.max_steps", 60)
+    assert "was trained on other data than" in result.error()
 
 
 def test_without_validation_no_validation_split_is_needed(call, tiny, shards, tmp_path):
