@@ -132,7 +132,8 @@ def save_checkpoint(
     final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # a save that was cut short
+        if temporary.exists():  # a save that was cut short
+            shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
         _write(temporary, meta, model, optimizer)
         if final.exists():  # a damaged one, or this step would not have been run again
@@ -255,13 +256,19 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints and the one with the lowest validation loss."""
+    """Keep the newest `keep` checkpoints and the one with the lowest validation loss.
+
+    One that can't be removed is no reason to stop a run; it is named on standard error.
+    """
     paths = _steps(folder)
     losses = {path: _val_loss(path) for path in paths}
     best = min(paths, key=losses.__getitem__)
     for path in paths[:-keep]:
         if path != best or losses[best] == math.inf:
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                print(f"can't remove the old {path}: {error.strerror}", file=sys.stderr)
 
 
 def _val_loss(path: Path) -> float:

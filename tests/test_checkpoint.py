@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -145,22 +146,127 @@ def test_without_validation_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
 
 
-def test_a_save_that_dies_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        """Stands for the end of the process: nothing in the product catches it."""
+# A fault at every operation of a save
 
-    def die(*arguments: object) -> None:
-        raise Killed
 
-    save(tmp_path, 1)
-    for victim in ("save_file", "_fingerprint", "_sync"):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(checkpoint, victim, die)
-            save(tmp_path, 2)
-        assert newest_checkpoint(tmp_path).meta.step == 1
+class Disk:
+    """What checkpoint.py does to the disk, operation by operation; `fault` comes at one of them.
+
+    Writes are seen as whole files, and a fault in one finds half of it written. What was written
+    and not yet forced to the disk is remembered.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, fault: Callable[[Disk], None]) -> None:
+        self.at, self.fault, self.count = at, fault, 0
+        self.volatile: set[int] = set()  # inodes
+        for name in ("fsync", "rename", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, self.counted(getattr(os, name), name))
+        patch.setattr(checkpoint, "save_file", self.counted(checkpoint.save_file, "write"))
+        patch.setattr(Path, "write_text", self.counted(Path.write_text, "write"))
+
+    def counted(self, operation: Callable, kind: str) -> Callable:
+        def do(*arguments: object, **options: object) -> object:
+            self.count += 1
+            now = self.count == self.at
+            if now and kind != "write":
+                self.fault(self)
+            result = operation(*arguments, **options)
+            if kind == "write":
+                path = next(argument for argument in arguments if isinstance(argument, Path))
+                self.volatile.add(path.stat().st_ino)
+                if now:
+                    os.truncate(path, path.stat().st_size // 2)
+                    self.fault(self)
+            if kind == "fsync":
+                self.volatile.discard(os.fstat(arguments[0]).st_ino)
+            return result
+
+        return do
+
+
+@pytest.fixture
+def three_saves(tmp_path):
+    """A run with two checkpoints, and a save of the third that removes one: (folder, save it)."""
+    save(tmp_path, 1, val_loss=1.0)
     save(tmp_path, 2)
-    assert newest_checkpoint(tmp_path).meta.step == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".step_000003.partial").mkdir()  # and a save that was cut short
+    (tmp_path / ".step_000003.partial" / MODEL).touch()
+    model, optimizer = trained()
+    meta = replace(META_1, step=3, val_loss=2.0)
+    return tmp_path, lambda: save_checkpoint(tmp_path, meta, model, optimizer, keep=1)
+
+
+def is_as_it_should_be(folder: Path) -> bool:
+    """Whether a new process finds the newest complete checkpoint, and it is not older than 2."""
+    step = newest_checkpoint(folder).meta.step
+    return step == (3 if (folder / "step_000003").exists() else 2)
+
+
+@pytest.mark.parametrize("power_fails", [False, True])
+def test_a_process_that_dies_at_any_operation_of_a_save_leaves_the_newest_complete_one(
+    three_saves, monkeypatch, power_fails
+):
+    """A forked process for each. If the power fails, what wasn't forced to the disk is lost."""
+    folder, save_third = three_saves
+
+    def die(disk: Disk) -> None:
+        for path in folder.rglob("*") if power_fails else ():
+            if path.is_file() and path.stat().st_ino in disk.volatile:
+                os.truncate(path, 0)
+        os._exit(9)
+
+    deaths = 0
+    while True:
+        again = folder.parent / f"{folder.name}_{deaths}"
+        shutil.copytree(folder, again)
+        child = os.fork()
+        if child == 0:
+            Disk(monkeypatch, deaths + 1, die)
+            try:
+                save_third()
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert is_as_it_should_be(folder), f"operation {deaths + 1}"
+        shutil.rmtree(folder)
+        again.rename(folder)
+        if status == 0:
+            break
+        deaths += 1
+    assert deaths >= 15  # 4 to clear up and make room, 3 writes, 5 fsyncs, a rename, 4 removals
+    assert sorted(path.name for path in save_third().parent.iterdir()) == [
+        "step_000001",
+        "step_000003",
+    ]
+
+
+def test_an_error_at_any_operation_of_a_save_is_told_and_harms_nothing(three_saves, capsys):
+    folder, save_third = three_saves
+    before = shutil.copytree(folder, folder.parent / f"{folder.name}_before")
+
+    def refuse(disk: Disk) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    outcomes = []
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, len(outcomes) + 1, refuse)
+            try:
+                save_third()
+                outcomes.append("saved")
+            except UserError as error:
+                assert "No space left on device" in str(error)
+                outcomes.append("not saved")
+        assert is_as_it_should_be(folder), f"operation {len(outcomes)}"
+        told = capsys.readouterr().err
+        if disk.count < disk.at:
+            break
+        assert ("can't remove the old" in told) == (outcomes[-1] == "saved")
+        assert not (folder / ".step_000003.partial").exists()
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+    assert outcomes.count("not saved") >= 12
+    assert outcomes.count("saved") == 5  # 4 removals of an old one, and nothing refused
 
 
 def test_a_copy_that_a_user_made_of_a_checkpoint_is_let_be(tmp_path):
@@ -169,17 +275,6 @@ def test_a_copy_that_a_user_made_of_a_checkpoint_is_let_be(tmp_path):
     assert newest_checkpoint(tmp_path).meta.step == 1
     save(tmp_path, 2, keep=1)
     assert (tmp_path / "step_000001.bak").is_dir()
-
-
-def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    save(tmp_path, 1)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device"):
-        patch.setattr(checkpoint, "_sync", full)
-        save(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_a_save_that_was_cut_short_is_replaced(tmp_path):

@@ -170,6 +170,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_checkpoint(
 
 def test_a_spike_is_passed_over_once_there_is_something_to_compare_with(train, tmp_path):
     settings = ("--train.skip_spikes", 6, "--train.max_steps", 140, "--log.eval_every", 0)
+    settings += ("--train.tokens_per_step", 64)
     fault = {"fault": "spike", "at": "20,135"}
     result = train(tmp_path / "run", 1, *settings, **fault)
     assert [line["step"] for line in lines_of(tmp_path / "run", "skip")] == [135]
