@@ -188,7 +188,8 @@ class Ranks:
         total = TreeSum()
         for part in slices.chunk(W):
             total.add(part)
-        dist.all_gather_into_tensor(padded, total.result())
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch < 2.13
+        all_gather(padded, total.result())
         return padded[:N]
 
     def in_turn(self, get: Callable[[], Result]) -> Result:

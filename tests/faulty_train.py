@@ -29,6 +29,8 @@ class FaultyStepper(Stepper):
     factor = 1.0  # of the loss
 
     def take(self, step: int, asked_to_stop: bool = False) -> StepResult:
+        if FAULT == "slow":
+            time.sleep(0.5)
         if HERE and step + 1 in AT:
             self.factor = {"nan": math.nan, "spike": 1000.0}.get(FAULT, 1.0)
             if FAULT.startswith("SIG"):

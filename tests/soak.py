@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,20 +44,30 @@ class Job:
 
 def under_torchrun(world_size: int, words: list[str], log: Path) -> Job:
     """As a user starts it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    return start_agent(["--standalone", f"--nproc-per-node={world_size}"], words, log)
+
+
+def start_agent(options: list[str], words: list[str], log: Path) -> Job:
+    """torchrun with these options: what a machine runs, and the processes that it starts."""
+    launcher = ["-m", "torch.distributed.run", *options]
     with log.open("a") as file:
         agent = subprocess.Popen(
             [sys.executable, *launcher, *words],
             cwd=ROOT,
             stdout=file,
             stderr=file,
-            start_new_session=True,
         )
-    return Job(
-        workers=lambda: children_of(agent.pid),
-        status=agent.poll,
-        kill_all=lambda: os.killpg(agent.pid, signal.SIGKILL),
-    )
+
+    def kill_all() -> None:
+        """The agent first, which would start others; the workers don't end with it."""
+        workers = children_of(agent.pid)
+        agent.kill()
+        agent.wait()
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+
+    return Job(lambda: children_of(agent.pid), agent.poll, kill_all)
 
 
 def children_of(parent: int) -> list[int]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from pathlib import Path
 
 import pytest
-from conftest import machines, ranks, run
+from conftest import ROOT, machines, ranks, run
 from safetensors.torch import load_file
-from soak import survive, until, without_torchrun
+from soak import start_agent, steps_told, survive, until, without_torchrun
 from test_checkpoint import rewrite_meta
 from torch.testing import assert_close
 
@@ -243,6 +244,50 @@ def test_machines_with_other_data_or_settings_are_told(two_machines, shards, tmp
     assert "the training data here is not that of rank 0" in errors[1]
     errors = two_machines(out, (*out, "--optim.learning_rate", 0.01))
     assert "a setting here is not that of rank 0" in errors[1]
+
+
+def test_a_killed_process_is_started_again_and_a_lost_machine_is_done_without(
+    tiny, shards, alone, tmp_path, monkeypatch
+):
+    """Two torchrun agents stand for two machines; --nnodes=1:2 lets one go on alone."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
+    options += [f"--rdzv-endpoint={endpoint}", "--rdzv-id=two", "--rdzv-conf=last_call_timeout=20"]
+    out = tmp_path / "run"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("FAULT", "slow")  # or it would be done before anything can happen
+    monkeypatch.setenv("AT", "1")
+    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
+    words = [str(word) for word in (*words, "--train.checkpoint_every", 4)]
+    logs = [tmp_path / name for name in ("first", "second")]
+    first = start_agent(options, words, logs[0])
+    until(lambda: ready(endpoint), first)  # it keeps the books, so the second is the one to lose
+    second = start_agent(options, words, logs[1])
+    try:
+        until(lambda: second.workers() and steps_told(out) >= 5, first)
+        os.kill(second.workers()[0], signal.SIGKILL)
+        until(lambda: steps_told(out) >= 14, first)
+        second.kill_all()
+        until(lambda: False, first)
+        told = [log.read_text() for log in logs]
+        assert first.status() == 0, told
+    finally:
+        for job in (first, second):
+            if job.status() is None:
+                job.kill_all()
+    worlds = [line for line in told[0].splitlines() if line.startswith("device ")]
+    assert worlds[-1].startswith("device      1 × cpu"), told
+    assert told[0].count("going on after step") + told[1].count("going on after step") >= 2
+    assert lines_of(out) == lines_of(alone)
+    assert weights_of(out) == weights_of(alone)
+
+
+def ready(endpoint: str) -> bool:
+    """Whether somebody listens there."""
+    host, port = endpoint.split(":")
+    with socket.socket() as tried:
+        return tried.connect_ex((host, int(port))) == 0
 
 
 # Checkpoints that can't be used, or can't be written

@@ -478,7 +478,9 @@ def test_the_numbers_of_counting_are_those_that_were_measured():
 
 def test_the_length_is_that_of_one_long_sitting():
     not_read = r"^\[\w+\]: .*$|</?\w+>|!\[.*?\]\(.*?\)"  # addresses, tags, pictures
-    assert 5_000 <= len(re.sub(not_read, "", TEXT, flags=re.MULTILINE).split()) <= 7_000
+    text = re.sub(not_read, "", TEXT, flags=re.MULTILINE)
+    words = [word for word in text.split() if re.search(r"\w", word)]  # a table's bar is none
+    assert 5_000 <= len(words) <= 7_000
 
 
 def test_the_plan_for_more_gpus_is_what_bench_prints(call):
