@@ -279,19 +279,26 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
         }
         for name in names
     }
-    print_table(
-        ["", "prefill tokens/s", "decode tokens/s", "ours prefills", "ours decodes"],
+    head = ["", "prefill tokens/s", "decode tokens/s", "ours prefills", "ours decodes"]
+    rows = [
         [
-            [
-                name,
-                f"{result['prefill_tokens_per_second']:,.0f}",
-                f"{result['decode_tokens_per_second']:,.1f}",
-                times(name, result["prefill_times_as_fast"]),
-                times(name, result["decode_times_as_fast"]),
-            ]
-            for name, result in results.items()
-        ],
-    )
+            name,
+            f"{result['prefill_tokens_per_second']:,.0f}",
+            f"{result['decode_tokens_per_second']:,.1f}",
+            times(name, result["prefill_times_as_fast"]),
+            times(name, result["decode_times_as_fast"]),
+        ]
+        for name, result in results.items()
+    ]
+    key = "undisturbed_token_seconds"
+    if key in turns["ours"][0]:
+        head += ["undisturbed", "ours decodes"]
+        for (name, result), row in zip(results.items(), rows):
+            rate, factor = B / median(turns[name], key), ratio(turns, name, key)
+            result["undisturbed_tokens_per_second"] = rate
+            result["undisturbed_times_as_fast"] = factor
+            row += [f"{rate:,.1f}", times(name, factor)]
+    print_table(head, rows)
     return {"settings": settings, "machine": machine, "results": results, "turns": turns}
 
 

@@ -114,14 +114,16 @@ def train_transformers(
     return model, optimizer, lambda compiled, inputs, _: compiled(inputs, labels=inputs).loss
 
 
-# Generation, greedy: (settings, device, dtype) -> a function of ids (B, T) and a count of tokens
+# Generation, greedy: (settings, device, dtype, tick) -> a function of ids (B, T) and a count of
+# tokens, which calls `tick` for each
 
 
 def generate_nanogpt(
-    settings: dict, device: torch.device, dtype: torch.dtype
+    settings: dict, device: torch.device, dtype: torch.dtype, tick: Callable[[], None]
 ) -> Callable[[Tensor, int], None]:
     """As nanoGPT's sample.py, under autocast; top_k=1 makes it greedy."""
     model = make_nanogpt(settings).to(device).eval()
+    model.register_forward_hook(lambda *_: tick())
 
     def generate(ids: Tensor, count: int) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -131,10 +133,11 @@ def generate_nanogpt(
 
 
 def generate_transformers(
-    settings: dict, device: torch.device, dtype: torch.dtype
+    settings: dict, device: torch.device, dtype: torch.dtype, tick: Callable[[], None]
 ) -> Callable[[Tensor, int], None]:
     """Hugging Face's generate, with its cache."""
     model = make_transformers(settings).to(device=device, dtype=dtype).eval()
+    model.register_forward_hook(lambda *_: tick())
 
     def generate(ids: Tensor, count: int) -> None:
         mask = torch.ones_like(ids)

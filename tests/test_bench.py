@@ -122,6 +122,8 @@ def test_generation_is_measured_beside_peers(config, peer, tmp_path):
     assert slow <= 1  # half a token, but for what a busy machine does to the prompt's time
     ratio = ours["decode_tokens_per_second"] / slow
     assert results["nanogpt"]["decode_times_as_fast"] == pytest.approx(ratio)
+    assert results["nanogpt"]["undisturbed_tokens_per_second"] < 3
+    assert ours["undisturbed_tokens_per_second"] > 3
 
 
 def test_the_loader_is_measured(config, tmp_path):

@@ -462,6 +462,17 @@ def test_every_number_is_worked_out_here_or_says_where_it_is_from():
         assert not unknown, (unknown, part)
 
 
+def test_the_price_of_the_canonical_reduction_is_what_was_measured():
+    measured = json.loads((ROOT / "results" / "canonical.json").read_text(encoding="utf-8"))
+    rates = {
+        name: sorted(row["fastest"] for row in rows)
+        for name, rows in measured["tokens_per_second"].items()
+    }
+    medians = {name: (row[1] + row[2]) / 2 for name, row in rates.items()}
+    factor = f"{medians['canonical'] / medians['ddp']:.2f}"
+    assert f"({factor} times as fast as DDP, [measured](results/canonical.json))" in PROSE
+
+
 def test_the_numbers_of_counting_are_those_that_were_measured():
     rows = COUNTS["contexts"]
     assert f"only {rows[3]['seen']:.0%} ever occurred".replace("%", " %") in PROSE
