@@ -132,21 +132,21 @@ def save_checkpoint(
     final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
     try:
-        if temporary.exists():  # a save that was cut short
-            shutil.rmtree(temporary)
+        for partial in folder.glob(".step_*.partial"):  # saves that were cut short
+            shutil.rmtree(partial)
         temporary.mkdir(parents=True)
         _write(temporary, meta, model, optimizer)
         if final.exists():  # a damaged one, or this step would not have been run again
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"can't save {final}: {error}; make room or mend the disk, then give the same command "
             "again to go on from the checkpoint before it"
         ) from error
-    _remove_old(folder, keep)
+    _remove_old(folder, final, keep)
     return final
 
 
@@ -161,7 +161,7 @@ def _write(temporary: Path, meta: Meta, model: GPT, optimizer: torch.optim.Optim
     save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
     write_meta(temporary, meta, files=(MODEL, OPTIMIZER))
     for path in (temporary / MODEL, temporary / OPTIMIZER, temporary / META, temporary):
-        _sync(path)
+        sync(path)
 
 
 def write_meta(folder: Path, meta: Meta, files: tuple[str, ...]) -> None:
@@ -255,12 +255,14 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: int(steps[path]))
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints and the one with the lowest validation loss.
+def _remove_old(folder: Path, newest: Path, keep: int) -> None:
+    """Keep the `keep` last checkpoints up to `newest`, and the one with the lowest validation loss.
 
-    One that can't be removed is no reason to stop a run; it is named on standard error.
+    Later ones are damaged, or the run would have gone on from them. One that can't be removed is no
+    reason to stop a run; it is named on standard error.
     """
     paths = _steps(folder)
+    paths = paths[: paths.index(newest) + 1]
     losses = {path: _val_loss(path) for path in paths}
     best = min(paths, key=losses.__getitem__)
     for path in paths[:-keep]:
@@ -318,7 +320,7 @@ def _checksum(content: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file's content, or a folder's list of names, on the disk before going on."""
     if path.is_dir() and os.name != "posix":
         return  # Windows opens no folders

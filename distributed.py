@@ -195,9 +195,10 @@ class Ranks:
     def in_turn(self, get: Callable[[], Result]) -> Result:
         """Call `get` on one rank of each machine first: what it fetches, the others find there."""
         first = self.local_rank == 0
-        result = get() if first else None
-        self.wait_for_all()
-        return result if first else get()
+        with self.together():
+            result = get() if first else None
+        with self.together():
+            return result if first else get()
 
     def agree(self, number: int) -> int:
         """Rank 0's number, on every rank. So a decision is made once and followed by all."""

@@ -59,7 +59,7 @@ class SpikeMemory:
     count: int
 
     def __post_init__(self) -> None:
-        if len(self.norms) != WINDOW or self.count < 0:
+        if len(self.norms) != WINDOW or not 0 <= self.count < 2**62:
             raise ValueError(f"spikes has {len(self.norms)} norms and the count {self.count}")
 
 
@@ -74,6 +74,7 @@ class SpikeFilter:
         """`limit`: in standard deviations above the mean; 0 lets everything pass."""
         self.limit = limit
         self.norms = torch.zeros(WINDOW, device=device)
+        self.places = torch.arange(WINDOW, device=device)
         self.count = torch.zeros((), dtype=torch.long, device=device)  # remembered so far
 
     def is_spike(self, norm: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ class SpikeFilter:
         far = norm - self.norms.mean() > self.limit * self.norms.std()
         spike = far & (self.count >= WINDOW)
         keep = norm.isfinite() & ~spike
-        place = self.count % WINDOW
-        self.norms[place] = torch.where(keep, norm, self.norms[place])
+        here = self.places == self.count % WINDOW  # an index would make the CPU wait for the GPU
+        self.norms = torch.where(here & keep, norm, self.norms)
         self.count += keep
         return spike
 
@@ -109,17 +110,17 @@ class RollCall:
         """For every rank to call, and to wait for the others before it goes on."""
         self.store, self.rank, self.world_size = store, rank, world_size
         self.timeout_seconds = timeout_seconds
-        self.count, self.since = 0, time.monotonic()
+        self.arrived = (0, time.monotonic())  # how often, and when the last time
         self._tell()
         self.closed = threading.Event()
 
     def arrive(self) -> None:
         """This rank has come to where it meets the others."""
-        self.count, self.since = self.count + 1, time.monotonic()
+        self.arrived = (self.arrived[0] + 1, time.monotonic())
         self._tell()
 
     def _tell(self) -> None:
-        self.store.set(str(self.rank), f"{self.count} {socket.gethostname()}")
+        self.store.set(str(self.rank), f"{self.arrived[0]} {socket.gethostname()}")
 
     def watch(self) -> None:
         """Look at the clock now and then, in a thread, until `close`."""
@@ -129,27 +130,31 @@ class RollCall:
         """Stop watching."""
         self.closed.set()
 
-    def missing(self) -> list[str]:
-        """The ranks that have come less often than this one, with their machines."""
+    def complaint(self) -> str | None:
+        """Who keeps this rank waiting, if somebody has for too long."""
+        arrived = count, since = self.arrived
+        waited = time.monotonic() - since
+        if waited <= self.timeout_seconds:
+            return None
         try:
             told = [self.store.get(str(rank)).decode().split() for rank in range(self.world_size)]
         except RuntimeError:  # the store is with rank 0
-            return ["the machine of rank 0, which can't be reached,"]
-        return [
+            return "rank 0 has ended, or its machine can't be reached"
+        missing = [
             f"rank {rank} on {host}"
-            for rank, (count, host) in enumerate(told)
-            if int(count) < self.count
+            for rank, (theirs, host) in enumerate(told)
+            if int(theirs) < count
         ]
+        if not missing or self.arrived is not arrived:  # the others were late, but have come
+            return None
+        return (
+            f"{', '.join(missing)} kept the others waiting for {waited:.0f} s "
+            "(train.timeout_seconds): see to it, then give the same command again"
+        )
 
     def _watch(self) -> None:
         while not self.closed.wait(min(1.0, self.timeout_seconds / 4)):
-            waited = time.monotonic() - self.since
-            if waited > self.timeout_seconds and (missing := self.missing()):
-                print(
-                    f"\nerror: [rank {self.rank} on {socket.gethostname()}] "
-                    f"{', '.join(missing)} kept the others waiting for {waited:.0f} s "
-                    "(train.timeout_seconds): see to it, then give the same command again",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if complaint := self.complaint():
+                here = f"[rank {self.rank} on {socket.gethostname()}]"
+                print(f"\nerror: {here} {complaint}", file=sys.stderr, flush=True)
                 os._exit(1)

@@ -16,6 +16,9 @@ from config import Config
 from distributed import Ranks, peak_flops
 from errors import UserError
 from model import GPT, HeadLoss
+from writing import write_atomically
+
+METRICS = "metrics.jsonl"
 
 
 def _step_of(line: str) -> float:
@@ -33,17 +36,16 @@ class Metrics:
     def __init__(self, config: Config, start: int) -> None:
         """Go on after step `start`: what the file tells of later steps will be done again.
 
-        Raises UserError if an asked-for package is not installed.
+        Raises UserError if an asked-for package is not installed, or the disk is full.
         """
         folder = Path(config.train.out)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         kept = []
         if self.path.exists():
             lines = self.path.read_text("utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= start]
-        temporary = folder / "metrics.jsonl.partial"
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        with self._disk_errors():
+            write_atomically(self.path, "".join(kept))
         self.tensorboard = self.wandb = None
         try:
             if config.log.tensorboard:
@@ -64,9 +66,22 @@ class Metrics:
         except ImportError as error:
             raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
 
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"can't write {self.path}: {error.strerror}; make room or mend the disk, then give "
+                "the same command again to go on from the newest checkpoint"
+            ) from error
+
     def write(self, kind: str, step: int, values: dict[str, object]) -> None:
-        """Record values of `kind` ("train", "val", "skip", a task) after `step` finished steps."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Record values of `kind` ("train", "val", "skip", a task) after `step` finished steps.
+
+        Raises UserError if the disk is full.
+        """
+        with self._disk_errors(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         known = ((key, value) for key, value in values.items() if isinstance(value, (int, float)))
         numbers = {f"{kind}/{key}": value for key, value in known}

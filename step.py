@@ -147,8 +147,6 @@ class Stepper:
 
     def syncing(self, last: bool) -> AbstractContextManager:
         """DDP averages gradients in every backward pass; let it, only in the last of a step."""
-        if last:
-            self.ranks.arrive()
         if last or self.wrapped is self.model:
             return nullcontext()
         return self.wrapped.no_sync()
@@ -200,10 +198,13 @@ class Stepper:
         loss_sum = torch.zeros((), device=self.ranks.device)
         for done, (number, inputs, targets) in enumerate(self._micro_batches(step), 1):
             torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, step, number))
-            with self.syncing(last=done == accumulation):
+            last = done == accumulation
+            with self.syncing(last):
                 # Each micro-batch has the same number of tokens, so the mean of their means is the
                 # mean over all tokens of the step. DDP takes the mean over the ranks.
                 loss = self.loss_of(inputs, targets) / accumulation
+                if last:
+                    self.ranks.arrive()  # this backward pass waits for all the others
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         return self.ranks.sum(torch.stack((loss_sum, asked))) / self.ranks.world_size

@@ -19,10 +19,9 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
     CONFIG = load_config()
 
 import math
-import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,18 +40,19 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
     step_name,
+    sync,
 )
 from data import BatchShape, step_windows
 from distributed import Ranks, device_name, memory_errors, process_group
 from guard import StopRequest
-from metrics import Metrics, Speed, estimated_memory
+from metrics import METRICS, Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
 from scoring import Scorer, Validation, evaluating, validate
 from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
 from step import SAMPLE, Stepper, StepResult, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
-from writing import locked
+from writing import locked, write_atomically
 
 SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
 FREE = ("dropout", "recompute")  # [model] settings that the weights don't depend on
@@ -76,7 +76,8 @@ class Trainer:
         folder = Path(config.data.dir)
         with ranks.together():
             self._open_data(folder)
-        ranks.check_same("the training data", self.train_stream.fingerprint)
+        streams = filter(None, (self.train_stream, self.val_stream))
+        ranks.check_same("the data", " ".join(stream.fingerprint for stream in streams))
         ranks.check_same("a setting", repr(shared_settings(config)))
         self.shape = BatchShape(
             config.train.tokens_per_step,
@@ -118,16 +119,19 @@ class Trainer:
 
     def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
         """The data's encoding. Downloaded shards come without their vocabulary, which is GPT-2's;
-        on a machine that can't get it, training goes on without what needs text.
+        if a machine can't get it, training goes on without what needs text.
         """
-        try:
-            return encoding_of(data)
-        except UserError as error:
-            if (data / VOCABULARY).exists():
-                raise
-            if self.ranks.is_first:
-                say(f"no bits per byte and no samples: {error}")
-            return None
+        encoding = None
+        with self.ranks.together():
+            try:
+                encoding = encoding_of(data)
+            except UserError as error:
+                if (data / VOCABULARY).exists():
+                    raise
+                if self.ranks.local_rank == 0:
+                    say(f"no bits per byte and no samples: {error}")
+        lacking = self.ranks.sum(torch.tensor(float(not encoding), device=self.ranks.device))
+        return None if lacking else encoding
 
     def _resume(self, data: Path) -> None:
         """Go on from the newest complete checkpoint, if there is one. Rank 0 chooses it."""
@@ -194,15 +198,17 @@ class Trainer:
     def _begin_with(self, name: str, data: Path) -> None:
         """Take the weights of another run's checkpoint, to train them further on other text."""
         checkpoint = self.ranks.in_turn(lambda: find_checkpoint(name))
-        checkpoint.check_vocabulary(data)
-        theirs = asdict(checkpoint.meta.model)
-        for key, ours in asdict(self.config.model).items():
-            if key not in FREE and ours != theirs[key]:
-                raise UserError(
-                    f"{checkpoint.path} has model.{key} = {theirs[key]}, this run {ours}: to begin "
-                    "with its weights, set it to theirs"
-                )
-        checkpoint.load_model(self.model)
+        self.ranks.check_same("the checkpoint to begin with", checkpoint.description())
+        with self.ranks.together():
+            checkpoint.check_vocabulary(data)
+            theirs = asdict(checkpoint.meta.model)
+            for key, ours in asdict(self.config.model).items():
+                if key not in FREE and ours != theirs[key]:
+                    raise UserError(
+                        f"{checkpoint.path} has model.{key} = {theirs[key]}, this run {ours}: to "
+                        "begin with its weights, set it to theirs"
+                    )
+            checkpoint.load_model(self.model)
         if self.ranks.is_first:
             say(f"beginning with the weights of {checkpoint.path}")
 
@@ -224,10 +230,11 @@ class Trainer:
 
         Every rank sees the same numbers, so all of them do the same.
         Raises UserError if there were too many in a row. In float16 an overflowing gradient is
-        normal: the scaler then lowers its factor.
+        normal, as long as the scaler has a factor to lower.
         """
-        overflow = self.stepper.scaler.is_enabled() and math.isfinite(result.loss)
-        if not result.was_skipped or overflow:
+        scaler = self.stepper.scaler
+        lowers = result.was_skipped and scaler.is_enabled() and scaler.get_scale() >= 1
+        if not result.was_skipped or (lowers and math.isfinite(result.loss)):
             self.skipped = 0
             return False
         self.skipped += 1
@@ -238,7 +245,7 @@ class Trainer:
         told = f"step {result.step:,}: loss {result.loss}, gradient norm {result.grad_norm}"
         if self.skipped > self.config.train.max_skipped_steps:
             raise UserError(
-                f"{told}: passed over, the {self.skipped}. in a row, which is one too many "
+                f"{told}: passed over, {self.skipped} in a row, which is one too many "
                 f"(train.max_skipped_steps); it saw windows {self._windows(result.step)[:4]} … of "
                 f"{self.config.data.dir}. Go on from the last checkpoint in {self.out} with a "
                 "lower --optim.learning_rate or more --optim.warmup_steps"
@@ -302,39 +309,44 @@ class Trainer:
 
     def save(self, val_loss: float | None) -> None:
         """Write a checkpoint (rank 0) while the others wait."""
-        if self.ranks.is_first:
-            optimizer, spikes = self.stepper.optimizer, self.stepper.spikes
-            meta = Meta(
-                step=self.step,
-                model=self.model.config,
-                tokenizer=self.tokenizer,
-                config=asdict(self.config),
-                val_loss=val_loss if math.isfinite(val_loss or 0) else None,
-                best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
-                scaler=self.stepper.scaler.state_dict() or None,
-                data=self.train_stream.fingerprint,
-                skipped=self.skipped,
-                spikes=spikes.memory() if spikes.limit else None,
-            )
-            keep = self.config.train.keep_checkpoints
-            save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, keep)
-        self.ranks.wait_for_all()
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self._save_here(val_loss)
+
+    def _save_here(self, val_loss: float | None) -> None:
+        """Write a checkpoint, after what metrics.jsonl tells of the steps up to it."""
+        sync(self.out / METRICS)
+        optimizer, spikes = self.stepper.optimizer, self.stepper.spikes
+        meta = Meta(
+            step=self.step,
+            model=self.model.config,
+            tokenizer=self.tokenizer,
+            config=asdict(self.config),
+            val_loss=val_loss if math.isfinite(val_loss or 0) else None,
+            best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
+            scaler=self.stepper.scaler.state_dict() or None,
+            data=self.train_stream.fingerprint,
+            skipped=self.skipped,
+            spikes=spikes.memory() if spikes.limit else None,
+        )
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, keep)
 
     # The whole run
 
     @contextmanager
     def own_folder(self) -> Iterator[None]:
         """Make the run folder and keep other runs out of it. Raises UserError if one is there."""
-        if not self.ranks.is_first:
-            yield
-            return
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"can't write to the run folder {self.out}: {error.strerror}"
-            ) from error
-        with locked(self.out):
+        with ExitStack() as stack:
+            with self.ranks.together():
+                if self.ranks.is_first:
+                    try:
+                        self.out.mkdir(parents=True, exist_ok=True)
+                    except OSError as error:
+                        raise UserError(
+                            f"can't write to the run folder {self.out}: {error.strerror}"
+                        ) from error
+                    stack.enter_context(locked(self.out))
             yield
 
     def prepare_folder(self) -> Metrics | None:
@@ -342,10 +354,10 @@ class Trainer:
         if not self.ranks.is_first:
             return None
         try:
-            (self.out / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+            write_atomically(self.out / "config.toml", self.config.to_toml())
             vocabulary = Path(self.config.data.dir) / VOCABULARY
             if vocabulary.exists():
-                shutil.copyfile(vocabulary, self.out / VOCABULARY)
+                write_atomically(self.out / VOCABULARY, vocabulary.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(
                 f"can't write to the run folder {self.out}: {error.strerror}"
@@ -381,7 +393,8 @@ class Trainer:
             if first:
                 say(f"already finished: {self.step:,} steps are done (train.max_steps)")
             return
-        metrics = self.prepare_folder()
+        with self.ranks.together():
+            metrics = self.prepare_folder()
         if first:
             say(self.plan())
         self.stepper.rehearse(self.step)
@@ -496,7 +509,8 @@ class Trainer:
         self.best_val_loss = min(self.best_val_loss, result.loss)
         if metrics:
             bits = result.bits_per_byte and result.bits_per_byte.value
-            metrics.write("val", self.step, {"loss": result.loss, "bits_per_byte": bits})
+            loss = result.loss if math.isfinite(result.loss) else None
+            metrics.write("val", self.step, {"loss": loss, "bits_per_byte": bits})
             per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
             say(f"step {self.step:,}: validation loss {result.loss:.4f}{per_byte}")
         return result.loss
@@ -505,7 +519,7 @@ class Trainer:
 def shared_settings(config: Config) -> dict[str, dict]:
     """The settings that all machines of a run must have alike: all but their own paths."""
     settings = asdict(config)
-    del settings["data"]["dir"], settings["train"]["out"]
+    del settings["data"]["dir"], settings["train"]["out"], settings["train"]["init_from"]
     return settings
 
 

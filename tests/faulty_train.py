@@ -27,16 +27,16 @@ class FaultyStepper(Stepper):
     """Does what FAULT says at the steps AT, counted from 1, on the rank FAULTY_RANK."""
 
     factor = 1.0  # of the loss
+    stalls = False
 
     def take(self, step: int, asked_to_stop: bool = False) -> StepResult:
         if FAULT == "slow":
             time.sleep(0.5)
         if HERE and step + 1 in AT:
+            self.stalls = FAULT == "stall"
             self.factor = {"nan": math.nan, "spike": 1000.0}.get(FAULT, 1.0)
             if FAULT.startswith("SIG"):
                 os.kill(os.getpid(), getattr(signal, FAULT))
-            if FAULT == "stall":
-                time.sleep(1000)
             if FAULT == "full disk":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         result = super().take(step, asked_to_stop)
@@ -44,6 +44,8 @@ class FaultyStepper(Stepper):
         return result
 
     def loss_of(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self.stalls:
+            time.sleep(1000)
         return super().loss_of(inputs, targets) * self.factor
 
 

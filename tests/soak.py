@@ -31,6 +31,7 @@ from forked import start_forked
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 900  # seconds
+TOO_LATE = "it was done before the blow"
 
 
 @dataclass
@@ -127,6 +128,15 @@ def steps_told(out: Path) -> int:
     return path.read_text().count('"train"') if path.exists() else 0
 
 
+def partial_saves(out: Path) -> set[int]:
+    """The inodes of saves that are under way, or were cut short."""
+    found = set()
+    for path in out.glob("checkpoints/.*.partial"):
+        with suppress(FileNotFoundError):
+            found.add(path.stat().st_ino)
+    return found
+
+
 def strike(job: Job, out: Path, draw: random.Random) -> str:
     """Kill a job, or a process of it, when its time has come; returns what was done."""
     when = draw.choice(["while it starts", "after a step", "in a save"])
@@ -139,9 +149,10 @@ def strike(job: Job, out: Path, draw: random.Random) -> str:
         until(lambda: steps_told(out) >= steps, job)
         time.sleep(draw.uniform(0, 0.05))
     else:
-        until(lambda: any(out.glob("checkpoints/.*.partial")), job)
+        before = partial_saves(out)  # a kill before this one may have left something
+        until(lambda: partial_saves(out) - before, job)
     if job.status() is not None:
-        return "it was done before the blow"
+        return TOO_LATE
     if victim == "all":
         job.kill_all()
     else:
@@ -165,6 +176,8 @@ def survive(start: Callable, words: list[str], out: Path, seed: int, kills: int)
             if job.status() != 0:
                 raise RuntimeError(f"after {told} it failed: {log.read_text()[-3000:]}")
         if job.status() == 0:
+            if kills and all(TOO_LATE in blow for blow in told):
+                raise RuntimeError(f"nothing was ever killed: {told}")
             return [*told, f"{world_size}: to the end"]
 
 

@@ -140,6 +140,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     ]
 
 
+def test_damaged_checkpoints_of_later_steps_do_not_push_the_newest_out(tmp_path):
+    save(tmp_path, 10)
+    for step in (30, 40):
+        (save(tmp_path, step) / MODEL).write_bytes(b"")
+    assert newest_checkpoint(tmp_path).meta.step == 10
+    save(tmp_path, 20, keep=1)
+    assert newest_checkpoint(tmp_path).meta.step == 20
+    assert not (tmp_path / "step_000010").exists()
+
+
 def test_without_validation_only_the_newest_are_kept(tmp_path):
     for step in range(1, 5):
         save(tmp_path, step, keep=2)
@@ -278,12 +288,14 @@ def test_a_copy_that_a_user_made_of_a_checkpoint_is_let_be(tmp_path):
 
 
 def test_a_save_that_was_cut_short_is_replaced(tmp_path):
-    (tmp_path / ".step_000001.partial").mkdir()
-    (tmp_path / ".step_000001.partial" / "left over").touch()
+    for name in (".step_000001.partial", ".step_000007.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left over").touch()
     assert newest_checkpoint(tmp_path) is None
     assert sorted(path.name for path in save(tmp_path).iterdir()) == sorted(
         (MODEL, OPTIMIZER, META)
     )
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_a_run_folder_and_a_checkpoint_folder_both_name_a_checkpoint(tmp_path):

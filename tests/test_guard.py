@@ -1,20 +1,23 @@
-"""A spike is told from what was normal; a second signal ends the process."""
+"""A spike is told from what was normal; a second signal ends the process; who is late is named."""
 
 from __future__ import annotations
 
 import math
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import DistNetworkError, HashStore
 
 from distributed import TreeSum
-from guard import WINDOW, SpikeFilter
+from guard import WINDOW, RollCall, SpikeFilter
 
 
 def normal_norms(count: int) -> list[float]:
@@ -96,3 +99,46 @@ def test_the_same_signal_twice_ends_the_process_at_once(name):
             assert f"{name}: stopping after this step" in process.stderr.read()
         finally:
             process.kill()
+
+
+# Who keeps the others waiting
+
+
+def roll_calls(store, timeout_seconds: float = 0.05) -> list[RollCall]:
+    """Those of two ranks."""
+    return [RollCall(store, rank, 2, timeout_seconds) for rank in range(2)]
+
+
+def test_who_has_come_less_often_is_named_when_the_time_is_over():
+    first, second = roll_calls(HashStore())
+    first.arrive()
+    assert first.complaint() is None  # not yet
+    time.sleep(0.1)
+    assert f"rank 1 on {socket.gethostname()} kept the others waiting" in first.complaint()
+    assert second.complaint() is None  # the one that is late blames nobody
+    second.arrive()
+    assert first.complaint() is None
+
+
+def test_a_rank_that_comes_on_while_it_asks_for_the_others_blames_nobody():
+    """It worked by itself for long, and so did the others; they are only asked one by one."""
+
+    class SlowStore(HashStore):
+        def get(self, key: str) -> bytes:
+            if key == "1":
+                first.arrive()
+            return super().get(key)
+
+    first, _ = roll_calls(SlowStore())
+    time.sleep(0.1)
+    assert first.complaint() is None
+
+
+def test_a_store_that_is_gone_is_told():
+    class LostStore(HashStore):
+        def get(self, key: str) -> bytes:
+            raise DistNetworkError("Connection reset by peer")
+
+    first, _ = roll_calls(LostStore())
+    time.sleep(0.1)
+    assert first.complaint() == "rank 0 has ended, or its machine can't be reached"

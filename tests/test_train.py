@@ -326,6 +326,16 @@ def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
     assert (memory.norms[:4], memory.count) == ((*norms, 0), 3)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
+def test_metrics_that_find_no_room_are_one_line(configure):
+    trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
+    with trainer.own_folder():
+        metrics = trainer.prepare_folder()
+        metrics.path = Path("/dev/full")
+        with pytest.raises(train.UserError, match="can't write /dev/full: No space left on device"):
+            metrics.write("train", 1, {"loss": 1.0})
+
+
 def test_two_runs_in_one_folder_do_not_meet(configure):
     first, second = (train.Trainer(configure(), ALONE) for _ in range(2))
     with first.own_folder():
@@ -447,11 +457,21 @@ def test_losses_that_stay_not_finite_stop_the_run_and_never_reach_the_weights(co
     assert trainer.check(result, metrics=None)
     with trainer.own_folder(), pytest.raises(train.UserError, match="step 2: loss nan") as error:
         trainer.run()
-    assert "the 2. in a row, which is one too many" in str(error.value)
+    assert "2 in a row, which is one too many" in str(error.value)
     windows = step_windows(1, 16, trainer.train_stream.num_windows(32), seed=1337).tolist()
     assert f"it saw windows {windows[:4]}" in str(error.value)
     (line,) = metrics_of(trainer.out, "skip")
     assert line == {"kind": "skip", "step": 2, "loss": None, "grad_norm": None, "windows": windows}
+
+
+def test_gradients_in_float16_that_are_never_finite_stop_the_run(configure):
+    """An overflow lowers the scaler's factor, until there is nothing left to lower."""
+    settings = ("--train.dtype", "float16", "--train.max_skipped_steps", 2)
+    trainer = train.Trainer(configure(*settings), ALONE)
+    trainer.model.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
+    with trainer.own_folder(), pytest.raises(train.UserError, match="passed over, 3 in a row"):
+        trainer.run()
+    assert 16 < trainer.step < 25  # 65,536 is 2 to the 16th
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
