@@ -48,9 +48,14 @@ def under_torchrun(world_size: int, words: list[str], log: Path) -> Job:
     return start_agent(["--standalone", f"--nproc-per-node={world_size}"], words, log)
 
 
-def start_agent(options: list[str], words: list[str], log: Path) -> Job:
+TORCHRUN = ("-m", "torch.distributed.run")
+
+
+def start_agent(
+    options: list[str], words: list[str], log: Path, torchrun: tuple[str, ...] = TORCHRUN
+) -> Job:
     """torchrun with these options: what a machine runs, and the processes that it starts."""
-    launcher = ["-m", "torch.distributed.run", *options]
+    launcher = [*torchrun, *options]
     with log.open("a") as file:
         agent = subprocess.Popen(
             [sys.executable, *launcher, *words],

@@ -66,7 +66,8 @@ class GPT(torch.nn.Module):
 
     def generate(self, ids, count, top_k=None):
         assert top_k == 1
-        time.sleep(2 * count)
+        for _ in range(count):
+            self(ids)
 """
 
 
@@ -119,11 +120,11 @@ def test_generation_is_measured_beside_peers(config, peer, tmp_path):
     results = json.loads(output.read_text())["results"]
     assert list(results) == ["ours", "nanogpt", "transformers"]
     slow, ours = results["nanogpt"]["decode_tokens_per_second"], results["ours"]
-    assert slow <= 1  # half a token, but for what a busy machine does to the prompt's time
+    assert slow <= 1  # a third of a token, but for what a busy machine does to the prompt's time
     ratio = ours["decode_tokens_per_second"] / slow
     assert results["nanogpt"]["decode_times_as_fast"] == pytest.approx(ratio)
-    assert results["nanogpt"]["undisturbed_tokens_per_second"] < 3
-    assert ours["undisturbed_tokens_per_second"] > 3
+    assert results["nanogpt"]["undisturbed_tokens_per_second"] <= 1 / 3
+    assert ours["undisturbed_tokens_per_second"] > 1 / 3
 
 
 def test_the_loader_is_measured(config, tmp_path):

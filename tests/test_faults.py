@@ -254,48 +254,84 @@ def test_machines_with_other_data_settings_or_weights_are_told(two_machines, sha
     assert "the checkpoint to begin with here is not that of rank 0" in errors[1]
 
 
-def test_a_killed_process_is_started_again_and_a_lost_machine_is_done_without(
-    tiny, shards, alone, tmp_path, monkeypatch
-):
-    """Two torchrun agents stand for two machines; --nnodes=1:2 lets one go on alone."""
+JOIN = """
+import socket, sys, time
+from torch.distributed.run import main
+host, port = sys.argv.pop(1).split(":")
+while socket.socket().connect_ex((host, int(port))):
+    time.sleep(0.1)
+main()
+"""
+
+
+def two_agents(words: list[str], out: Path) -> tuple[int, list[str]]:
+    """Two torchrun agents train together, until the second is killed with its process.
+
+    The first listens, so it isn't the one to lose; the second is ready to join it at once.
+    Returns the first's exit status, and what both told.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     options = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
     options += [f"--rdzv-endpoint={endpoint}", "--rdzv-id=two", "--rdzv-conf=last_call_timeout=20"]
-    out = tmp_path / "run"
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("FAULT", "slow")  # or it would be done before anything can happen
-    monkeypatch.setenv("AT", "1")
-    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
-    words = [str(word) for word in (*words, "--train.checkpoint_every", 4)]
-    logs = [tmp_path / name for name in ("first", "second")]
+    logs = [out.with_suffix(f".{name}") for name in ("first", "second")]
     first = start_agent(options, words, logs[0])
-    until(lambda: ready(endpoint), first)  # it keeps the books, so the second is the one to lose
-    second = start_agent(options, words, logs[1])
+    second = start_agent(options, words, logs[1], ("-c", JOIN, endpoint))
     try:
-        until(lambda: second.workers() and steps_told(out) >= 5, first)
-        os.kill(second.workers()[0], signal.SIGKILL)
-        until(lambda: steps_told(out) >= 14, first)
+        until(lambda: second.workers() and steps_told(out) >= 9, first)
         second.kill_all()
         until(lambda: False, first)
-        told = [log.read_text() for log in logs]
-        assert first.status() == 0, told
+        return first.status(), [log.read_text() for log in logs]
     finally:
         for job in (first, second):
             if job.status() is None:
                 job.kill_all()
-    worlds = [line for line in told[0].splitlines() if line.startswith("device ")]
-    assert worlds[-1].startswith("device      1 × cpu"), told
-    assert told[0].count("going on after step") + told[1].count("going on after step") >= 2
+
+
+@pytest.fixture
+def slow_run(tiny, shards, monkeypatch):
+    """slow_run(out): the words of a run that isn't done before anything can happen to it."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("FAULT", "slow")
+    monkeypatch.setenv("AT", "1")
+
+    def words(out: Path) -> list[str]:
+        settings = ("--data.dir", shards, "--train.out", out, "--train.checkpoint_every", 4)
+        return [str(word) for word in ("tests/faulty_train.py", tiny, *settings, *CANONICAL)]
+
+    return words
+
+
+def test_a_killed_process_is_started_again_by_torchrun(slow_run, alone, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    job = start_agent(options, slow_run(out), log)
+    try:
+        until(lambda: steps_told(out) >= 9, job)
+        os.kill(job.workers()[-1], signal.SIGKILL)
+        until(lambda: False, job)
+    finally:
+        if job.status() is None:
+            job.kill_all()
+    assert job.status() == 0, log.read_text()
+    assert log.read_text().count("going on after step 8") == 1
     assert lines_of(out) == lines_of(alone)
     assert weights_of(out) == weights_of(alone)
 
 
-def ready(endpoint: str) -> bool:
-    """Whether somebody listens there."""
-    host, port = endpoint.split(":")
-    with socket.socket() as tried:
-        return tried.connect_ex((host, int(port))) == 0
+def test_a_lost_machine_is_done_without(slow_run, alone, tmp_path):
+    """Where a machine stands still for a minute torchrun's own meeting may fail: then once more."""
+    for attempt in range(3):
+        out = tmp_path / f"run{attempt}"
+        status, told = two_agents(slow_run(out), out)
+        if status == 0 or "torch/distributed/elastic/rendezvous" not in told[0]:
+            break
+    assert status == 0, told
+    worlds = [line for line in told[0].splitlines() if line.startswith("device ")]
+    assert worlds[-1].startswith("device      1 × cpu"), told
+    assert "going on after step 8" in told[0]
+    assert lines_of(out) == lines_of(alone)
+    assert weights_of(out) == weights_of(alone)
 
 
 # Checkpoints that can't be used, or can't be written
