@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -261,12 +263,19 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
         return
     if device.type == "mps":
         raise UserError("device mps: several processes can't share it; use cpu or one process")
+    timeout = timedelta(seconds=timeout_seconds + GRACE)
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    attempt = name_attempt(store, ranks.rank, ranks.world_size, timeout.total_seconds())
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds + GRACE),
+        store=dist.PrefixStore(attempt, store),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    roll_call = _begin_roll_call(ranks, timeout_seconds)
+    roll_call = _begin_roll_call(ranks, attempt, timeout_seconds)
     try:
         yield replace(ranks, roll_call=roll_call)
     finally:
@@ -274,11 +283,45 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _begin_roll_call(ranks: Ranks, timeout_seconds: int) -> RollCall:
-    """A RollCall in the store that the ranks found one another by."""
+def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name that no earlier start of these processes had; the same on every rank.
+
+    torchrun's store outlives the processes. Those that it starts again can't tell what their peers
+    say from what the dead have left there, such as the address of a closed port
+    (https://github.com/pytorch/pytorch/issues/135712). So they talk under a new name, and agree on
+    it by a handshake: a rank says hello with a nonce, and rank 0 answers whoever knows that nonce.
+
+    Raises UserError if somebody doesn't come in time.
+    """
+    nonce, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+    if rank > 0:
+        store.set(f"hello/{rank}", nonce)
+        try:
+            name = store.get(f"welcome/{nonce}").decode()
+        except dist.DistStoreError:
+            raise UserError(f"rank 0 hasn't come within {timeout_seconds:g} s") from None
+        store.set(f"joined/{name}/{rank}", "")
+        return name
+    missing = list(range(1, world_size))
+    while missing := [r for r in missing if not store.check([f"joined/{nonce}/{r}"])]:
+        for r in missing:
+            if store.check([f"hello/{r}"]):  # a dead one's, perhaps, until it says its own
+                store.set(f"welcome/{store.get(f'hello/{r}').decode()}", nonce)
+        if time.monotonic() > deadline:
+            told = ", ".join(map(str, missing))
+            raise UserError(f"rank {told} hasn't come within {timeout_seconds:g} s")
+        time.sleep(0.02)
+    return nonce
+
+
+def _begin_roll_call(ranks: Ranks, attempt: str, timeout_seconds: int) -> RollCall:
+    """A RollCall in the store that the ranks found one another by, through a connection of its own.
+
+    A connection is busy while somebody waits for a key.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.PrefixStore("roll_call", dist.TCPStore(host, port, is_master=False))
+    store = dist.PrefixStore(f"{attempt} roll call", dist.TCPStore(host, port, is_master=False))
     roll_call = RollCall(store, ranks.rank, ranks.world_size, timeout_seconds)
-    ranks.wait_for_all()  # what an attempt before this one left in the store is overwritten now
+    ranks.wait_for_all()  # so that it finds all of them there
     roll_call.watch()
     return roll_call

@@ -265,7 +265,7 @@ main()
 
 
 def two_agents(words: list[str], out: Path) -> tuple[int, list[str]]:
-    """Two torchrun agents train together, until the second is killed with its process.
+    """Two torchrun agents train together: the second's process is killed, then the second itself.
 
     The first listens, so it isn't the one to lose; the second is ready to join it at once.
     Returns the first's exit status, and what both told.
@@ -279,6 +279,9 @@ def two_agents(words: list[str], out: Path) -> tuple[int, list[str]]:
     second = start_agent(options, words, logs[1], ("-c", JOIN, endpoint))
     try:
         until(lambda: second.workers() and steps_told(out) >= 9, first)
+        os.kill(second.workers()[0], signal.SIGKILL)
+        until(lambda: "going on after step 8" in logs[0].read_text(), first)
+        until(lambda: steps_told(out) >= 13, first)
         second.kill_all()
         until(lambda: False, first)
         return first.status(), [log.read_text() for log in logs]
@@ -288,48 +291,24 @@ def two_agents(words: list[str], out: Path) -> tuple[int, list[str]]:
                 job.kill_all()
 
 
-@pytest.fixture
-def slow_run(tiny, shards, monkeypatch):
-    """slow_run(out): the words of a run that isn't done before anything can happen to it."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("FAULT", "slow")
-    monkeypatch.setenv("AT", "1")
-
-    def words(out: Path) -> list[str]:
-        settings = ("--data.dir", shards, "--train.out", out, "--train.checkpoint_every", 4)
-        return [str(word) for word in ("tests/faulty_train.py", tiny, *settings, *CANONICAL)]
-
-    return words
-
-
-def test_a_killed_process_is_started_again_by_torchrun(slow_run, alone, tmp_path):
-    out, log = tmp_path / "run", tmp_path / "log"
-    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    job = start_agent(options, slow_run(out), log)
-    try:
-        until(lambda: steps_told(out) >= 9, job)
-        os.kill(job.workers()[-1], signal.SIGKILL)
-        until(lambda: False, job)
-    finally:
-        if job.status() is None:
-            job.kill_all()
-    assert job.status() == 0, log.read_text()
-    assert log.read_text().count("going on after step 8") == 1
-    assert lines_of(out) == lines_of(alone)
-    assert weights_of(out) == weights_of(alone)
-
-
-def test_a_lost_machine_is_done_without(slow_run, alone, tmp_path):
+def test_a_killed_process_is_started_again_and_a_lost_machine_is_done_without(
+    tiny, shards, alone, tmp_path, monkeypatch
+):
     """Where a machine stands still for a minute torchrun's own meeting may fail: then once more."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("FAULT", "slow")  # or it would be done before anything can happen to it
+    monkeypatch.setenv("AT", "1")
     for attempt in range(3):
         out = tmp_path / f"run{attempt}"
-        status, told = two_agents(slow_run(out), out)
+        words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out]
+        words += [*CANONICAL, "--train.checkpoint_every", 4]
+        status, told = two_agents([str(word) for word in words], out)
         if status == 0 or "torch/distributed/elastic/rendezvous" not in told[0]:
             break
     assert status == 0, told
-    worlds = [line for line in told[0].splitlines() if line.startswith("device ")]
-    assert worlds[-1].startswith("device      1 × cpu"), told
-    assert "going on after step 8" in told[0]
+    worlds = [line.split()[1] for line in told[0].splitlines() if line.startswith("device ")]
+    assert worlds == ["2", "2", "1"], told
+    assert "failed to connect" not in told[0] + told[1]  # no address of the dead was tried
     assert lines_of(out) == lines_of(alone)
     assert weights_of(out) == weights_of(alone)
 

@@ -12,11 +12,8 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.distributed import DistNetworkError, HashStore
 
-from distributed import TreeSum
 from guard import WINDOW, RollCall, SpikeFilter
 
 
@@ -56,24 +53,6 @@ def test_a_filter_goes_on_from_its_memory(at):
     again.remember(parts.memory())
     assert feed(again, norms[at:]) == expected[at:]
     assert torch.equal(again.norms, whole.norms)
-
-
-@given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 1000))
-def test_a_tree_adds_up_to_the_same_bits_in_blocks_as_at_once(blocks, power, seed):
-    size = 2**power
-    generator = torch.Generator().manual_seed(seed)
-    leaves = [torch.randn(3, generator=generator) for _ in range(blocks * size)]
-    whole, upper = TreeSum(), TreeSum()
-    for leaf in leaves:
-        whole.add(leaf.clone())
-    for start in range(0, len(leaves), size):
-        lower = TreeSum()
-        for leaf in leaves[start : start + size]:
-            lower.add(leaf.clone())
-        upper.add(lower.result())
-    total = whole.result()
-    assert torch.equal(total, upper.result())
-    torch.testing.assert_close(total, torch.stack(leaves).sum(dim=0))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
