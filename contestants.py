@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import peers
 from config import Config, DataSettings, LogSettings, ModelSettings, TrainSettings
 from data import BatchShape, micro_batches
+from decoding import pack_weights
 from distributed import Ranks, choose_device, choose_dtype, device_name, peak_flops
 from model import GPT, GPTConfig
 from shards import TokenStream, shard_header
@@ -229,8 +230,9 @@ def measure_generation(settings: dict, device: torch.device, dtype: torch.dtype)
 def our_generation(
     settings: dict, device: torch.device, dtype: torch.dtype, tick: Callable[[], None]
 ) -> Callable[[Tensor, int], None]:
-    """GPT.generate, greedy, token by token as sample.py takes them."""
+    """GPT.generate, greedy, on packed weights and token by token as sample.py takes them."""
     model = GPT(GPTConfig(**settings["model"])).to(device=device, dtype=dtype).eval()
+    pack_weights(model)
 
     def generate(ids: Tensor, count: int) -> None:
         for next_ids in model.generate(ids, count, temperature=0):

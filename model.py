@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from decoding import RecordedDecoding
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -59,11 +61,12 @@ class LayerCache:
         if T > 1:  # the prompt, which sees nothing but itself
             self.keys[:, :, :T], self.values[:, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        self.keys.index_copy_(2, self.position, k)
-        self.values.index_copy_(2, self.position, v)
+        dtype = self.keys.dtype
+        self.keys.index_copy_(2, self.position, k.to(dtype))
+        self.values.index_copy_(2, self.position, v.to(dtype))
         reach = self.mask.size(-1)
         k, v = self.keys[:, :, :reach], self.values[:, :, :reach]  # 2 × (B, nh, reach, hs)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return F.scaled_dot_product_attention(q.to(dtype), k, v, attn_mask=self.mask).to(q.dtype)
 
 
 class KVCache:
@@ -379,8 +382,10 @@ class GPT(nn.Module):
         """
         block_size = self.config.block_size
         window = ids[:, -block_size:]  # (B, ≤ block_size)
-        weight = self.wte.weight
-        cache = KVCache(self.config, len(ids), weight.device, weight.dtype)
+        weight, dtype = self.wte.weight, self.wte.weight.dtype
+        if weight.device.type == "cpu":  # which attends faster in float32, and no worse
+            dtype = torch.promote_types(dtype, torch.float32)
+        cache = KVCache(self.config, len(ids), weight.device, dtype)
         decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
         logits = self.next_logits(window, cache)  # (B, V)
         for count in range(max_new_tokens):
@@ -399,40 +404,6 @@ class GPT(nn.Module):
     def next_logits(self, ids: Tensor, cache: KVCache) -> Tensor:
         """The logits of the token that comes after ids (B, T), which follow the cached: (B, V)."""
         return self.logits(self.hidden_states(ids, cache)[:, -1])
-
-
-class RecordedDecoding:
-    """A decoding step as a CUDA graph: some 200 small kernels, recorded once, started as one.
-
-    Starting each of them from Python takes longer than it runs. One graph serves as long as the
-    cache's `reach` stays the same.
-    """
-
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        self.model = model
-        batch_size = len(cache.layers[0].keys)
-        self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=cache.position.device)
-        self.recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-
-    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """The logits (B, V) after ids (B, 1); the next call overwrites them."""
-        self.ids.copy_(ids)
-        if cache.reach not in self.recordings:
-            self.recordings[cache.reach] = self._record(cache)
-        graph, logits = self.recordings[cache.reach]
-        graph.replay()  # moves cache.position on as well
-        cache.length += 1
-        return logits
-
-    def _record(self, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        length = cache.length
-        self.model.next_logits(self.ids, cache)  # libraries set themselves up in a first call
-        cache.go_back(length)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.model.next_logits(self.ids, cache)
-        cache.length = length  # nothing has run yet
-        return graph, logits
 
 
 def choose_next(

@@ -78,6 +78,7 @@ import tiktoken
 import torch
 
 from checkpoint import find_checkpoint
+from decoding import pack_weights
 from distributed import choose_device, choose_dtype, memory_errors
 from model import GPT
 
@@ -258,6 +259,7 @@ def main(arguments: argparse.Namespace) -> None:
     model = GPT(checkpoint.meta.model)
     checkpoint.load_model(model)
     model.to(device=device, dtype=dtype).eval()
+    pack_weights(model)
     generator = torch.Generator(device)
     seed = generator.seed() if arguments.seed is None else arguments.seed
     print(

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
 from data import BatchShape, StepLoader
-from distributed import Ranks, TreeSum, choose_dtype
+from distributed import Ranks, TreeSum, choose_dtype, keep_freed_memory
 from errors import UserError
 from guard import SpikeFilter
 from model import GPT
@@ -113,6 +113,8 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.spikes = SpikeFilter(config.train.skip_spikes, ranks.device)
         self.wrapped = self._wrap()
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
 
     def _wrap(self) -> nn.Module:
         """The model as it is trained: compiled if asked for, and under DDP if there are others.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore, Store
@@ -71,3 +75,29 @@ def test_who_died_before_the_others_came_is_not_taken_for_the_one_that_comes(sto
         name_attempt(store, 0, 3, timeout_seconds=0.1)
     store.set_timeout(timedelta(seconds=20))
     assert len(set(attempt(store, 3, {1: 0.3}))) == 1
+
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from distributed import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(20):  # until the heap has its shape
+    torch.ones(25_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(25_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+def test_memory_that_is_freed_is_used_again_without_asking_the_system():
+    def page_faults(mode: str) -> int:
+        command = [sys.executable, "-c", PAGE_FAULTS, mode]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+
+    assert page_faults("let go") > 1000  # pages of 4 KB: some 24,000 for each of the ten
+    assert page_faults("keep") < 100

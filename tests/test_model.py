@@ -348,20 +348,6 @@ def test_the_cache_reaches_further_every_128_tokens_and_never_past_the_context()
     assert reaches == [128] * 128 + [256] * 128 + [300] * 44
 
 
-@pytest.mark.gpu
-def test_decoding_with_recorded_graphs_equals_decoding_without_a_cache():
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    config = GPTConfig(vocab_size=97, block_size=160, n_layer=3, n_head=4, n_embd=32)
-    model = make_model(config, scale=3.0).cuda()
-    ids = random_ids(config, 4, 100).cuda()
-    with torch.no_grad():
-        model.wpe.weight.mul_(20)
-        expected = greedy_without_cache(model, ids, count=150)
-    got = torch.stack(list(model.generate(ids, 150, temperature=0)))
-    assert torch.equal(got, expected)
-
-
 def test_tokens_past_the_context_or_many_after_cached_ones_are_errors():
     model = make_model()
     with pytest.raises(ValueError, match="17 tokens, the context holds 16"):

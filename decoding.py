@@ -1,0 +1,91 @@
+"""Faster generation: the same tokens, from a step that the hardware likes better.
+
+Nothing here is needed to understand how text grows (`GPT.generate` in model.py). On a CPU a step is
+as fast as the weights can be read, so they are laid out for reading. On a GPU it is as fast as its
+200 small kernels can be started, so they are recorded and started as one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from model import GPT, KVCache
+
+ROWS = 16  # the batch that weights are laid out for; smaller and larger ones are fast with it too
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a CPU, its weights in blocks that one core reads one after another.
+
+    They are oneDNN's (https://github.com/uxlfoundation/oneDNN), which PyTorch brings along; it is
+    what torch.compile makes of frozen weights. For inference only.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` (out, in) is copied, and isn't needed any more."""
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (…, in) -> (…, out)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def can_pack(model: GPT) -> bool:
+    """Whether PyTorch can multiply with packed weights of this model's type, on its device."""
+    weight = model.wte.weight
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
+
+
+def pack_weights(model: GPT) -> None:
+    """Replace all linear layers by packed ones, where that is possible. There is no way back."""
+    if not can_pack(model):
+        return
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, PackedLinear(layer.weight, layer.bias))
+    model.logits = PackedLinear(model.wte.weight, None).forward
+
+
+class RecordedDecoding:
+    """A decoding step as a CUDA graph: some 200 small kernels, recorded once, started as one.
+
+    Starting each of them from Python takes longer than it runs. One graph serves as long as the
+    cache's `reach` stays the same.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        self.model = model
+        batch_size = len(cache.layers[0].keys)
+        self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=cache.position.device)
+        self.recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """The logits (B, V) after ids (B, 1); the next call overwrites them."""
+        self.ids.copy_(ids)
+        if cache.reach not in self.recordings:
+            self.recordings[cache.reach] = self._record(cache)
+        graph, logits = self.recordings[cache.reach]
+        graph.replay()  # moves cache.position on as well
+        cache.length += 1
+        return logits
+
+    def _record(self, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        length = cache.length
+        self.model.next_logits(self.ids, cache)  # libraries set themselves up in a first call
+        cache.go_back(length)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.model.next_logits(self.ids, cache)
+        cache.length = length  # nothing has run yet
+        return graph, logits

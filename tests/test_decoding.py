@@ -1,0 +1,81 @@
+"""Faster decoding gives what plain decoding gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_model import SMALL, greedy_without_cache, make_model, random_ids
+
+from decoding import PackedLinear, pack_weights
+from model import GPTConfig
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+@pytest.mark.parametrize("length", [1, 7])
+def test_packed_weights_give_the_same_logits(batch, length):
+    model = make_model(scale=3.0)
+    packed = copy.deepcopy(model)
+    pack_weights(packed)
+    assert isinstance(packed.h[2].mlp.c_proj, PackedLinear)
+    ids = random_ids(SMALL, batch, length)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids), model(ids), rtol=1e-5, atol=1e-5)
+        packed.h[0].attn.c_attn.bias.add_(1)  # the biases count
+        assert not torch.allclose(packed(ids), model(ids), atol=1e-2)
+
+
+def test_packed_weights_write_the_same_text():
+    model, ids = make_model(scale=3.0), random_ids(SMALL, 4, 5)
+    with torch.no_grad():
+        model.wpe.weight.mul_(20)  # so that each position asks for another token
+        expected = greedy_without_cache(model, ids, count=40)
+    pack_weights(model)
+    assert torch.equal(torch.stack(list(model.generate(ids, 40, temperature=0))), expected)
+
+
+def test_packed_bfloat16_is_as_near_to_float32_as_bfloat16_is():
+    exact = make_model(scale=3.0)
+    plain = copy.deepcopy(exact).bfloat16()
+    packed = copy.deepcopy(plain)
+    pack_weights(packed)
+    ids = random_ids(SMALL, 4, 16)
+    with torch.no_grad():
+        logits = exact(ids)
+        errors = [(model(ids).float() - logits).abs().mean() for model in (packed, plain)]
+    assert errors[0] <= 1.1 * errors[1]
+    assert logits.abs().mean() > 10 * errors[1]
+
+
+def test_a_bfloat16_model_reads_its_cache_in_float32_and_writes_what_it_would_without():
+    model, ids = make_model(scale=3.0), random_ids(SMALL, 4, 5)
+    with torch.no_grad():
+        model.wpe.weight.mul_(20)
+        model.bfloat16()
+        expected = greedy_without_cache(model, ids, count=11)
+    got = torch.stack(list(model.generate(ids, 11, temperature=0)))
+    assert (got == expected).float().mean() > 0.9  # near-ties may go either way in eight bits
+
+
+def test_what_cannot_be_packed_stays_as_it_is():
+    model = make_model().double()
+    before = copy.deepcopy(model)
+    pack_weights(model)
+    ids = random_ids(SMALL, 2, 7)
+    with torch.no_grad():
+        assert torch.equal(model(ids), before(ids))
+
+
+@pytest.mark.gpu
+def test_decoding_with_recorded_graphs_equals_decoding_without_a_cache():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    config = GPTConfig(vocab_size=97, block_size=160, n_layer=3, n_head=4, n_embd=32)
+    model = make_model(config, scale=3.0).cuda()
+    ids = random_ids(config, 4, 100).cuda()
+    with torch.no_grad():
+        model.wpe.weight.mul_(20)
+        expected = greedy_without_cache(model, ids, count=150)
+    got = torch.stack(list(model.generate(ids, 150, temperature=0)))
+    assert torch.equal(got, expected)
