@@ -48,6 +48,7 @@ bench: $(VENV)/requirements-dev.installed
 			$(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) || exit 1; \
 	done; done
 	$(RUN) bench.py data --output results/bench_data.json
+	$(RUN) bench.py start --output results/bench_start.json
 	$(if $(TEXTS),$(RUN) bench.py tokenize --source $(TEXTS) --output results/bench_tokenize.json \
 		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT)))
 

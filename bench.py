@@ -1,9 +1,10 @@
-"""How fast is it? A training step, generation, the loader, preparing; others beside them.
+"""How fast is it? A training step, generation, the loader, preparing, starting; others beside them.
 
     python bench.py train --peer nanogpt=../nanoGPT
     python bench.py generate --peer transformers
     python bench.py data
     python bench.py tokenize --source texts/ --peer build-nanogpt=../build-nanogpt
+    python bench.py start
     python bench.py plan --tokens-per-second 400000
 
 A peer is a checkout or a package that you have already. It runs beside this repository in the same
@@ -63,6 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--source", required=True, type=Path, help="a folder of Parquet files")
     add("--copies", type=positive, default=8, help="times that it is read in a turn (8)")
     add("--workers", type=positive, default=os.cpu_count(), help="processes (all cores)")
+    add_task("start", "every script's --help, and sample.py to its first token")
     add = add_task("plan", "step time, cost and memory for more GPUs, on paper").add_argument
     add("--tokens-per-second", type=positive, required=True, help="what one GPU was measured at")
     add("--gpus", type=positive, nargs="+", default=[1, 8, 64, 512], help="(1 8 64 512)")
@@ -356,6 +358,17 @@ def tokenize(arguments: argparse.Namespace, config: Config) -> dict:
     return {"settings": settings, "results": results, "turns": turns}
 
 
+def start(arguments: argparse.Namespace, config: Config) -> dict:
+    """Starting: whole processes, from the command to its end."""
+    settings = settings_of(arguments, config)
+    _, turns = take_turns({"ours": ""}, settings, arguments.rounds)
+    names = {"help_seconds": "--help, the slowest", "first_token_seconds": "sample.py, one token"}
+    results = {key: median(turns["ours"], key) for key in names}
+    rows = [[name, f"{results[key]:.2f}"] for key, name in names.items()]
+    print_table(["", "seconds"], rows)
+    return {"settings": settings, "results": results, "turns": turns}
+
+
 def plan(arguments: argparse.Namespace, config: Config) -> dict:
     """More GPUs, on paper: time, cost, memory."""
     T, B = config.model.block_size, arguments.micro_batch_size or config.train.micro_batch_size
@@ -444,7 +457,7 @@ def versions() -> dict[str, str]:
 def main(arguments: argparse.Namespace) -> None:
     """Measure, print a table, write JSON."""
     config = load_config([str(arguments.config)])
-    task = {f.__name__: f for f in (train, generate, data, tokenize, plan)}[arguments.task]
+    task = {f.__name__: f for f in (train, generate, data, tokenize, start, plan)}[arguments.task]
     report = {
         "command": "python bench.py " + " ".join(sys.argv[1:]),
         "date": datetime.now(UTC).date().isoformat(),

@@ -8,6 +8,7 @@ contestants take turns.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -25,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 import peers
+from checkpoint import Meta, save_checkpoint
 from config import Config, DataSettings, LogSettings, ModelSettings, TrainSettings
 from data import BatchShape, micro_batches
 from decoding import pack_weights
 from distributed import Ranks, choose_device, choose_dtype, device_name, peak_flops
 from model import GPT, GPTConfig
-from shards import TokenStream, shard_header
+from shards import GPT2_SHA256, GPT2_VOCAB_SIZE, TokenizerRecord, TokenStream, shard_header
 from train import Trainer
 
 Measure = Callable[[], dict[str, float]]  # a turn: the numbers by name
@@ -290,11 +292,40 @@ def our_preparing(settings: dict) -> Callable[[], float]:
     return measure
 
 
+# Starting
+
+
+HELPFUL = ("prepare_fineweb.py", "train.py", "sample.py", "evaluate.py", "convert.py", "bench.py")
+
+
+def measure_start(settings: dict, *_: object) -> Measure:
+    """A turn starts every script for its --help, and sample.py for a token of a random model."""
+    folder = Path(tempfile.mkdtemp(prefix="bench_"))
+    atexit.register(shutil.rmtree, folder)
+    model = GPT(GPTConfig(**settings["model"]))
+    tokenizer = TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)
+    meta = Meta(0, model.config, tokenizer, {}, None, None, None, data="")
+    save_checkpoint(folder / "checkpoints", meta, model, torch.optim.SGD(model.parameters()), 1)
+
+    def seconds(*words: object) -> float:
+        began = time.perf_counter()
+        command = [sys.executable, *map(str, words)]
+        subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    one_token = ("--checkpoint", folder, "--max-new-tokens", 1, "--jsonl", "--device", "cpu")
+    return lambda: {
+        "help_seconds": max(seconds(script, "--help") for script in HELPFUL),
+        "first_token_seconds": seconds("sample.py", *one_token),
+    }
+
+
 TASKS = {
     "train": measure_training,
     "generate": measure_generation,
     "data": measure_loader,
     "tokenize": measure_preparing,
+    "start": measure_start,
 }
 
 

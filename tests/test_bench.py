@@ -134,6 +134,14 @@ def test_the_loader_is_measured(config, tmp_path):
     assert json.loads(output.read_text())["results"]["tokens_per_second"] > 1000
 
 
+def test_starting_is_measured(config, tmp_path):
+    output = tmp_path / "out.json"
+    result = run("bench.py", "start", "--config", config, "--rounds", 1, "--output", output)
+    assert result.status == 0, result.err
+    results = json.loads(output.read_text())["results"]
+    assert 0.01 < results["help_seconds"] < results["first_token_seconds"]  # that one loads torch
+
+
 FINEWEB = """
 import os
 import numpy as np
