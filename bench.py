@@ -305,13 +305,14 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
 
 
 def data(arguments: argparse.Namespace, config: Config) -> dict:
-    """The loader alone."""
+    """The loader alone, and the check of a shard."""
     B = arguments.micro_batch_size or config.train.micro_batch_size
     settings = settings_of(arguments, config) | {"micro_batch_size": B}
     _, turns = take_turns({"ours": ""}, settings, arguments.rounds)
-    rate = 1 / median(turns["ours"], "seconds_per_token")
-    print_table(["", "tokens/s"], [["loader", f"{rate:,.0f}"]])
-    return {"settings": settings, "results": {"tokens_per_second": rate}, "turns": turns}
+    names = {"loader": "seconds_per_token", "SHA-256": "hash_seconds_per_token"}
+    rates = {name: 1 / median(turns["ours"], key) for name, key in names.items()}
+    print_table(["", "tokens/s"], [[name, f"{rate:,.0f}"] for name, rate in rates.items()])
+    return {"settings": settings, "results": {"tokens_per_second": rates}, "turns": turns}
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from errors import UserError
 from guard import SpikeMemory
@@ -53,12 +54,29 @@ class Meta:
     spikes: SpikeMemory | None = None  # if guard.SpikeFilter is in use
 
 
+class WithoutDrawing(TorchFunctionMode):
+    """Inside, new parameters are left as they are: drawing 124 million numbers takes a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        """Call `func`, unless it fills a parameter; those of torch.nn.init get and return one."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint on disk."""
 
     path: Path
     meta: Meta
+
+    def make_model(self) -> GPT:
+        """The model, on the CPU."""
+        with WithoutDrawing():
+            model = GPT(self.meta.model)
+        self.load_model(model)
+        return model
 
     def load_model(self, model: GPT) -> None:
         """Copy the weights into `model`, which may be on any device.

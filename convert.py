@@ -233,8 +233,7 @@ def to_hf(checkpoint: str, out: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
     found = find_checkpoint(checkpoint)
     config, encoding = found.meta.model, found.encoding()
-    model = GPT(config)
-    found.load_model(model)
+    model = found.make_model()
     tensors = {
         PREFIX + name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
         for name, tensor in model.state_dict().items()

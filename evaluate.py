@@ -63,7 +63,6 @@ import torch
 
 from checkpoint import Checkpoint, find_checkpoint
 from distributed import Ranks, device_name, process_group
-from model import GPT
 from scoring import Estimate, Scorer, evaluating, validate
 from shards import TokenStream
 from tasks import Questions, load_questions
@@ -179,8 +178,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
         raise UserError(f"--output {arguments.output}: there is no folder of that name")
     checkpoint = ranks.in_turn(lambda: find_checkpoint(arguments.checkpoint))
     tasks = [look_up(name, arguments, checkpoint, ranks) for name in names]
-    model = GPT(checkpoint.meta.model)
-    checkpoint.load_model(model)
+    model = checkpoint.make_model()
     scorer = Scorer(model.to(ranks.device), checkpoint.encoding(), ranks)
     tell = print if ranks.is_first else (lambda line: None)
     tell(f"checkpoint      {checkpoint.path.name} of {arguments.checkpoint}")

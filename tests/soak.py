@@ -52,13 +52,19 @@ TORCHRUN = ("-m", "torch.distributed.run")
 
 
 def start_agent(
-    options: list[str], words: list[str], log: Path, torchrun: tuple[str, ...] = TORCHRUN
+    options: list[str],
+    words: list[str],
+    log: Path,
+    torchrun: tuple[str, ...] = TORCHRUN,
+    inside: tuple[str, ...] = (),
 ) -> Job:
-    """torchrun with these options: what a machine runs, and the processes that it starts."""
-    launcher = [*torchrun, *options]
+    """torchrun with these options: what a machine runs, and the processes that it starts.
+
+    `inside` is a command that becomes the one behind it, such as `env NAME=VALUE`.
+    """
     with log.open("a") as file:
         agent = subprocess.Popen(
-            [sys.executable, *launcher, *words],
+            [*inside, sys.executable, *torchrun, *options, *words],
             cwd=ROOT,
             stdout=file,
             stderr=file,

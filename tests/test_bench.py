@@ -131,7 +131,8 @@ def test_the_loader_is_measured(config, tmp_path):
     output = tmp_path / "out.json"
     options = ["--rounds", 1, "--output", output]
     assert run("bench.py", "data", "--config", config, *options).status == 0
-    assert json.loads(output.read_text())["results"]["tokens_per_second"] > 1000
+    rates = json.loads(output.read_text())["results"]["tokens_per_second"]
+    assert min(rates["loader"], rates["SHA-256"]) > 1000
 
 
 def test_starting_is_measured(config, tmp_path):

@@ -78,6 +78,16 @@ def test_a_resumed_model_and_optimizer_go_on_bit_for_bit(tmp_path):
         assert torch.equal(ours, theirs), name
 
 
+def test_a_model_is_made_without_drawing_weights(tmp_path):
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, META_1, model, optimizer, keep=1)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    made = read_checkpoint(path).make_model()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(made.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_meta_comes_back_as_it_was_saved(tmp_path):
     meta = replace(META_1, config={"train": {"seed": 3}}, val_loss=1 / 3, scaler={"scale": 2.0})
     path = save_checkpoint(tmp_path, meta, *trained(), keep=1)

@@ -473,6 +473,66 @@ def test_the_price_of_the_canonical_reduction_is_what_was_measured():
     assert f"({factor} times as fast as DDP, [measured](results/canonical.json))" in PROSE
 
 
+def times(ratio: float) -> str:
+    return f"{ratio:.2f} ×"
+
+
+def measured(name: str) -> dict:
+    """What `python bench.py` found, from results/bench_<name>.json."""
+    return json.loads((ROOT / "results" / f"bench_{name}.json").read_text())["results"]
+
+
+def speed_table() -> str:
+    """The table of what was measured."""
+
+    def row(work: str, file: str, ours: str, other: str, ratio: float | None = None) -> str:
+        link = f"[{work}](results/bench_{file}.json)"
+        return f"| {link} | {ours} | {other} | {times(ratio) if ratio else ''} |"
+
+    rows = ["| on two CPU cores | here | beside it | ratio |", "| --- | --- | --- | --- |"]
+    found = measured("train")
+    for peer, name in (("nanogpt", "nanoGPT"), ("build-nanogpt", "build-nanogpt")):
+        ours, theirs = (f"{found[who]['tokens_per_second']:,.0f}" for who in ("ours", peer))
+        ratio = found[peer]["times_as_fast"]
+        rows.append(row("training, bfloat16", "train", ours, f"{name} {theirs}", ratio))
+    for dtype in ("float32", "bfloat16"):
+        for context, file in ((16, dtype), (992, f"{dtype}_992")):
+            found = measured(f"generate_{file}")
+            ours, theirs = found["ours"], found["transformers"]
+            rows.append(
+                row(
+                    f"a token after {context}, {dtype}",
+                    f"generate_{file}",
+                    f"{ours['decode_tokens_per_second']:.1f}",
+                    f"transformers {theirs['decode_tokens_per_second']:.1f}",
+                    theirs["decode_times_as_fast"],
+                )
+            )
+    found = measured("tokenize")
+    for peer in ("build-nanogpt", "bare tiktoken"):
+        ours, theirs = (f"{found[who]['tokens_per_second'] / 1e6:.1f} M" for who in ("ours", peer))
+        ratio = found[peer]["times_as_fast"]
+        rows.append(row("preparing text", "tokenize", ours, f"{peer} {theirs}", ratio))
+    rates = measured("data")["tokens_per_second"]
+    loader, sha = (f"{rates[key] / 1e6:.0f} M" for key in ("loader", "SHA-256"))
+    rows.append(row("loader", "data", loader, f"SHA-256 of shards {sha}"))
+    return "\n".join(rows)
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    assert speed_table() in README
+    started = measured("start")
+    first, answer = started["first_token_seconds"], started["help_seconds"]
+    assert f"first token is there after {first:.1f} s, `--help` after {answer:.2f} s" in PROSE
+    float32, bfloat16 = measured("generate_float32"), measured("generate_bfloat16")
+    ours, theirs = bfloat16["ours"], float32["transformers"]
+    ratio = ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"]
+    assert f"{times(ratio)} transformers' float32" in PROSE
+    shares = {name: found["of_matrix_product"] for name, found in measured("train").items()}
+    share, limit = f"{shares['ours']:.0%}".replace("%", " %"), times(1 / shares["nanogpt"])
+    assert f"{share} of what a matrix product reaches there; all of it would be {limit}" in PROSE
+
+
 def test_the_numbers_of_counting_are_those_that_were_measured():
     rows = COUNTS["contexts"]
     assert f"only {rows[3]['seen']:.0%} ever occurred".replace("%", " %") in PROSE

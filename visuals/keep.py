@@ -34,7 +34,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import MODEL, find_checkpoint, write_meta
-from model import GPT
 from shards import VOCABULARY
 
 
@@ -52,8 +51,7 @@ def keep(run: Path, folder: Path) -> None:
     found = find_checkpoint(str(run))
     if not (run / VOCABULARY).exists():
         raise UserError(f"{run} has no {VOCABULARY}: GPT-2's own vocabulary is too large to keep")
-    model = GPT(found.meta.model)
-    found.load_model(model)
+    model = found.make_model()
     tensors: dict[str, Tensor] = {}
     for name, weights in model.state_dict().items():
         if weights.dim() == 2:

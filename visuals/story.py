@@ -75,8 +75,7 @@ def load_story(checkpoint: str | Path = KEPT, text: str = TEXT, following: str =
     """
     found = find_checkpoint(str(checkpoint))
     encoding = found.encoding()
-    model = GPT(found.meta.model)
-    found.load_model(model)
+    model = found.make_model()
     model.eval()
     ids, target = encoding.encode_ordinary(text), encoding.encode_ordinary(following)
     if not 1 <= len(ids) <= found.meta.model.block_size:
