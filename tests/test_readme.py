@@ -9,6 +9,7 @@ import math
 import re
 import runpy
 import shlex
+import statistics
 import shutil
 import textwrap
 from dataclasses import asdict
@@ -464,12 +465,9 @@ def test_every_number_is_worked_out_here_or_says_where_it_is_from():
 
 def test_the_price_of_the_canonical_reduction_is_what_was_measured():
     measured = json.loads((ROOT / "results" / "canonical.json").read_text(encoding="utf-8"))
-    rates = {
-        name: sorted(row["fastest"] for row in rows)
-        for name, rows in measured["tokens_per_second"].items()
-    }
-    medians = {name: (row[1] + row[2]) / 2 for name, row in rates.items()}
-    factor = f"{medians['canonical'] / medians['ddp']:.2f}"
+    rates = measured["tokens_per_second"]
+    pairs = zip(rates["canonical"], rates["ddp"])
+    factor = f"{statistics.median(ours['median'] / theirs['median'] for ours, theirs in pairs):.2f}"
     assert f"({factor} times as fast as DDP, [measured](results/canonical.json))" in PROSE
 
 
