@@ -9,8 +9,8 @@ import math
 import re
 import runpy
 import shlex
-import statistics
 import shutil
+import statistics
 import textwrap
 from dataclasses import asdict
 
