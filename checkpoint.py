@@ -114,8 +114,9 @@ class Checkpoint:
             if name not in shapes or tensor.shape not in (shapes[name], ()):
                 raise UserError(f"{self.path / OPTIMIZER} doesn't fit the model: {key}")
             state[index[name]][kind] = tensor
-        if len({tuple(sorted(kinds)) for kinds in state.values()}) > 1:
-            raise UserError(f"{self.path / OPTIMIZER} doesn't tell the same of every parameter")
+        for group in optimizer.state_dict()["param_groups"]:
+            if len({tuple(sorted(state[number])) for number in group["params"]}) > 1:
+                raise UserError(f"{self.path / OPTIMIZER} doesn't tell the same of every parameter")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def encoding(self) -> tiktoken.Encoding:

@@ -53,10 +53,18 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """[optim]: AdamW, and a learning rate that warms up linearly and then falls by a cosine."""
+    """[optim]: AdamW or Muon; the learning rate warms up linearly and then falls by a cosine."""
 
+    name: str = setting(
+        "adamw",
+        "adamw, or muon: hidden matrices by Muon, the rest by AdamW",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = setting(6e-4, "peak learning rate", minimum=0)
     min_learning_rate: float = setting(6e-5, "learning rate at the last step", minimum=0)
+    matrix_learning_rate: float = setting(
+        0.02, "Muon's peak for hidden matrices; it rises and falls like the other", minimum=0
+    )
     warmup_steps: int = setting(715, "steps of linear warm-up", minimum=0)
     weight_decay: float = setting(
         0.1, "decay of matrices and embeddings, per step × rate", minimum=0

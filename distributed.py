@@ -27,6 +27,8 @@ from torch.nn import functional as F
 from errors import UserError
 from guard import RollCall
 
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch < 2.13
+
 Result = TypeVar("Result")
 GRACE = 30  # seconds that a collective waits longer than RollCall, which can say for whom
 
@@ -205,9 +207,17 @@ class Ranks:
         total = TreeSum()
         for part in slices.chunk(W):
             total.add(part)
-        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch < 2.13
         all_gather(padded, total.result())
         return padded[:N]
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The ranks' parts (n, …), of one shape, one after another on every rank: (W · n, …)."""
+        if self.world_size == 1:
+            return part
+        self.arrive()
+        whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
+        all_gather(whole, part.contiguous())
+        return whole
 
     def in_turn(self, get: Callable[[], Result]) -> Result:
         """Call `get` on one rank of each machine first: what it fetches, the others find there."""

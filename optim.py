@@ -1,4 +1,4 @@
-"""Who is decayed, how AdamW is made, and how fast it may go at each step."""
+"""Who is decayed, how AdamW and Muon are made, and how fast they may go at each step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import torch
 
 from config import OptimSettings
+from distributed import Ranks
 from model import GPT
+from muon import Muon
 
 
 def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, object]]:
@@ -23,15 +25,44 @@ def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, object]]
     ]
 
 
-def make_optimizer(model: GPT, settings: OptimSettings) -> torch.optim.Optimizer:
-    """AdamW, fused: one pass over each parameter instead of a dozen. eps is 1e-8 (GPT-3 paper)."""
-    return torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=1e-8,
-        fused=True,
-    )
+def muon_groups(model: GPT, settings: OptimSettings) -> list[dict[str, object]]:
+    """Four groups: of hidden matrices, for Muon, and of the rest, for AdamW, as above.
+
+    Queries, keys and values come out of one parameter: three matrices.
+    """
+    qkv = [block.attn.c_attn.weight for block in model.h]
+    others = [
+        layer.weight
+        for block in model.h
+        for layer in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+    ]
+    hidden = {*qkv, *others}
+    groups = parameter_groups(model, settings.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in hidden]
+    rate = settings.matrix_learning_rate / max(settings.learning_rate, 1e-30)
+    common = {"weight_decay": settings.weight_decay, "relative_rate": rate}
+    return [
+        *groups,
+        {"params": qkv, "matrices": 3, **common},
+        {"params": others, "matrices": 1, **common},
+    ]
+
+
+def make_optimizer(model: GPT, settings: OptimSettings, ranks: Ranks) -> torch.optim.Optimizer:
+    """AdamW or Muon, as `settings.name` says. eps is 1e-8 (GPT-3 paper).
+
+    Fused: one pass over each parameter instead of a dozen.
+    """
+    common = {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": 1e-8,
+        "fused": True,
+    }
+    if settings.name == "muon":
+        return Muon(muon_groups(model, settings), ranks, **common)
+    return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), **common)
 
 
 def learning_rate_at(step: int, settings: OptimSettings, max_steps: int) -> float:

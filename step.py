@@ -109,7 +109,7 @@ class Stepper:
             ranks.rank,
             pin_memory=ranks.device.type == "cuda",
         )
-        self.optimizer = make_optimizer(model, config.optim)
+        self.optimizer = make_optimizer(model, config.optim, ranks)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.spikes = SpikeFilter(config.train.skip_spikes, ranks.device)
         self.wrapped = self._wrap()
@@ -185,7 +185,7 @@ class Stepper:
         """
         learning_rate = learning_rate_at(step, self.config.optim, self.config.train.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("relative_rate", 1.0)
         asked = torch.full((), float(asked_to_stop), device=self.ranks.device)
         accumulate = self.canonical_gradients if self.is_canonical else self.gradients
         told = accumulate(step, asked)

@@ -527,11 +527,11 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
     """Raises UserError if a checkpoint is of another model, or would go on with other batches."""
     now = asdict(config)
     names = [("model", key) for key in now["model"] if key not in FREE]
-    names += [("train", "seed"), ("train", "tokens_per_step")]
+    names += [("train", "seed"), ("train", "tokens_per_step"), ("optim", "name")]
     if config.train.reduction == "canonical":
         names += [("train", "reduction"), ("train", "micro_batch_size"), ("train", "dtype")]
     for section, key in names:
-        before = then[section].get(key)
+        before = then[section].get(key, getattr(getattr(Config(), section), key))
         if before != now[section][key]:
             raise UserError(
                 f"{path} was trained with {section}.{key} = {before}, now it is "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_step import ALONE
 
 import checkpoint
 from checkpoint import (
@@ -36,11 +37,11 @@ SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)
 META_1 = Meta(1, SMALL, TokenizerRecord("gpt2", 50_257, "0" * 64), {}, None, None, None, "data")
 
 
-def trained(seed: int = 0) -> tuple[GPT, torch.optim.Optimizer]:
+def trained(seed: int = 0, name: str = "adamw") -> tuple[GPT, torch.optim.Optimizer]:
     """A model and an optimizer that has something to remember."""
     torch.manual_seed(seed)
     model = GPT(SMALL)
-    optimizer = make_optimizer(model, OptimSettings())
+    optimizer = make_optimizer(model, OptimSettings(name=name), ALONE)
     take_step(model, optimizer)
     return model, optimizer
 
@@ -65,10 +66,11 @@ def rewrite_meta(path: Path, change: Callable[[dict], None]) -> None:
     (path / META).write_text(json.dumps({**meta, "checksum": digest}))
 
 
-def test_a_resumed_model_and_optimizer_go_on_bit_for_bit(tmp_path):
-    model, optimizer = trained()
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_resumed_model_and_optimizer_go_on_bit_for_bit(tmp_path, name):
+    model, optimizer = trained(0, name)
     path = save_checkpoint(tmp_path, META_1, model, optimizer, keep=1)
-    again, optimizer_again = trained(seed=1)
+    again, optimizer_again = trained(1, name)
     read_checkpoint(path).load_model(again)
     read_checkpoint(path).load_optimizer(again, optimizer_again)
     for _ in range(3):

@@ -79,6 +79,19 @@ def test_a_canonical_run_is_the_same_to_the_bit_for_any_number_of_processes(
     assert weights_of(tmp_path / "run") == weights_of(alone)
 
 
+def test_muon_shares_its_matrices_out_and_steps_to_the_same_bit(train, tmp_path):
+    settings = (*CANONICAL, "--optim.name", "muon", "--train.max_steps", 6)
+    for world_size in (1, 2, 4):
+        assert train(tmp_path / str(world_size), world_size, *settings).status == 0
+        assert lines_of(tmp_path / str(world_size)) == lines_of(tmp_path / "1")
+        assert weights_of(tmp_path / str(world_size), 6) == weights_of(tmp_path / "1", 6)
+    assert train(tmp_path / "1", 1, *settings, "--train.max_steps", 10).status == 0
+    shutil.rmtree(tmp_path / "2")
+    assert train(tmp_path / "2", 2, *settings, "--train.max_steps", 10).status == 0
+    error = train(tmp_path / "1", 1, *CANONICAL, "--train.max_steps", 12).error()
+    assert "was trained with optim.name = muon, now it is adamw" in error
+
+
 def test_a_canonical_run_goes_on_with_another_number_of_processes(train, alone, tmp_path):
     shutil.copytree(alone, tmp_path / "run", ignore=shutil.ignore_patterns("step_000040"))
     assert train(tmp_path / "run", 2, *CANONICAL).status == 0

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_step import ALONE
 
 from config import OptimSettings
 from model import GPT, GPTConfig
@@ -31,7 +32,7 @@ def test_a_step_equals_adamw_as_written_in_its_paper():
     """Loshchilov and Hutter 2019, algorithm 2, in float64 for one matrix."""
     settings = OptimSettings(learning_rate=0.01, weight_decay=0.1)
     model = GPT(SMALL).double()
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, settings, ALONE)
     weight = model.h[0].mlp.c_fc.weight
     expected, m, v = weight.detach().clone(), 0.0, 0.0
     for step in range(1, 4):

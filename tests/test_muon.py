@@ -1,0 +1,127 @@
+"""Muon against torch.optim.Muon, against the singular value decomposition, and under faults."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from test_step import ALONE
+
+from config import OptimSettings
+from model import GPT, GPTConfig
+from muon import orthogonalise
+from optim import make_optimizer
+
+SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=32)
+SETTINGS = OptimSettings(
+    name="muon", learning_rate=0.01, matrix_learning_rate=0.02, weight_decay=0.1
+)
+
+
+def loss_of(model: GPT, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(SMALL.vocab_size, (4, 9), generator=generator)
+    return model(ids[:, :-1], ids[:, 1:])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 64), (2, 64, 16)])
+def test_orthogonal_matrices_keep_their_directions_and_lose_their_lengths(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    core = U.mT @ orthogonalise(matrices) @ Vh.mT  # diagonal, if the directions are the same
+    lengths = core.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(core, torch.diag_embed(lengths), atol=1e-4, rtol=0)
+    large = S > 0.05 * S.amax(dim=-1, keepdim=True)  # five iterations can't lift the tiniest
+    assert 0.6 < lengths[large].min() < lengths.max() < 1.3
+    assert not torch.equal(matrices, orthogonalise(matrices))
+
+
+def test_a_matrix_of_zeros_stays_one():
+    assert torch.equal(orthogonalise(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
+
+
+def test_matrices_step_as_with_torchs_muon_and_the_rest_as_with_adamw():
+    torch.manual_seed(0)
+    ours = GPT(SMALL)
+    theirs = copy.deepcopy(ours)
+    optimizer = make_optimizer(ours, SETTINGS, ALONE)
+    for group in optimizer.param_groups:
+        group["lr"] = SETTINGS.learning_rate * group.get("relative_rate", 1.0)
+    matrices = {name for name, p in theirs.named_parameters() if ".c_" in name and p.dim() == 2}
+    named = dict(theirs.named_parameters())
+    decayed = [p for name, p in named.items() if name not in matrices and p.dim() == 2]
+    others = [p for p in named.values() if p.dim() == 1]
+    muon = torch.optim.Muon([named[name] for name in matrices], lr=0.02, weight_decay=0.1)
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+    )
+    before = copy.deepcopy(ours)
+    for _ in range(3):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for one in (optimizer, muon, adamw):
+            one.step()
+    for (name, p), q, old in zip(ours.named_parameters(), theirs.parameters(), before.parameters()):
+        moved = (p - old).norm()
+        assert moved > 0
+        if "c_attn.weight" in name:  # three matrices here, one there
+            assert (p - q).norm() > 0.2 * moved, name
+        elif "c_attn" not in name:  # torch's iteration is in bfloat16
+            assert (p - q).norm() < 0.05 * moved, name
+
+
+def test_queries_keys_and_values_are_matrices_of_their_own():
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    optimizer = make_optimizer(model, SETTINGS, ALONE)
+    loss_of(model, 0).backward()
+    weight = model.h[1].attn.c_attn.weight
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    rate = next(g["lr"] for g in optimizer.param_groups if g.get("matrices") == 3)
+    optimizer.step()
+    step = torch.cat([*orthogonalise(gradient.view(3, 32, 32))])
+    expected = before * (1 - rate * 0.1) - rate * step
+    torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_step_that_is_passed_over_changes_nothing():
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    optimizer = make_optimizer(model, SETTINGS, ALONE)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    then = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    for parameter in model.parameters():
+        parameter.grad.fill_(math.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    torch.testing.assert_close(
+        [model.state_dict(), optimizer.state_dict()["state"]],
+        [then[0], then[1]["state"]],
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_it_learns_faster_than_adamw_at_the_same_small_task():
+    def train(name: str) -> float:
+        torch.manual_seed(0)
+        model = GPT(SMALL)
+        settings = OptimSettings(name=name, learning_rate=3e-3, weight_decay=0.0)
+        optimizer = make_optimizer(model, settings, ALONE)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * group.get("relative_rate", 1.0)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = loss_of(model, 0)
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    assert train("muon") < train("adamw")
