@@ -531,6 +531,12 @@ def test_the_table_of_speed_is_what_was_measured():
     assert f"{share} of what a matrix product reaches there; all of it would be {limit}" in PROSE
 
 
+def test_the_runs_that_were_killed_ended_the_same():
+    soak = json.loads((ROOT / "results" / "soak.json").read_text(encoding="utf-8"))
+    same = sum(run["ended"] == "same" for run in soak["runs"])
+    assert f"([{same} of {len(soak['runs'])}](results/soak.json) ended the same)" in PROSE
+
+
 def test_the_numbers_of_counting_are_those_that_were_measured():
     rows = COUNTS["contexts"]
     assert f"only {rows[3]['seen']:.0%} ever occurred".replace("%", " %") in PROSE
