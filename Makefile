@@ -1,7 +1,7 @@
 # make demo    a fresh machine → environment, data, a small GPT trained on a CPU, a sample of its text
 #              (STEPS=150 for a shorter training)
 # make test    the whole test suite
-# make soak    fifty training runs, killed at random, that must end like an untouched one (hours)
+# make soak    fifty training runs, killed at random, that must end like an untouched one (half an hour)
 # make lint    style checks
 # make bench   speed; beside others with NANOGPT=, BUILD_NANOGPT= (their checkouts), TEXTS= (Parquet)
 # make figures README's figures, from the trained model in visuals/model
@@ -23,7 +23,7 @@ demo: $(VENV)/requirements.installed
 	$(RUN) train.py configs/demo.toml $(if $(STEPS),--train.max_steps $(STEPS))
 	$(RUN) evaluate.py --checkpoint out/demo
 	$(RUN) sample.py --checkpoint out/demo --prompt "Return a list" \
-		--max-new-tokens 120 --temperature 0.6 --top-k 20 --seed 2
+		--max-new-tokens 120 --temperature 0.6 --top-k 20 --seed 2 --dtype float32
 
 test: $(VENV)/requirements-dev.installed
 	$(RUN) -m pytest -n auto --dist loadfile
@@ -38,15 +38,17 @@ lint: $(VENV)/requirements-dev.installed
 figures: $(VENV)/requirements-dev.installed
 	$(RUN) -m visuals.draw
 
+DTYPES ?= float32 bfloat16
+BATCHES ?= 1 16
 bench: $(VENV)/requirements-dev.installed
 	$(RUN) bench.py train --output results/bench_train.json \
 		$(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) \
 		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT))
-	for batch in 1 16; do for prompt in 16 992; do \
-		$(RUN) bench.py generate --batch-size $$batch --prompt-tokens $$prompt \
-			--output results/bench_generate_$${batch}_$$prompt.json --peer transformers \
-			$(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) || exit 1; \
-	done; done
+	for dtype in $(DTYPES); do for batch in $(BATCHES); do for prompt in 16 992; do \
+		$(RUN) bench.py generate --dtype $$dtype --batch-size $$batch --prompt-tokens $$prompt \
+			--output results/bench_generate_$${dtype}_$${batch}_$$prompt.json \
+			--peer transformers $(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) || exit 1; \
+	done; done; done
 	$(RUN) bench.py data --output results/bench_data.json
 	$(RUN) bench.py start --output results/bench_start.json
 	$(if $(TEXTS),$(RUN) bench.py tokenize --source $(TEXTS) --output results/bench_tokenize.json \

@@ -397,7 +397,7 @@ def plan(arguments: argparse.Namespace, config: Config) -> dict:
     powers = [2**power for power in range(windows.bit_length()) if on(2**power)]
     wasted = [gpus for gpus in powers if on(gpus)["efficiency"] < 0.5]
     print(
-        f"A step has {windows:,} windows, so that more than {windows:,} GPUs have nothing to do. "
+        f"A step has {windows:,} windows, so that GPUs beyond {windows:,} have nothing to do. "
         + (f"From {wasted[0]:,} on, most of a step is waiting." if wasted else "")
     )
     print()

@@ -249,7 +249,7 @@ def test_the_plan_names_where_a_step_can_no_longer_be_shared_out(call, tmp_path)
     lines = call("bench", "plan", *options).out.splitlines()
     assert lines[1].split()[:4] == ["8", "1", "×", "64"]
     assert lines[2] == "1,024  can't share it out"
-    assert "more than 512 GPUs have nothing to do" in lines[3]
+    assert "GPUs beyond 512 have nothing to do" in lines[3]
     step = json.loads(output.read_text())["results"]["8"]
     assert step["computing"] == pytest.approx(64 * 1024 / 400_000)
     assert step["hours"] == pytest.approx((step["computing"] + step["waiting"]) * 19_073 / 3600)

@@ -218,6 +218,14 @@ def test_what_is_shown_has_the_form_of_what_is_printed(call, trained, shards, ti
     (demo,) = (block for _, block in BLOCKS if block.startswith("step 1,500: validation loss"))
     table = call("evaluate", "--checkpoint", trained, "--data", shards).out
     assert form(table) in form(demo)
+    last = [line for line in printed.splitlines() if line.startswith(("step ", "done: "))]
+    assert form(demo).splitlines()[:2] == [form(line) for line in last[-2:]]
+    options = ("--prompt", "Return a list", "--max-new-tokens", 3, "--seed", 2)
+    sampled = call("sample", "--checkpoint", trained, *options, "--dtype", "float32")
+    assert form(sampled.err.strip()) in form(demo).splitlines()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in re.findall(r"^\.venv/bin/python (.*(?:\\\n.*)?)$", demo, re.MULTILINE):
+        assert f"$(RUN) {command}".replace("\n\t", "\n\t\t") in makefile
 
 
 def test_the_object_for_programs_is_what_is_shown(call, monkeypatch):
@@ -375,8 +383,6 @@ def test_every_source_file_is_listed_and_every_reference_defined():
 
 
 def test_the_numbers_of_the_demo_are_those_that_were_measured():
-    for key in ("bits_per_byte", "xz_bits_per_byte"):
-        assert f"{DEMO[key]:.2f}" in README
     assert f"bits per byte   {DEMO['bits_per_byte']:.3f}" in README
     assert f"xz -9e          {DEMO['xz_bits_per_byte']:.3f}" in README
     assert f"{DEMO['parameters']:,} parameters" in README
@@ -394,7 +400,26 @@ def worked_out() -> list[str]:
     V, T, C = small.vocab_size, small.block_size, small.n_embd
     block = sum(p.numel() for p in model.h[0].parameters())
     scores = 64 * small.n_head * small.n_layer * T * T
+    recipe = load_config([str(ROOT / "configs" / "gpt2_124m.toml")])
+    optim, windows = recipe.optim, recipe.train.tokens_per_step // T
+    bits = (DEMO["bits_per_byte"], DEMO["xz_bits_per_byte"])
+    lines = len((ROOT / "model.py").read_text(encoding="utf-8").splitlines())
+    torch.manual_seed(0)
+    drawn = GPT(GPTConfig(vocab_size=1000, block_size=1000, n_layer=1, n_embd=96, n_head=2))
+    tokens, positions = (getattr(drawn, name).weight.std().item() for name in ("wte", "wpe"))
     return [
+        f"AdamW, β {optim.beta1} and {optim.beta2}, decay {optim.weight_decay:g}, clip "
+        f"{optim.grad_clip:g} |",
+        f"| {optim.learning_rate * 1e4:.0f} · 10⁻⁴, as GPT-3 small's |",
+        f"| {windows} windows of {T:,} tokens |",
+        f"the {C} channels are cut into {small.n_head} *heads* of {C // small.n_head}",
+        f"about {round(lines, -1)} lines",
+        f"costs it {bits[0]:.2f} bits, and `xz -9e`, which has seen nothing but the text itself, "
+        f"{bits[1]:.2f}.",
+        f"124M, says its README | {model.num_parameters():,} |",
+        f"of standard deviation {tokens:.2f}, positions of {positions:.2f}, biases are 0",
+        f"| not said (deviation 0.02) | 0.02 | {tokens:.2f} |",
+        f"| not said (0.02) | 0.01 | {positions:.2f} |",
         f"{V * C:,}",
         f"{T * C:,}",
         f"{block:,}",
@@ -513,7 +538,7 @@ def speed_table() -> str:
         rows.append(row("preparing text", "tokenize", ours, f"{peer} {theirs}", ratio))
     rates = measured("data")["tokens_per_second"]
     loader, sha = (f"{rates[key] / 1e6:.0f} M" for key in ("loader", "SHA-256"))
-    rows.append(row("loader", "data", loader, f"SHA-256 of shards {sha}"))
+    rows.append(row("loader", "data", loader, f"checking shards' hashes {sha}"))
     return "\n".join(rows)
 
 

@@ -118,7 +118,8 @@ def test_the_model_that_is_kept_is_that_of_the_demo():
     meta, config = find_checkpoint(str(KEPT)).meta, load_config([str(ROOT / "configs/demo.toml")])
     assert meta.step == config.train.max_steps
     assert meta.config["model"] == asdict(config.model)
-    assert meta.config["optim"] == asdict(config.optim)
+    then, now = meta.config["optim"], asdict(config.optim)
+    assert then == {key: now[key] for key in then}  # there are more settings now
     assert all(path.stat().st_size < 1_000_000 for path in KEPT.iterdir())
 
 

@@ -90,7 +90,9 @@ def record(name: str) -> dict[str, object]:
             made["seeds"]["drawing"] = plots.SEED
             made["sampling"] = plots.KNOBS
     else:
-        made["shows"] = OF_THE_CODE[figure]
+        shows = OF_THE_CODE[figure]
+        made |= {"shows": shows, "config": shows if shows == CONFIG else None}
+        made |= {"checkpoint": None, "seeds": None}  # it is of the code alone
     versions = {"torch": torch.__version__, "matplotlib": matplotlib.__version__}
     return made | {"versions": versions}
 

@@ -34,6 +34,9 @@ LABEL_PLACES = (  # offset in points, and which side of the label is there
     ((-3, -2), {"ha": "right", "va": "top"}),
     ((0, 5), {"ha": "center"}),
     ((0, -5), {"ha": "center", "va": "top"}),
+    ((5, 0), {"va": "center"}),
+    ((-5, 0), {"ha": "right", "va": "center"}),
+    ((0, 9), {"ha": "center"}),
     ((0, -11), {"ha": "center", "va": "top"}),
 )
 FRAMES = 24  # of the animation, a token each
@@ -100,7 +103,7 @@ def embedding_map(run: Path) -> Figure:
     places = chosen @ directions[:2].T  # (words, 2)
     farthest = places.gather(0, places.abs().argmax(dim=0, keepdim=True))  # (1, 2)
     places = (places * farthest.sign()).numpy()  # which end is positive is left open by the SVD
-    figure, axes = sheet(7.5, 6)
+    figure, axes = sheet(10, 8)
     axes.scatter(*places.T, s=9, color=GREY)
     axes.margins(0.06, 0.08)
     axes.set(xticks=[], yticks=[], xlabel="first main direction", ylabel="second main direction")
@@ -113,17 +116,23 @@ def embedding_map(run: Path) -> Figure:
 
 
 def label_beside(axes: Axes, text: str, place: np.ndarray, taken: list[Bbox]) -> None:
-    """Write a label where it covers the fewest of the boxes in `taken`, and add its own."""
+    """Write a label where it covers the least of the boxes in `taken`, and add its own."""
     labels = [
         axes.annotate(text, place, offset, textcoords="offset points", fontsize=9, **align)
         for offset, align in LABEL_PLACES
     ]
     boxes = [label.get_window_extent() for label in labels]
-    best = min(range(len(boxes)), key=lambda number: boxes[number].count_overlaps(taken))
+    best = min(range(len(boxes)), key=lambda number: covered(boxes[number], taken))
     for number, label in enumerate(labels):
         if number != best:
             label.remove()
     taken.append(boxes[best])
+
+
+def covered(box: Bbox, others: list[Bbox]) -> float:
+    """The area that a box shares with others."""
+    shared = (Bbox.intersection(box, other) for other in others)
+    return sum(common.width * common.height for common in shared if common)
 
 
 def positions(run: Path) -> Figure:
@@ -252,14 +261,14 @@ def growing_text(run: Path, path: Path) -> None:
     story = load_story(run)
     generator = torch.Generator().manual_seed(SEED)
     ids, frames = story.ids, []
-    for _ in range(FRAMES):
+    for number in range(FRAMES + 1):
         with torch.no_grad():
             logits = story.model(ids[None])[:, -1]
         drawn = choose_next(logits, **KNOBS, generator=generator)
         weights = next_probabilities(logits, **KNOBS)[0]
-        frames.append(_frame(story, ids, weights / weights.sum(), int(drawn)))
+        shown = int(drawn) if number < FRAMES else None
+        frames.append(_frame(story, ids, weights / weights.sum(), shown))
         ids = torch.cat((ids, drawn))
-    frames.append(_frame(story, ids, torch.zeros(len(weights)), None))
     palette = frames[0].quantize(32)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(
@@ -281,7 +290,7 @@ def _frame(
     top.axis("off")
     text = story.encoding.decode(ids.tolist())
     top.text(0, 1, f"{_wrapped(text)} ▁", va="top", family="monospace", fontsize=11)
-    best = probabilities.topk(7).indices.tolist() if drawn is not None else []
+    best = probabilities.topk(7).indices.tolist()
     if drawn is not None and drawn not in best:
         best[-1] = drawn
     labels = [visible(story.encoding.decode([token])) for token in best]
