@@ -83,7 +83,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -134,8 +134,14 @@ class Contestant:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait()
+        """Let it end by itself, so that it tidies up: there is nothing more to read."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it is still getting ready
+            self.process.terminate()
+            self.process.wait()
 
 
 def take_turns(names: dict[str, str], settings: dict, rounds: int) -> tuple[dict, dict[str, list]]:
@@ -206,12 +212,8 @@ def milliseconds(seconds: float | None) -> str:
 
 def settings_of(arguments: argparse.Namespace, config: Config) -> dict:
     """What every contestant is told."""
-    return {
-        "task": arguments.task,
-        "model": asdict(config.model),
-        "device": getattr(arguments, "device", "cpu"),
-        "dtype": getattr(arguments, "dtype", "float32"),
-    }
+    asked = {key: value for key, value in vars(arguments).items() if key in ("device", "dtype")}
+    return {"task": arguments.task, "model": asdict(config.model), **asked}
 
 
 def train(arguments: argparse.Namespace, config: Config) -> dict:
@@ -334,7 +336,8 @@ def copied_sources(folder: Path, copies: int) -> Iterator[list[str]]:
 def tokenize(arguments: argparse.Namespace, config: Config) -> dict:
     """Preparing, from a process's start to its last byte; of bare tiktoken only the encoding."""
     names = {"ours": "", "bare tiktoken": "", **read_peers(arguments)}
-    settings = settings_of(arguments, config) | {"workers": arguments.workers}
+    settings = settings_of(arguments, config)
+    settings |= {"workers": arguments.workers, "copies": arguments.copies}
     with copied_sources(arguments.source, arguments.copies) as files:
         _, turns = take_turns(names, {**settings, "files": files}, arguments.rounds)
     results = {
@@ -458,6 +461,8 @@ def versions() -> dict[str, str]:
 def main(arguments: argparse.Namespace) -> None:
     """Measure, print a table, write JSON."""
     config = load_config([str(arguments.config)])
+    if arguments.output and not arguments.output.parent.is_dir():
+        raise UserError(f"--output {arguments.output}: there is no folder of that name")
     task = {f.__name__: f for f in (train, generate, data, tokenize, start, plan)}[arguments.task]
     report = {
         "command": "python bench.py " + " ".join(sys.argv[1:]),

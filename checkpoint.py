@@ -55,7 +55,7 @@ class Meta:
 
 
 class WithoutDrawing(TorchFunctionMode):
-    """Inside, new parameters are left as they are: drawing 124 million numbers takes a second."""
+    """Inside, no parameter is drawn at random: for 124 million numbers that takes a second."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         """Call `func`, unless it fills a parameter; those of torch.nn.init get and return one."""

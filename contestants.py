@@ -257,7 +257,7 @@ def our_generation(
 def measure_loader(settings: dict, *_: object) -> Measure:
     """A turn draws some ten million tokens, shuffled, from the page cache.
 
-    And it takes the hash of so many tokens, as is done before a run's first step.
+    And it takes the hash of the whole shard, as is done before a run's first step.
     """
     T, B = settings["model"]["block_size"], settings["micro_batch_size"]
     folder = random_shard(20_000_000)  # just written, it is in the page cache
@@ -314,7 +314,10 @@ HELPFUL = ("prepare_fineweb.py", "train.py", "sample.py", "evaluate.py", "conver
 
 
 def measure_start(settings: dict, *_: object) -> Measure:
-    """A turn starts every script for its --help, and sample.py for a token of a random model."""
+    """A turn starts every script for its --help, and sample.py for a token of a random model.
+
+    With --dtype auto, as a user does.
+    """
     folder = Path(tempfile.mkdtemp(prefix="bench_"))
     atexit.register(shutil.rmtree, folder)
     model = GPT(GPTConfig(**settings["model"]))
@@ -325,7 +328,7 @@ def measure_start(settings: dict, *_: object) -> Measure:
     def seconds(*words: object) -> float:
         began = time.perf_counter()
         command = [sys.executable, *map(str, words)]
-        subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True)
+        subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - began
 
     one_token = ("--checkpoint", folder, "--max-new-tokens", 1, "--jsonl", "--device", "cpu")
@@ -349,8 +352,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a contestant prints goes where it can't be taken for an answer
     settings = json.loads(sys.stdin.readline())
-    device = choose_device(settings["device"])
-    dtype = choose_dtype(settings["dtype"], device)
+    device = choose_device(settings.get("device", "cpu"))
+    dtype = choose_dtype(settings.get("dtype", "auto"), device)
     with torch.device("meta"):
         flops_per_token = GPT(GPTConfig(**settings["model"])).flops_per_token()
     machine = {

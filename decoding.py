@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight` (out, in) is copied, and isn't needed any more."""
+        """`weight` (out, in) is copied."""
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
         self.bias = bias
@@ -47,7 +47,10 @@ def can_pack(model: GPT) -> bool:
 
 
 def pack_weights(model: GPT) -> None:
-    """Replace all linear layers by packed ones, where that is possible. There is no way back."""
+    """Replace all linear layers by packed ones, where that is possible.
+
+    There is no way back, nor to another type or to autocast.
+    """
     if not can_pack(model):
         return
     for parent in list(model.modules()):

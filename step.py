@@ -113,7 +113,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.spikes = SpikeFilter(config.train.skip_spikes, ranks.device)
         self.wrapped = self._wrap()
-        if ranks.device.type == "cpu":
+        if ranks.device.type == "cpu" and config.train.compile:
             keep_freed_memory()
 
     def _wrap(self) -> nn.Module:

@@ -137,10 +137,14 @@ def test_the_loader_is_measured(config, tmp_path):
 
 def test_starting_is_measured(config, tmp_path):
     output = tmp_path / "out.json"
-    result = run("bench.py", "start", "--config", config, "--rounds", 1, "--output", output)
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    options = ["--config", config, "--rounds", 1, "--output", output]
+    result = run("bench.py", "start", *options, environment={"TMPDIR": str(folder)})
     assert result.status == 0, result.err
     results = json.loads(output.read_text())["results"]
     assert 0.01 < results["help_seconds"] < results["first_token_seconds"]  # that one loads torch
+    assert not list(folder.glob("bench_*"))  # nothing is left behind
 
 
 FINEWEB = """
@@ -184,6 +188,7 @@ def test_preparing_is_measured_beside_bare_tiktoken_and_build_nanogpt(tmp_path):
         ("generate --prompt-tokens 1000 --new-tokens 100", "more than the context of 1,024"),
         ("generate --config nowhere.toml", "nowhere.toml"),
         ("tokenize --source tests", "expected a folder of .parquet files"),
+        ("data --output nowhere/o.json", "there is no folder of that name"),
         ("train --rounds 0", "expected a whole number above 0"),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_model import SMALL, greedy_without_cache, make_model, random_ids
 
+import model as model_module
 from decoding import PackedLinear, pack_weights
-from model import GPTConfig
+from model import GPTConfig, KVCache
 
 
 @pytest.mark.parametrize("batch", [1, 3, 20])
@@ -19,6 +20,7 @@ def test_packed_weights_give_the_same_logits(batch, length):
     packed = copy.deepcopy(model)
     pack_weights(packed)
     assert isinstance(packed.h[2].mlp.c_proj, PackedLinear)
+    assert isinstance(packed.logits.__self__, PackedLinear)
     ids = random_ids(SMALL, batch, length)
     with torch.no_grad():
         torch.testing.assert_close(packed(ids), model(ids), rtol=1e-5, atol=1e-5)
@@ -48,18 +50,23 @@ def test_packed_bfloat16_is_as_near_to_float32_as_bfloat16_is():
     assert logits.abs().mean() > 10 * errors[1]
 
 
-def test_a_bfloat16_model_reads_its_cache_in_float32_and_writes_what_it_would_without():
+def test_a_bfloat16_model_reads_its_cache_in_float32_and_writes_what_it_would_without(monkeypatch):
     model, ids = make_model(scale=3.0), random_ids(SMALL, 4, 5)
     with torch.no_grad():
         model.wpe.weight.mul_(20)
         model.bfloat16()
         expected = greedy_without_cache(model, ids, count=11)
+    dtypes = []
+    monkeypatch.setattr(model_module, "KVCache", lambda *a: dtypes.append(a[-1]) or KVCache(*a))
     got = torch.stack(list(model.generate(ids, 11, temperature=0)))
+    assert dtypes == [torch.float32]
     assert (got == expected).float().mean() > 0.9  # near-ties may go either way in eight bits
 
 
-def test_what_cannot_be_packed_stays_as_it_is():
-    model = make_model().double()
+@pytest.mark.parametrize("reason", ["float64", "no oneDNN"])
+def test_what_cannot_be_packed_stays_as_it_is(reason, monkeypatch):
+    model = make_model().double() if reason == "float64" else make_model()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: reason == "float64")
     before = copy.deepcopy(model)
     pack_weights(model)
     ids = random_ids(SMALL, 2, 7)

@@ -116,6 +116,13 @@ def test_greedy_text_is_what_the_model_says_step_by_step(call, trained):
     assert result.out == encoding.decode(ids[0].tolist()) + "\n"
 
 
+def test_the_weights_are_packed(call, trained, monkeypatch):
+    packed = []
+    monkeypatch.setattr("sample.pack_weights", lambda model: packed.append(type(model)))
+    assert call("sample", "--checkpoint", trained, "--max-new-tokens", 1).status == 0
+    assert packed == [GPT]
+
+
 def test_a_seed_gives_the_same_text_again_and_no_seed_gives_another(call, trained):
     arguments = ("sample", "--checkpoint", trained, "--prompt", "T", "--temperature", 1.5)
     first, again = (call(*arguments, "--seed", 3).out for _ in range(2))

@@ -41,6 +41,14 @@ def take(stepper: Stepper, count: int) -> list[StepResult]:
     return [stepper.take(step) for step in range(count)]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_compiled_model_on_a_cpu_keeps_its_memory(configure, stepper_of, monkeypatch, compiled):
+    calls = []
+    monkeypatch.setattr("step.keep_freed_memory", lambda: calls.append("kept"))
+    stepper_of(configure("--train.compile", str(compiled).lower()))
+    assert calls == ["kept"] * compiled
+
+
 def test_accumulated_micro_batches_equal_one_big_batch(configure, stepper_of):
     results, weights = [], []
     for micro_batch_size in (16, 4, 1):
