@@ -434,7 +434,7 @@ def print_memory(config: Config) -> None:
     for title, recompute in (("GB, estimated", False), ("with model.recompute", True)):
         model = model_on_paper(config, recompute=recompute)
         tokens = (size * config.model.block_size for size in sizes)
-        memory = (estimated_memory(model, count, torch.bfloat16) for count in tokens)
+        memory = (estimated_memory(model, count, torch.bfloat16, True) for count in tokens)
         rows.append([title, *(f"{size / 1e9:.1f}" for size in memory)])
     print_table(["windows at once", *map(str, sizes)], rows)
 

@@ -123,13 +123,14 @@ class Speed:
         self.since += time.perf_counter() - before
 
 
-def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype) -> int:
+def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype, compiled: bool) -> int:
     """About how many bytes training takes with micro-batches of so many tokens.
 
     Weights, gradients and AdamW's two averages: 16 bytes per parameter. Activations kept for the
     backward pass: 17 numbers of C per token and block with fused attention (Korthikanti et al.
     2022, section 4.1, without the score matrix), or a block's input alone, in float32, if the rest
-    is recomputed one block at a time. And a slice of the logits, with their softmax in float32.
+    is recomputed one block at a time. And a slice of the logits; without torch.compile, also their
+    softmax in float32.
     """
     config = model.config
     block = 17 * config.n_embd * dtype.itemsize  # bytes per token
@@ -137,5 +138,6 @@ def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype) -> int:
         blocks = config.n_layer * config.n_embd * 4 + block
     else:
         blocks = config.n_layer * block
-    logits = min(tokens, HeadLoss.SLICE) * config.vocab_size * (dtype.itemsize + 8)
+    bytes_per_logit = dtype.itemsize if compiled else dtype.itemsize + 8
+    logits = min(tokens, HeadLoss.SLICE) * config.vocab_size * bytes_per_logit
     return 16 * model.num_parameters() + tokens * blocks + logits

@@ -371,7 +371,7 @@ class Trainer:
         micro_batch = train.micro_batch_size * self.config.model.block_size
         device, dtype = device_name(self.ranks.device), self.stepper.dtype
         precision = str(dtype).removeprefix("torch.")
-        memory = estimated_memory(model, micro_batch, dtype)
+        memory = estimated_memory(model, micro_batch, dtype, train.compile)
         return "\n".join(
             [
                 f"model       {model.num_parameters():,} parameters, vocabulary "

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from safetensors.torch import load_file
 
 import train
@@ -154,8 +154,18 @@ def test_the_estimate_of_memory_is_near_what_autograd_keeps(dtype, recompute):
         model = GPT(GPTConfig(n_layer=n_layer, recompute=recompute, **shape))
         kept.append(bytes_kept(model, ids, dtype))
         parameters = 16 * model.num_parameters()
-        estimated.append(estimated_memory(model, ids.numel(), dtype) - parameters)
+        estimated.append(estimated_memory(model, ids.numel(), dtype, False) - parameters)
     assert estimated[0] - estimated[1] == pytest.approx(kept[0] - kept[1], rel=0.15)
+
+
+def test_the_estimate_of_memory_is_near_what_was_measured():
+    """Steps of GPT-2 124M at four micro-batches, less what a process takes without a model."""
+    measured = json.loads((ROOT / "results" / "memory.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    for windows, peak in measured["peak_bytes"].items():
+        estimated = estimated_memory(model, int(windows) * 1024, torch.bfloat16, compiled=True)
+        assert estimated == pytest.approx(peak - measured["bytes_without_a_model"], rel=0.2)
 
 
 def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
