@@ -39,6 +39,24 @@ MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.jso
 
 
 @dataclass(frozen=True)
+class ScalerMemory:
+    """What torch.amp.GradScaler.state_dict() tells."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int  # steps
+    _growth_tracker: int  # steps since the last that was not finite
+
+    def __post_init__(self) -> None:
+        factors = (self.scale, self.growth_factor, self.backoff_factor)
+        steps = (self.growth_interval, self._growth_tracker)
+        largest = torch.finfo(torch.float32).max
+        if not all(0 <= n <= largest for n in factors) or not all(0 <= n < 2**31 for n in steps):
+            raise ValueError(f"scaler has a number out of its range: {self}")
+
+
+@dataclass(frozen=True)
 class Meta:
     """What a checkpoint says of itself in meta.json, beside its files' sizes and hashes."""
 
@@ -48,10 +66,17 @@ class Meta:
     config: dict[str, dict[str, object]]  # the run's settings
     val_loss: float | None  # nats per token, if this step was evaluated
     best_val_loss: float | None  # the lowest so far
-    scaler: dict[str, float] | None  # the gradient scaler's state, for float16
+    scaler: ScalerMemory | None  # the gradient scaler's state, for float16
     data: str  # TokenStream.fingerprint of the training data
     skipped: int = 0  # steps in a row that were passed over, this one the last
     spikes: SpikeMemory | None = None  # if guard.SpikeFilter is in use
+
+    def __post_init__(self) -> None:
+        for name, number in (("step", self.step), ("skipped", self.skipped)):
+            if not 0 <= number < 2**31:
+                raise ValueError(f"{name} is {number}, expected 0 or more and less than {2**31}")
+        if self.spikes and self.spikes.count > self.step:
+            raise ValueError(f"spikes counts {self.spikes.count} norms after {self.step} steps")
 
 
 class WithoutDrawing(TorchFunctionMode):
@@ -73,6 +98,7 @@ class Checkpoint:
 
     def make_model(self) -> GPT:
         """The model, on the CPU."""
+        self._check_size()
         with WithoutDrawing():
             model = GPT(self.meta.model)
         self.load_model(model)
@@ -85,14 +111,25 @@ class Checkpoint:
         number for each row.
         """
         tensors = _read_tensors(self.path / MODEL)
-        for name in [name for name in tensors if name.endswith("/scale")]:
-            rounded = name.removesuffix("/scale")
-            tensors[rounded] = tensors[rounded] * tensors.pop(name)
         try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
+            model.load_state_dict(_unrounded(tensors))
+        except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path / MODEL} doesn't fit {META}: {reason}") from error
+
+    def _check_size(self) -> None:
+        """Raises UserError if the file has less than a byte for each number of the matrices.
+
+        So no memory is asked for that a file of a few bytes only speaks of.
+        """
+        shape, size = self.meta.model, (self.path / MODEL).stat().st_size
+        blocks = 12 * shape.n_layer * shape.n_embd**2
+        numbers = blocks + (shape.vocab_size + shape.block_size) * shape.n_embd
+        if numbers > size:
+            raise UserError(
+                f"{self.path / MODEL} doesn't fit {META}: a model of {numbers:,} numbers in "
+                f"{size:,} bytes"
+            )
 
     def description(self) -> str:
         """What meta.json says, its files' hashes among it: of equal checkpoints the same."""
@@ -111,12 +148,17 @@ class Checkpoint:
         state: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(order))}
         for key, tensor in _read_tensors(self.path / OPTIMIZER).items():
             name, _, kind = key.rpartition("/")
-            if name not in shapes or tensor.shape not in (shapes[name], ()):
+            shape = () if kind == "step" else shapes.get(name)
+            if name not in shapes or (tensor.shape, tensor.dtype) != (shape, torch.float32):
                 raise UserError(f"{self.path / OPTIMIZER} doesn't fit the model: {key}")
             state[index[name]][kind] = tensor
         for group in optimizer.state_dict()["param_groups"]:
-            if len({tuple(sorted(state[number])) for number in group["params"]}) > 1:
-                raise UserError(f"{self.path / OPTIMIZER} doesn't tell the same of every parameter")
+            kinds = {"momentum"} if "matrices" in group else {"step", "exp_avg", "exp_avg_sq"}
+            if any(state[number].keys() != kinds for number in group["params"]):
+                raise UserError(
+                    f"{self.path / OPTIMIZER} doesn't tell {', '.join(sorted(kinds))} of every "
+                    "parameter, and nothing else"
+                )
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def encoding(self) -> tiktoken.Encoding:
@@ -315,6 +357,18 @@ def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _unrounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those with a "/scale" multiplied by it. Raises ValueError if one doesn't fit."""
+    scales = {name: tensors[name] for name in tensors if name.endswith("/scale")}
+    whole = {name: tensor for name, tensor in tensors.items() if name not in scales}
+    for name, scale in scales.items():
+        rounded = name.removesuffix("/scale")
+        if rounded not in whole or scale.shape != (*whole[rounded].shape[:1], 1):
+            raise ValueError(f"{name} has no rows to scale")
+        whole[rounded] = whole[rounded] * scale
+    return whole
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -61,6 +61,9 @@ class SpikeMemory:
     def __post_init__(self) -> None:
         if len(self.norms) != WINDOW or not 0 <= self.count < 2**62:
             raise ValueError(f"spikes has {len(self.norms)} norms and the count {self.count}")
+        for norm in self.norms:
+            if not 0 <= norm <= torch.finfo(torch.float32).max:
+                raise ValueError(f"spikes has a norm of {norm}, which is none in float32")
 
 
 class SpikeFilter:

@@ -40,8 +40,13 @@ class GPTConfig:
     recompute: bool = False  # keep only each block's input for the backward pass: saves memory
 
     def __post_init__(self) -> None:
-        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
+        sizes = (self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd)
+        if min(sizes) < 1:
             raise ValueError(f"a size is below 1: {self}")
+        if max(sizes) >= 2**31:
+            raise ValueError(f"a size is above 2,147,483,647: {self}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected 0 or more and less than 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 

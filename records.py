@@ -47,13 +47,23 @@ def _as(kind: Any, value: Any, name: str) -> Any:
         return None if value is None else _as(inner, value, name)
     outer, inner = get_origin(kind) or kind, get_args(kind)
     fits = (float, int) if outer is float else ({tuple: list}.get(outer, outer),)
-    if type(value) not in fits or (outer is float and not math.isfinite(value)):
+    if type(value) not in fits or (outer is float and not _is_finite(value)):
         raise ValueError(f"{name} is {value!r:.40}, expected {NAMES[outer]}")
+    if outer is float:
+        return float(value)
     if outer is tuple:
         return tuple(_as(inner[0], item, f"{name}[{at}]") for at, item in enumerate(value))
     if outer is dict:
         return {key: _as(inner[1], item, f"{name}.{key:.40}") for key, item in value.items()}
     return value
+
+
+def _is_finite(number: float) -> bool:
+    """Whether a float, or a whole number of any size, is a finite float."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _as_dataclass(cls: type[Record], value: object, name: str) -> Record:

@@ -77,7 +77,7 @@ def _open_npy(path: Path) -> np.ndarray:
     """build-nanogpt's shards: a one-dimensional uint16 array in NumPy's own format."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:  # of an odd shape, the latter two
         raise UserError(f"{path} is damaged or no NumPy array: {error}") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise UserError(
@@ -151,7 +151,11 @@ def own_file(folder: Path, name: str) -> Path:
     path = folder / name
     if Path(name).name != name or "\0" in name:
         raise UserError(f"{folder} is said to hold {name!r:.80}: expected a plain name")
-    if path.resolve().parent != folder.resolve():
+    try:
+        lies_in = path.resolve().parent
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, an impossible name
+        raise UserError(f"can't find {path}: {error}") from error
+    if lies_in != folder.resolve():
         raise UserError(f"{path} is a link out of its folder: put the file itself there")
     return path
 

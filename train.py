@@ -34,6 +34,7 @@ from checkpoint import (
     OPTIMIZER,
     Checkpoint,
     Meta,
+    ScalerMemory,
     find_checkpoint,
     holds_checkpoints,
     newest_checkpoint,
@@ -186,7 +187,7 @@ class Trainer:
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.stepper.optimizer)
         if checkpoint.meta.scaler:
-            self.stepper.scaler.load_state_dict(checkpoint.meta.scaler)
+            self.stepper.scaler.load_state_dict(asdict(checkpoint.meta.scaler))
         self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
         if checkpoint.meta.spikes:
             self.stepper.spikes.remember(checkpoint.meta.spikes)
@@ -317,6 +318,7 @@ class Trainer:
         """Write a checkpoint, after what metrics.jsonl tells of the steps up to it."""
         sync(self.out / METRICS)
         optimizer, spikes = self.stepper.optimizer, self.stepper.spikes
+        scaler = self.stepper.scaler.state_dict()
         meta = Meta(
             step=self.step,
             model=self.model.config,
@@ -324,7 +326,7 @@ class Trainer:
             config=asdict(self.config),
             val_loss=val_loss if math.isfinite(val_loss or 0) else None,
             best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
-            scaler=self.stepper.scaler.state_dict() or None,
+            scaler=ScalerMemory(**scaler) if scaler else None,
             data=self.train_stream.fingerprint,
             skipped=self.skipped,
             spikes=spikes.memory() if spikes.limit else None,
@@ -531,7 +533,7 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
     if config.train.reduction == "canonical":
         names += [("train", "reduction"), ("train", "micro_batch_size"), ("train", "dtype")]
     for section, key in names:
-        before = then[section].get(key, getattr(getattr(Config(), section), key))
+        before = then.get(section, {}).get(key, getattr(getattr(Config(), section), key))
         if before != now[section][key]:
             raise UserError(
                 f"{path} was trained with {section}.{key} = {before}, now it is "

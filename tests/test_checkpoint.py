@@ -22,6 +22,7 @@ from checkpoint import (
     MODEL,
     OPTIMIZER,
     Meta,
+    ScalerMemory,
     find_checkpoint,
     newest_checkpoint,
     read_checkpoint,
@@ -91,7 +92,8 @@ def test_a_model_is_made_without_drawing_weights(tmp_path):
 
 
 def test_meta_comes_back_as_it_was_saved(tmp_path):
-    meta = replace(META_1, config={"train": {"seed": 3}}, val_loss=1 / 3, scaler={"scale": 2.0})
+    scaler = ScalerMemory(2.0, 2.0, 0.5, 2000, 7)
+    meta = replace(META_1, config={"train": {"seed": 3}}, val_loss=1 / 3, scaler=scaler)
     path = save_checkpoint(tmp_path, meta, *trained(), keep=1)
     assert read_checkpoint(path).meta == meta
 

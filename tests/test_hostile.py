@@ -11,18 +11,28 @@ import hashlib
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from test_checkpoint import rewrite_meta, save, trained
+from safetensors.torch import load_file, save_file
+from test_checkpoint import META_1, rewrite_meta, save, take_step, trained
 
-from checkpoint import META, MODEL, OPTIMIZER, find_checkpoint, newest_checkpoint, read_checkpoint
+from checkpoint import (
+    META,
+    MODEL,
+    OPTIMIZER,
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from config import make_config, read_toml
 from errors import UserError
 from model import GPT
@@ -87,6 +97,23 @@ def test_a_checkpoints_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path
         read_checkpoint(path)
 
 
+def test_a_shard_that_is_a_link_to_itself_is_refused(data):
+    (data / "train_000000.bin").unlink()
+    (data / "train_000000.bin").symlink_to("train_000000.bin")
+    with pytest.raises(UserError, match="can't find .*train_000000.bin"):
+        TokenStream(data, "train")
+
+
+def test_a_name_that_no_file_can_have_is_refused(data):
+    manifest = json.loads((data / MANIFEST).read_text())
+    for name in ("\ud800.bin", "a" * 5000, "", ".", "..", "a\0b"):
+        manifest["shards"][1]["file"] = name
+        (data / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(UserError) as error:
+            TokenStream(data, "train")
+        assert str(data) in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "meta.json", "other"])
 def test_a_checkpoint_that_vouches_for_another_file_is_refused(tmp_path, secret, name):
     path = save(tmp_path / "run")
@@ -130,6 +157,108 @@ def test_tensors_that_do_not_fit_the_model_are_refused(tmp_path, change):
     vouch_for(path, OPTIMIZER)
     with pytest.raises(UserError, match="optimizer.safetensors doesn't"):
         read_checkpoint(path).load_optimizer(model, optimizer)
+
+
+def rewrite_tensors(path: Path, name: str, change: Callable[[dict], object]) -> None:
+    """Change a checkpoint's tensors as somebody could who knows its hashes."""
+    tensors = load_file(path / name)
+    change(tensors)
+    save_file(tensors, path / name)
+    vouch_for(path, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("x", 3), ("wte.weight", 7), ("wte.weight", (1, 1)), ("ln_f.weight", 1)]
+)
+def test_a_scale_that_does_not_fit_is_refused(tmp_path, name, shape):
+    path = save(tmp_path)
+    scale = {f"{name}/scale": torch.ones(shape)}
+    rewrite_tensors(path, MODEL, lambda tensors: tensors.update(scale))
+    with pytest.raises(UserError, match="model.safetensors doesn't fit meta.json"):
+        read_checkpoint(path).make_model()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["step", "exp_avg", "exp_avg_sq", "momentum"])
+@pytest.mark.parametrize("change", ["without", "renamed", "a number", "another type"])
+def test_optimizer_state_of_another_kind_is_refused(tmp_path, optimizer, kind, change):
+    path = save_checkpoint(tmp_path, META_1, *trained(name=optimizer), keep=1)
+    keys = [key for key in load_file(path / OPTIMIZER) if key.endswith(f"/{kind}")]
+
+    def spoil(tensors: dict) -> None:
+        for key in keys:
+            tensor = tensors.pop(key)
+            if change == "renamed":
+                tensors[f"{key}x"] = tensor
+            elif change == "a number":
+                tensors[key] = tensor.sum() if kind != "step" else tensor.expand(3).clone()
+            elif change == "another type":
+                tensors[key] = tensor.long()
+
+    rewrite_tensors(path, OPTIMIZER, spoil)
+    if not keys:  # AdamW has no momentum
+        read_checkpoint(path).load_optimizer(*trained(name=optimizer))
+        return
+    with pytest.raises(UserError, match="optimizer.safetensors doesn't"):
+        read_checkpoint(path).load_optimizer(*trained(name=optimizer))
+
+
+SCALER = {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5}
+SCALER |= {"growth_interval": 2000, "_growth_tracker": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"val_loss": 10**400}, "meta.val_loss is 1000.*, expected a finite number"),
+        ({"step": 10**30}, "step is 10+, expected"),
+        ({"step": -1}, "step is -1, expected"),
+        ({"skipped": 10**30}, "skipped is 10+, expected"),
+        ({"spikes": {"norms": [1.0] * 128, "count": 3}}, "spikes counts 3 .* after 2 steps"),
+        ({"spikes": {"norms": [1e300] * 128, "count": 1}}, "spikes has a norm of 1e"),
+        ({"spikes": {"norms": [-1.0] * 128, "count": 1}}, "spikes has a norm of -1"),
+        ({"scaler": {"a": 1.0}}, "meta.scaler has an unknown field 'a'"),
+        ({"scaler": {"scale": 1.0}}, "meta.scaler lacks growth_factor"),
+        ({"scaler": SCALER | {"scale": 1e300}}, "scaler"),
+        ({"scaler": SCALER | {"growth_interval": 2**40}}, "scaler"),
+        ({"scaler": SCALER | {"_growth_tracker": -1}}, "scaler"),
+        ({"model": {"dropout": 7.0}}, "dropout is 7.0, expected"),
+        ({"model": {"dropout": -0.1}}, "dropout is -0.1, expected"),
+        ({"model": {"n_embd": 10**25}}, "a size is above"),
+        ({"model": {"n_embd": 2**40}}, "a size is above"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_and_the_checkpoint_before_it_used(
+    tmp_path, capsys, change, complaint
+):
+    save(tmp_path, 1)
+    path = shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000002")
+    change, shape = {"step": 2, **change}, change.get("model", {})
+    change.pop("model", None)
+    rewrite_meta(path, lambda meta: meta.update(change) or meta["model"].update(shape))
+    with pytest.raises(UserError, match=complaint):
+        read_checkpoint(path)
+    assert newest_checkpoint(tmp_path).meta.step == 1
+    assert f"passed over: {path / META}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["n_embd", "n_layer", "block_size", "vocab_size"])
+def test_a_model_that_is_larger_than_its_file_is_never_made(tmp_path, size):
+    path = save(tmp_path)
+    rewrite_meta(path, lambda meta: meta["model"].update({size: 2**30}))
+    with pytest.raises(UserError, match="model.safetensors doesn't fit meta.json: .* numbers"):
+        read_checkpoint(path).make_model()
+
+
+@pytest.mark.parametrize(
+    "shape", [f"({2**62},)", f"({10**25},)", "(True,)", "(-9,)", "('a',)", "9"]
+)
+def test_a_numpy_shard_of_an_odd_shape_is_refused(tmp_path, shape):
+    path = tmp_path / "a_train_0.npy"
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(18))
+    with pytest.raises(UserError, match=f"{path} is damaged or no NumPy array"):
+        open_shard(path)
 
 
 def test_a_config_with_code_in_it_is_one_line_and_is_not_run(tmp_path):
@@ -242,8 +371,44 @@ def test_any_meta_of_a_checkpoint_is_read_or_refused(saved, tmp_path_factory, da
     with suppress(UserError):
         found = newest_checkpoint(path.parent)
         assert found.meta.step == 1
+        found.load_optimizer(*trained())
     with suppress(UserError):
-        find_checkpoint(str(path))
+        find_checkpoint(str(path)).make_model()
+
+
+TENSORS = st.builds(
+    lambda shape, dtype: torch.ones(shape, dtype=dtype),
+    st.lists(st.sampled_from([0, 1, 3, 16, 50]), max_size=3),
+    st.sampled_from([torch.float32, torch.int8, torch.int64, torch.bool, torch.complex64]),
+)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_any_tensors_of_a_checkpoint_are_used_or_refused(saved, tmp_path_factory, data):
+    path = Path(shutil.copytree(saved, tmp_path_factory.mktemp("fuzz") / saved.name))
+    name = data.draw(st.sampled_from([MODEL, OPTIMIZER]))
+    if data.draw(st.booleans()):
+        (path / name).write_bytes(data.draw(damaged((path / name).read_bytes())))
+        vouch_for(path, name)
+    else:
+        keys = st.sampled_from([*load_file(path / name)])
+        odd = keys | keys.map(lambda key: f"{key}/scale") | st.text(max_size=5)
+        more = data.draw(st.dictionaries(odd, TENSORS, max_size=3))
+        fewer = data.draw(st.sets(keys, max_size=2))
+
+        def change(tensors: dict) -> None:
+            tensors.update(more)
+            for key in fewer:
+                tensors.pop(key, None)
+
+        rewrite_tensors(path, name, change)
+    with suppress(UserError):
+        read_checkpoint(path).make_model()
+    with suppress(UserError):
+        model, optimizer = trained()
+        read_checkpoint(path).load_optimizer(model, optimizer)
+        take_step(model, optimizer)
 
 
 @settings(max_examples=200)
@@ -258,6 +423,10 @@ def test_any_shard_is_read_or_refused(shards, tmp_path_factory, data):
 
 NPY = b"\x93NUMPY\x01\x00v\x00{'descr': '<u2', 'fortran_order': False, 'shape': (9,), }"
 NPY = NPY.ljust(127) + b"\n" + bytes(18)
+
+NPY_SHAPES = (st.integers() | st.booleans() | st.sampled_from([10**25, 2**62, 9])).map(
+    lambda size: NPY.replace(b"(9,), }", f"({size},), }}".encode())
+)
 
 
 @settings(max_examples=200)

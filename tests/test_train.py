@@ -255,6 +255,12 @@ def test_a_run_cannot_go_on_as_another_run(call, tiny, shards, trained, change, 
     assert f"now it is {value}" in message
 
 
+def test_a_checkpoint_that_tells_no_settings_is_taken_to_have_the_defaults(configure):
+    config = configure()
+    with pytest.raises(train.UserError, match="was trained with model.n_layer = 12, now it is 2"):
+        train.check_same_run({}, config, Path("step_000001"))
+
+
 def test_a_used_run_folder_is_not_overwritten_when_resuming_is_off(call, tiny, shards, trained):
     arguments = ("--data.dir", shards, "--train.out", trained, "--train.resume", "false")
     assert "holds step_000040 and train.resume = false" in call("train", tiny, *arguments).error()
