@@ -290,7 +290,7 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
     Raises UserError, naming the file that doesn't fit.
     """
     try:
-        content = read_json(path / META)
+        content = read_json(own_file(path, META))
         if content.pop("checksum", None) != _checksum(content):
             raise UserError(f"{path / META} is damaged: its checksum is not as saved")
         version, fingerprints = content.pop("format_version", None), content.pop("files", {})

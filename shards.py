@@ -133,10 +133,10 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest, or None where it has none. Raises UserError if it is not one."""
     path = folder / MANIFEST
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
-        content = read_json(path)
+        content = read_json(own_file(folder, MANIFEST))
         version = content.pop("version", None)
         if version != MANIFEST_VERSION:
             raise ValueError(f"it has version {version!r:.40}, this code reads {MANIFEST_VERSION}")
@@ -144,6 +144,20 @@ def read_manifest(folder: Path) -> Manifest | None:
         return as_record(Manifest, content)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a manifest: {error}") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether a folder has something of this name, a link to nothing included.
+
+    Raises UserError if it can't be known: looking into a folder is a permission of its own.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"can't look for {path}: {error.strerror}") from error
+    return True
 
 
 def own_file(folder: Path, name: str) -> Path:

@@ -88,7 +88,7 @@ def test_a_vocabulary_that_is_a_link_out_of_its_folder_is_refused(data, secret):
     assert SECRET not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, META])
 def test_a_checkpoints_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path, name):
     path = save(tmp_path / "run")
     (path / name).replace(tmp_path / "outside")
@@ -112,6 +112,32 @@ def test_a_name_that_no_file_can_have_is_refused(data):
         with pytest.raises(UserError) as error:
             TokenStream(data, "train")
         assert str(data) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", json.dumps(SECRET)])
+def test_what_a_link_out_of_the_folder_leads_to_is_not_told(data, secret, tmp_path, content):
+    secret.write_text(content or secret.read_text())
+    checkpoint = save(tmp_path / "run")
+    for path in (data / MANIFEST, checkpoint / META):
+        path.unlink()
+        path.symlink_to(secret)
+    told = []
+    for read in (
+        lambda: TokenStream(data, "train"),
+        lambda: read_checkpoint(checkpoint),
+        lambda: find_checkpoint(str(checkpoint)),
+    ):
+        with pytest.raises(UserError, match="json is a link out of its folder") as error:
+            read()
+        told.append(str(error.value))
+    assert SECRET[:8] not in " ".join(told)
+
+
+def test_a_manifest_that_is_a_link_to_nothing_is_not_taken_for_none(data):
+    (data / MANIFEST).unlink()
+    (data / MANIFEST).symlink_to("nothing")
+    with pytest.raises(UserError, match="manifest.json is not a manifest"):
+        TokenStream(data, "train")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "meta.json", "other"])
