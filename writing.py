@@ -26,7 +26,8 @@ LOCK = "lock"  # names the process that is at work in a folder
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by new text, so that a crash leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:  # "w" would follow a planted link
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -47,7 +48,8 @@ def locked(folder: Path) -> Iterator[None]:
     import fcntl
 
     try:
-        file = (folder / LOCK).open("a+", encoding="utf-8", errors="replace")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a planted link would lose its target
+        file = open(os.open(folder / LOCK, flags, 0o666), "r+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"can't write to {folder}: {error.strerror}") from error
     with file:
@@ -83,7 +85,8 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
-        self.file = self.partial.open("wb")
+        self.partial.unlink(missing_ok=True)
+        self.file = self.partial.open("xb")
         self.file.write(shard_header(0))
         self.pending = 0
 

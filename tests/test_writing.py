@@ -86,3 +86,27 @@ def test_a_lock_keeps_other_processes_out_until_its_owner_is_gone(tmp_path):
         owner.communicate()
     with locked(tmp_path):  # a lock whose owner was killed is taken over
         assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
+
+
+def test_a_planted_link_does_not_lead_a_write_out_of_the_folder(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / "file.partial").symlink_to(victim)
+    write_atomically(folder / "file", "new")
+    assert (folder / "file").read_text() == "new"
+    assert not (folder / "file").is_symlink()
+    (folder / "shard.partial").symlink_to(victim)
+    ShardWriter(folder, 10, 0).close()
+    assert victim.read_text() == "precious"
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / "lock").symlink_to(victim)
+    with pytest.raises(UserError, match=f"can't write to {folder}: "):
+        with locked(folder):
+            pass
+    assert victim.read_text() == "precious"
