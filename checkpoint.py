@@ -67,7 +67,7 @@ class Meta:
     val_loss: float | None  # nats per token, if this step was evaluated
     best_val_loss: float | None  # the lowest so far
     scaler: ScalerMemory | None  # the gradient scaler's state, for float16
-    data: str  # TokenStream.fingerprint of the training data
+    data: str  # TokenStream.fingerprint of the training data and, if used, of the validation data
     skipped: int = 0  # steps in a row that were passed over, this one the last
     spikes: SpikeMemory | None = None  # if guard.SpikeFilter is in use
 

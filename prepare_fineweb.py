@@ -362,7 +362,7 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
         manifest = read_manifest(folder)
         if manifest:
             check_same(manifest.settings, settings, f"{folder} holds finished shards")
-            check_contents(folder, manifest.shards)
+            check_contents(folder, manifest.shards, manifest.tokenizer.vocab_size)
         else:
             progress = continued(folder, settings) or begun(source, settings, arguments)
             manifest = finish(source, progress, arguments)
@@ -379,7 +379,7 @@ def continued(folder: Path, settings: dict[str, object]) -> Progress | None:
     if progress is None or not progress.shards:
         return None
     check_same(progress.settings, settings, f"{folder} holds an unfinished run")
-    check_contents(folder, progress.shards)
+    check_contents(folder, progress.shards, progress.tokenizer.vocab_size)
     return progress
 
 

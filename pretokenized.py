@@ -62,7 +62,7 @@ def fetch(
     with locked(folder):
         manifest = read_manifest(folder)
         if manifest:
-            check_contents(folder, manifest.shards)
+            check_contents(folder, manifest.shards, manifest.tokenizer.vocab_size)
             return manifest
         commit, published = look_up(repository, earlier and earlier.settings["revision"])
         chosen = choose(published, max_tokens or sys.maxsize)

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import tiktoken
@@ -31,6 +32,10 @@ MANIFEST_VERSION = 1
 PROGRESS = "progress.json"  # in the place of a manifest while prepare_fineweb.py is at work
 VOCABULARY = "tokenizer.tiktoken"
 SPLITS = ("train", "val")
+# What NumPy raises for a header that isn't one: it evaluates it as a Python literal, and if that
+# fails takes it for Python 2 and reads it with `tokenize`.
+NPY_ERRORS = (ValueError, TypeError, OverflowError, IndexError, SyntaxError, RecursionError)
+NPY_ERRORS += (MemoryError, TokenError)
 
 # Shard files
 
@@ -77,7 +82,7 @@ def _open_npy(path: Path) -> np.ndarray:
     """build-nanogpt's shards: a one-dimensional uint16 array in NumPy's own format."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, TypeError, OverflowError) as error:  # of an odd shape, the latter two
+    except NPY_ERRORS as error:
         raise UserError(f"{path} is damaged or no NumPy array: {error}") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise UserError(
@@ -174,8 +179,11 @@ def own_file(folder: Path, name: str) -> Path:
     return path
 
 
-def check_contents(folder: Path, shards: Iterable[ShardRecord]) -> None:
-    """Raises UserError, naming the file, if a shard isn't there or isn't what was written."""
+def check_contents(folder: Path, shards: Iterable[ShardRecord], vocab_size: int) -> None:
+    """Raises UserError, naming the file, if a shard isn't there or isn't what was written.
+
+    And if it has a token that isn't in the vocabulary: whoever wrote that gave it the right hash.
+    """
     for record in shards:
         try:
             sha256 = file_sha256(own_file(folder, record.file))
@@ -187,6 +195,12 @@ def check_contents(folder: Path, shards: Iterable[ShardRecord]) -> None:
             raise UserError(
                 f"{folder / record.file} has been damaged or changed since it was written (its "
                 "SHA-256 is another): delete the folder and prepare it again"
+            )
+        largest = int(open_shard(folder / record.file).max(initial=0))
+        if largest >= vocab_size:
+            raise UserError(
+                f"{folder / record.file} has a token {largest}, its vocabulary only "
+                f"{vocab_size:,}: delete the folder and prepare it again"
             )
 
 

@@ -77,8 +77,7 @@ class Trainer:
         folder = Path(config.data.dir)
         with ranks.together():
             self._open_data(folder)
-        streams = filter(None, (self.train_stream, self.val_stream))
-        ranks.check_same("the data", " ".join(stream.fingerprint for stream in streams))
+        ranks.check_same("the data", self.data)
         ranks.check_same("a setting", repr(shared_settings(config)))
         self.shape = BatchShape(
             config.train.tokens_per_step,
@@ -116,7 +115,8 @@ class Trainer:
             self.val_stream.num_windows(self.config.model.block_size)  # too short? not later
             records = records + self.val_stream.records
         self.tokenizer = tokenizer_of(folder)
-        check_contents(folder, records[self.ranks.local_rank :: self.ranks.local_world_size])
+        mine = records[self.ranks.local_rank :: self.ranks.local_world_size]
+        check_contents(folder, mine, self.tokenizer.vocab_size)
 
     def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
         """The data's encoding. Downloaded shards come without their vocabulary, which is GPT-2's;
@@ -179,7 +179,8 @@ class Trainer:
             )
         checkpoint.check_vocabulary(data)
         check_same_run(checkpoint.meta.config, self.config, checkpoint.path)
-        if checkpoint.meta.data != self.train_stream.fingerprint:
+        then, now = checkpoint.meta.data.split(), self.data.split()
+        if not then or any(a != b for a, b in zip(then, now)):  # validation may come or go
             raise UserError(
                 f"{checkpoint.path} was trained on other data than {data} holds now: a run goes on "
                 "with the same shards, or starts anew with another --train.out"
@@ -212,6 +213,12 @@ class Trainer:
             checkpoint.load_model(self.model)
         if self.ranks.is_first:
             say(f"beginning with the weights of {checkpoint.path}")
+
+    @property
+    def data(self) -> str:
+        """The fingerprint of the training data and, if it is used, that of the validation data."""
+        streams = filter(None, (self.train_stream, self.val_stream))
+        return " ".join(stream.fingerprint for stream in streams)
 
     @property
     def tokens(self) -> int:
@@ -327,7 +334,7 @@ class Trainer:
             val_loss=val_loss if math.isfinite(val_loss or 0) else None,
             best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
             scaler=ScalerMemory(**scaler) if scaler else None,
-            data=self.train_stream.fingerprint,
+            data=self.data,
             skipped=self.skipped,
             spikes=spikes.memory() if spikes.limit else None,
         )

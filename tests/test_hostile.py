@@ -276,9 +276,11 @@ def test_a_model_that_is_larger_than_its_file_is_never_made(tmp_path, size):
         read_checkpoint(path).make_model()
 
 
-@pytest.mark.parametrize(
-    "shape", [f"({2**62},)", f"({10**25},)", "(True,)", "(-9,)", "('a',)", "9"]
-)
+SHAPES = [f"({2**62},)", f"({10**25},)", "(True,)", "(-9,)", "('a',)", "9", "(9"]
+SHAPES += ["'''", "9\\0{", 3000 * "("]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_numpy_shard_of_an_odd_shape_is_refused(tmp_path, shape):
     path = tmp_path / "a_train_0.npy"
     header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}, }}\n".encode()

@@ -240,16 +240,16 @@ def test_checking_contents_finds_a_changed_byte_and_a_missing_shard(tmp_path):
     writer.write(np.arange(5, dtype="<u2"))
     writer.finish()
     writer.close()
-    check_contents(tmp_path, writer.records)
+    check_contents(tmp_path, writer.records, 2**16)
     path = tmp_path / "val_000000.bin"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"{path} has been damaged or changed"):
-        check_contents(tmp_path, writer.records)
+        check_contents(tmp_path, writer.records, 2**16)
     path.unlink()
     with pytest.raises(UserError, match=f"can't read the shard {path}"):
-        check_contents(tmp_path, writer.records)
+        check_contents(tmp_path, writer.records, 2**16)
 
 
 def test_the_encoding_of_a_folder_is_the_vocabulary_file_beside_the_shards(shards):

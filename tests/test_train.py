@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -375,22 +376,49 @@ def test_a_token_that_is_not_in_the_vocabulary_is_one_line(call, tiny, shards, t
     assert "has a token 65535, its vocabulary only 50,257" in result.error()
 
 
+def exchange_shard(data: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a shard's tokens, given as bytes, as somebody could who knows the manifest."""
+    shard, manifest = data / name, data / "manifest.json"
+    before = shard.read_bytes()
+    shard.write_bytes(before[:1024] + change(before[1024:]))
+    hashes = [hashlib.sha256(content).hexdigest() for content in (before, shard.read_bytes())]
+    assert hashes[0] in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(*hashes))
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin"])
 def test_data_that_is_not_what_the_run_began_with_is_one_line(
-    call, tiny, shards, trained, tmp_path
+    call, tiny, shards, trained, tmp_path, name
 ):
     """The shards are whole, and so is their manifest; but they are others."""
     shutil.copytree(trained, tmp_path / "o")
     shutil.copytree(shards, tmp_path / "data")
-    manifest = tmp_path / "data" / "manifest.json"
-    shard = tmp_path / "data" / "train_000000.bin"
-    content, told = shard.read_bytes(), manifest.read_text()
-    shard.write_bytes(content[:1024] + content[1026:] + content[1024:1026])
-    before, after = (hashlib.sha256(some).hexdigest() for some in (content, shard.read_bytes()))
-    assert before in told
-    manifest.write_text(told.replace(before, after))
+    exchange_shard(tmp_path / "data", name, lambda tokens: tokens[2:] + tokens[:2])
     arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
     result = call("train", tiny, *arguments, "--train.max_steps", 60)
     assert "was trained on other data than" in result.error()
+
+
+def test_a_run_may_go_on_without_the_validation_that_it_had(call, tiny, shards, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "o")
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o")
+    for steps, every in ((41, 0), (42, 20)):
+        result = call(
+            "train", tiny, *arguments, "--train.max_steps", steps, "--log.eval_every", every
+        )
+        assert f"going on after step {steps - 1}" in result.err
+
+
+@pytest.mark.parametrize("name", ["train_000001.bin", "val_000000.bin"])
+def test_a_shard_with_a_token_that_is_not_in_its_vocabulary_is_named_at_once(
+    call, tiny, shards, tmp_path, name
+):
+    shutil.copytree(shards, tmp_path / "data")
+    exchange_shard(tmp_path / "data", name, lambda tokens: tokens[:-2] + b"\x2c\x01")  # 300
+    arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
+    error = call("train", tiny, *arguments).error()
+    assert f"{tmp_path / 'data' / name} has a token 300, its vocabulary only 300" in error
+    assert not (tmp_path / "o").exists()
 
 
 def test_without_validation_no_validation_split_is_needed(call, tiny, shards, tmp_path):

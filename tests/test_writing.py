@@ -47,7 +47,7 @@ def test_what_a_writer_wrote_is_read_back(tmp_path_factory, tokens, shard_tokens
     for split in ("val", "train"):
         names = [record.file for record in writer.records if record.split == split]
         assert names == [f"{split}_{index:06d}.bin" for index in range(len(names))]
-    check_contents(folder, writer.records)
+    check_contents(folder, writer.records, 2**16)
 
 
 def test_a_crash_while_writing_atomically_leaves_the_old_file(tmp_path, monkeypatch):
