@@ -31,7 +31,7 @@ from errors import UserError
 from guard import SpikeMemory
 from model import GPT, GPTConfig
 from records import as_record, read_json
-from shards import VOCABULARY, TokenizerRecord, find_encoding, own_file, tokenizer_of
+from shards import VOCABULARY, TokenizerRecord, find_encoding, is_there, own_file, tokenizer_of
 from tokenizer import gpt2_encoding
 
 FORMAT_VERSION = 1
@@ -167,7 +167,7 @@ class Checkpoint:
         A checkpoint that was moved out of it may have the vocabulary beside its weights.
         """
         for folder in (self.path, self.path.parent.parent):
-            if (folder / VOCABULARY).exists():
+            if is_there(folder / VOCABULARY):
                 return find_encoding(folder, self.meta.tokenizer)
         if self.meta.tokenizer.name == "gpt2":
             return gpt2_encoding()
@@ -273,7 +273,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     if is_hub_name(name):
         name = str(cached(name))
     path = Path(name).resolve()
-    if (path / META).exists():
+    if is_there(path / META):
         return read_checkpoint(path, files=(MODEL,))
     found = newest_checkpoint(path / "checkpoints", files=(MODEL,))
     if found is None:
@@ -311,8 +311,11 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
 
 def _steps(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
-    whole = [path for path, step in steps.items() if step.isdecimal() and path.is_dir()]
+    try:
+        steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
+        whole = [path for path, step in steps.items() if step.isdecimal() and path.is_dir()]
+    except OSError as error:
+        raise UserError(f"can't look into {folder}: {error.strerror}") from error
     return sorted(whole, key=lambda path: int(steps[path]))
 
 

@@ -21,11 +21,21 @@ from writing import write_atomically
 METRICS = "metrics.jsonl"
 
 
+def _lines_of(path: Path) -> list[str]:
+    """A file's lines, none if there is no file. Raises UserError if it can't be read."""
+    try:
+        return path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; move it away or mend it") from error
+
+
 def _step_of(line: str) -> float:
     """The step of a line in metrics.jsonl; infinity for one that a crash cut short."""
     try:
         step = json.loads(line)["step"] if line.endswith("\n") else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
     return step if isinstance(step, int) else math.inf
 
@@ -36,14 +46,12 @@ class Metrics:
     def __init__(self, config: Config, start: int) -> None:
         """Go on after step `start`: what the file tells of later steps will be done again.
 
-        Raises UserError if an asked-for package is not installed, or the disk is full.
+        Raises UserError if an asked-for package is not installed, the disk is full, or the file
+        that is there can't be read.
         """
         folder = Path(config.train.out)
         self.path = folder / METRICS
-        kept = []
-        if self.path.exists():
-            lines = self.path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= start]
+        kept = [line for line in _lines_of(self.path) if _step_of(line) <= start]
         with self._disk_errors():
             write_atomically(self.path, "".join(kept))
         self.tensorboard = self.wandb = None

@@ -227,7 +227,7 @@ def encoding_of(folder: Path) -> tiktoken.Encoding:
 def find_encoding(folder: Path, record: TokenizerRecord) -> tiktoken.Encoding:
     """The encoding of `record`, from the vocabulary file in `folder` or, for GPT-2's, tiktoken."""
     path = folder / VOCABULARY
-    if not path.exists() and record.sha256 == GPT2_SHA256:
+    if not is_there(path) and record.sha256 == GPT2_SHA256:
         return gpt2_encoding()
     encoding = load_vocabulary(own_file(folder, VOCABULARY), record.sha256)
     if encoding.n_vocab != record.vocab_size:
@@ -246,15 +246,15 @@ class TokenStream:
 
     def __init__(self, folder: Path, split: str) -> None:
         """Open the split's shards. Raises UserError if there are none or one doesn't fit."""
+        if is_there(folder / PROGRESS):
+            raise UserError(
+                f"{folder} is not finished: give the same prepare_fineweb.py command again, it "
+                "goes on where it stopped"
+            )
         if not folder.is_dir():
             raise UserError(
                 f"the data folder {folder} doesn't exist: make it with prepare_fineweb.py, "
                 "or name another"
-            )
-        if (folder / PROGRESS).exists():
-            raise UserError(
-                f"{folder} is not finished: give the same prepare_fineweb.py command again, it "
-                "goes on where it stopped"
             )
         manifest = read_manifest(folder)
         self.folder = folder

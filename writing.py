@@ -18,7 +18,7 @@ import numpy as np
 
 from errors import UserError
 from records import as_record, read_json
-from shards import PROGRESS, ShardRecord, TokenizerRecord, file_sha256, shard_header
+from shards import PROGRESS, ShardRecord, TokenizerRecord, file_sha256, is_there, shard_header
 
 LOCK = "lock"  # names the process that is at work in a folder
 
@@ -158,7 +158,7 @@ class Progress:
 def read_progress(folder: Path) -> Progress | None:
     """What an interrupted run left, or None. Raises UserError if it is damaged."""
     path = folder / PROGRESS
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
         return as_record(Progress, read_json(path))

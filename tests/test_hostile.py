@@ -35,6 +35,7 @@ from checkpoint import (
 )
 from config import make_config, read_toml
 from errors import UserError
+from metrics import Metrics
 from model import GPT
 from records import as_record
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, open_shard
@@ -528,3 +529,65 @@ def test_a_field_that_does_not_fit_is_named(field, value, complaint):
         as_record(Everything, GOOD | {field: value})
     with pytest.raises(ValueError, match="everything lacks text"):
         as_record(Everything, {})
+
+
+# What can't be looked at
+
+
+@pytest.fixture
+def shut(monkeypatch):
+    """Take the permission to look into a folder away, from root as well: shut(folder)."""
+    stat = Path.stat
+
+    def shut_one(folder: Path) -> None:
+        def refuse(path: Path, **options: bool) -> object:
+            if folder in path.parents:
+                raise PermissionError(13, "Permission denied", str(path))
+            return stat(path, **options)
+
+        monkeypatch.setattr(Path, "stat", refuse)
+
+    return shut_one
+
+
+def test_a_data_folder_that_cannot_be_looked_into_is_refused(data, shut):
+    shut(data)
+    for read in (TokenStream, read_progress, encoding_of):
+        with pytest.raises(UserError, match=f"can't look for {data}/.*: Permission denied"):
+            read(data, "train") if read is TokenStream else read(data)
+
+
+def test_a_data_folder_in_one_that_cannot_be_looked_into_is_refused(data, shut):
+    shut(data.parent)
+    with pytest.raises(UserError, match=f"can't look for {data}/.*: Permission denied"):
+        TokenStream(data, "train")
+
+
+@pytest.mark.parametrize("where", ["the run", "its checkpoints", "a checkpoint"])
+def test_a_run_folder_that_cannot_be_looked_into_is_refused(tmp_path, shut, where):
+    path = save(tmp_path / "run" / "checkpoints")
+    shut({"the run": tmp_path / "run", "its checkpoints": path.parent}.get(where, path))
+    name = path if where == "a checkpoint" else tmp_path / "run"
+    with pytest.raises(UserError, match="can't look .*: Permission denied"):
+        find_checkpoint(str(name))
+    if where != "a checkpoint":
+        with pytest.raises(UserError, match="can't look .*: Permission denied"):
+            newest_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"step": ' + "9" * 5000 + "}", "3", "null"])
+def test_a_line_of_metrics_that_is_none_is_left_out(configure, line):
+    config = configure()
+    path = Path(config.train.out) / "metrics.jsonl"
+    path.parent.mkdir()
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    Metrics(config, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_metrics_that_are_a_folder_are_one_line(configure):
+    config = configure()
+    path = Path(config.train.out) / "metrics.jsonl"
+    path.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"can't read {path}: Is a directory"):
+        Metrics(config, 0)
