@@ -173,7 +173,7 @@ def own_file(folder: Path, name: str) -> Path:
     try:
         lies_in = path.resolve().parent
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, an impossible name
-        raise UserError(f"can't find {path}: {error}") from error
+        raise UserError(f"can't find {name!r:.80} in {folder}: {error}") from error
     if lies_in != folder.resolve():
         raise UserError(f"{path} is a link out of its folder: put the file itself there")
     return path

@@ -113,6 +113,7 @@ def test_a_name_that_no_file_can_have_is_refused(data):
         with pytest.raises(UserError) as error:
             TokenStream(data, "train")
         assert str(data) in str(error.value)
+        assert str(error.value).encode()  # it can be printed
 
 
 @pytest.mark.parametrize("content", ["", json.dumps(SECRET)])
