@@ -19,14 +19,19 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
+# A repeat that comes sooner is the same request: SLURM and systemd signal torchrun and its workers
+# together, as a terminal does on Ctrl-C, and torchrun then hands the signal on to its workers.
+ECHO_SECONDS = 2
+
 WINDOW = 128  # steps whose gradient norms a spike is told from
 
 
 class StopRequest:
     """Whether this process was asked to end: SIGTERM, as schedulers send it, or Ctrl-C.
 
-    The first request is granted after a step, with a checkpoint. The same signal once more has its
-    usual effect, which is the end, at once.
+    The first request is granted after a step, with a checkpoint. The same signal once more, later
+    than `ECHO_SECONDS`, is the end at once. Signals are taken by a thread: the main one may be deep
+    in torch, or wait for others, and would learn of the two together.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -35,20 +40,39 @@ class StopRequest:
         self.number = 0  # of the signal that came
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self.before = {number: signal.signal(number, _nothing) for number in self.SIGNALS}
+        ear, self.mouth = socket.socketpair()
+        self.mouth.setblocking(False)
+        self.fd_before = signal.set_wakeup_fd(self.mouth.fileno())
+        threading.Thread(target=self._listen, args=(ear,), daemon=True, name="signals").start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self.fd_before)
+        self.mouth.close()  # which ends the thread
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if not self.number:
-            self.number = number
-            name = signal.Signals(number).name
-            told = f"\n{name}: stopping after this step; once more to stop at once\n"
-            os.write(sys.stderr.fileno(), told.encode())  # print isn't safe in here
+    def _listen(self, ear: socket.socket) -> None:
+        """Take note of signals as they come, a byte each, until nobody can send any."""
+        came: dict[int, float] = {}
+        with ear:
+            while told := ear.recv(1):
+                number, now = told[0], time.monotonic()
+                if number in self.SIGNALS and now - came.setdefault(number, now) > ECHO_SECONDS:
+                    os._exit(128 + number)
+                if number in self.SIGNALS and not self.number:
+                    self.number = number
+                    print(
+                        f"\n{signal.Signals(number).name}: stopping after this step; once more, "
+                        f"{ECHO_SECONDS} s from now, to stop at once",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """What the main thread does about a signal that another one listens to."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Job:
     workers: Callable[[], list[int]]  # the processes' ids
     status: Callable[[], int | None]  # None while it runs
     kill_all: Callable[[], None]
+    agent: int | None = None  # torchrun's own, if there is one
 
 
 def under_torchrun(world_size: int, words: list[str], log: Path) -> Job:
@@ -79,7 +80,7 @@ def start_agent(
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
 
-    return Job(lambda: children_of(agent.pid), agent.poll, kill_all)
+    return Job(lambda: children_of(agent.pid), agent.poll, kill_all, agent.pid)
 
 
 def children_of(parent: int) -> list[int]:

@@ -18,7 +18,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, machines, ranks, run
 from safetensors.torch import load_file
-from soak import TORCHRUN, start_agent, steps_told, survive, until, without_torchrun
+from soak import (
+    TORCHRUN,
+    start_agent,
+    steps_told,
+    survive,
+    under_torchrun,
+    until,
+    without_torchrun,
+)
 from test_checkpoint import rewrite_meta
 from torch.testing import assert_close
 
@@ -150,6 +158,34 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_lost(
     assert "stopped after step 7; the same command goes on from there" in result.err
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000007"]
     assert train(out, world_size, *CANONICAL).status == 0
+    assert lines_of(out) == lines_of(alone)
+    assert weights_of(out) == weights_of(alone)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_torchrun_and_its_workers_together_stops_with_a_checkpoint(
+    tiny, shards, alone, tmp_path, monkeypatch, name
+):
+    """SLURM and systemd do that, and a terminal; each worker gets it from torchrun once more."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("FAULT", "slow")
+    monkeypatch.setenv("AT", "1")
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
+    job = under_torchrun(2, [str(word) for word in words], log)
+    try:
+        until(lambda: steps_told(out) >= 5, job)
+        for pid in (*job.workers(), job.agent):
+            os.kill(pid, getattr(signal, name))
+        until(lambda: False, job)
+    finally:
+        if job.status() is None:
+            job.kill_all()
+    (saved,) = (out / "checkpoints").iterdir()
+    assert saved.name == f"step_{len(lines_of(out, 'train')):06d}"
+    assert f"{name}: stopping after this step" in log.read_text()
+    monkeypatch.setenv("FAULT", "none")
+    assert run(*words).status == 0
     assert lines_of(out) == lines_of(alone)
     assert weights_of(out) == weights_of(alone)
 
