@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -36,7 +37,7 @@ class FaultyStepper(Stepper):
             self.stalls = FAULT == "stall"
             self.factor = {"nan": math.nan, "spike": 1000.0}.get(FAULT, 1.0)
             if FAULT.startswith("SIG"):
-                print(f"signal at {time.time()}", file=sys.stderr, flush=True)
+                Path(self.config.train.out, "signalled").touch()
                 os.kill(os.getpid(), getattr(signal, FAULT))
             if FAULT == "full disk":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
