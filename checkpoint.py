@@ -310,13 +310,20 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
 
 
 def _steps(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first. Raises UserError if `folder` can't be read.
+
+    `Path.glob` would give nothing then, and a run would begin anew.
+    """
     try:
-        steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
-        whole = [path for path, step in steps.items() if step.isdecimal() and path.is_dir()]
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
-        raise UserError(f"can't look into {folder}: {error.strerror}") from error
-    return sorted(whole, key=lambda path: int(steps[path]))
+        raise UserError(f"can't read {folder}: {error.strerror}") from error
+    steps = {name: name.removeprefix("step_") for name in names if name.startswith("step_")}
+    whole = [name for name, step in steps.items() if step.isdecimal()]
+    return [folder / name for name in sorted(whole, key=lambda name: int(steps[name]))]
 
 
 def _remove_old(folder: Path, newest: Path, keep: int) -> None:

@@ -24,6 +24,7 @@ from checkpoint import (
     Meta,
     ScalerMemory,
     find_checkpoint,
+    holds_checkpoints,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
@@ -141,6 +142,25 @@ def test_if_all_are_damaged_nothing_starts_from_zero(tmp_path):
     (save(tmp_path) / MODEL).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .* is undamaged"):
         newest_checkpoint(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path):
+    """A run would begin anew there, and cut its metrics off."""
+    save(tmp_path / "checkpoints", 1)
+    (tmp_path / "checkpoints").chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)  # nobody: modes don't matter to root
+    try:
+        for look in (newest_checkpoint, holds_checkpoints):
+            with pytest.raises(UserError, match="can't read .*checkpoints: Permission denied"):
+                look(tmp_path / "checkpoints")
+    finally:
+        if root:
+            os.seteuid(0)
+        (tmp_path / "checkpoints").chmod(0o700)
+    assert newest_checkpoint(tmp_path / "checkpoints").meta.step == 1
+    assert newest_checkpoint(tmp_path / "nothing") is None
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
