@@ -8,7 +8,9 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,23 +146,33 @@ def test_if_all_are_damaged_nothing_starts_from_zero(tmp_path):
         newest_checkpoint(tmp_path)
 
 
-def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path):
-    """A run would begin anew there, and cut its metrics off."""
-    save(tmp_path / "checkpoints", 1)
-    (tmp_path / "checkpoints").chmod(0)
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without root's rights, to whom the modes of files don't matter."""
     root = os.geteuid() == 0
     if root:
-        os.seteuid(65534)  # nobody: modes don't matter to root
+        os.seteuid(65534)
     try:
-        for look in (newest_checkpoint, holds_checkpoints):
-            with pytest.raises(UserError, match="can't read .*checkpoints: Permission denied"):
-                look(tmp_path / "checkpoints")
+        yield
     finally:
         if root:
             os.seteuid(0)
-        (tmp_path / "checkpoints").chmod(0o700)
-    assert newest_checkpoint(tmp_path / "checkpoints").meta.step == 1
-    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one():
+    """A run would begin anew there, and cut its metrics off."""
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is in a folder for root alone
+        folder = Path(name, "checkpoints")
+        save(folder, 1)
+        Path(name).chmod(0o755)
+        folder.chmod(0)
+        with as_nobody():
+            for look in (newest_checkpoint, holds_checkpoints):
+                with pytest.raises(UserError, match="can't read .*checkpoints: Permission denied"):
+                    look(folder)
+        folder.chmod(0o700)
+        assert newest_checkpoint(folder).meta.step == 1
+        assert newest_checkpoint(Path(name, "nothing")) is None
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
