@@ -323,7 +323,13 @@ class Trainer:
 
     def _save_here(self, val_loss: float | None) -> None:
         """Write a checkpoint, after what metrics.jsonl tells of the steps up to it."""
-        sync(self.out / METRICS)
+        try:
+            sync(self.out / METRICS)
+        except OSError as error:
+            raise UserError(
+                f"can't write {self.out / METRICS}: {error.strerror}; mend the disk, then give the "
+                "same command again to go on from the newest checkpoint"
+            ) from error
         optimizer, spikes = self.stepper.optimizer, self.stepper.spikes
         scaler = self.stepper.scaler.state_dict()
         meta = Meta(

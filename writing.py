@@ -49,7 +49,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a planted link would lose its target
-        file = open(os.open(folder / LOCK, flags, 0o666), "r+", encoding="utf-8", errors="replace")
+        file = open(os.open(folder / LOCK, flags, 0o666), "rb+", buffering=0)
     except OSError as error:
         raise UserError(f"can't write to {folder}: {error.strerror}") from error
     with file:
@@ -57,13 +57,15 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            owner = file.read() or "another process"
+            owner = file.read().decode(errors="replace") or "another process"
             raise UserError(f"{owner} is writing to {folder}: wait until it is done") from error
         except OSError:
             pass  # a file system without locks
-        file.truncate(0)  # a file stays behind: removing it could let two others in at once
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        try:  # a file stays behind: removing it could let two others in at once
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:
+            raise UserError(f"can't write to {folder}: {error.strerror}") from error
         try:
             yield
         finally:

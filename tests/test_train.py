@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -351,6 +353,53 @@ def test_metrics_that_find_no_room_are_one_line(configure):
         metrics.path = Path("/dev/full")
         with pytest.raises(train.UserError, match="can't write /dev/full: No space left on device"):
             metrics.write("train", 1, {"loss": 1.0})
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_after_them_is(configure, monkeypatch):
+    """If the power failed in between, steps that aren't done again would be missing in them."""
+    trainer = train.Trainer(configure("--train.max_steps", 4, "--train.checkpoint_every", 2), ALONE)
+    path, synced, found = trainer.out / "metrics.jsonl", {}, []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def note_rename(self: Path, target: Path) -> Path:
+        found.append((path.stat().st_size, synced[path.stat().st_ino]))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    with trainer.own_folder():
+        trainer.run()
+    assert len(found) == 2
+    assert all(there == on_disk > 0 for there, on_disk in found)
+
+
+def test_metrics_that_do_not_reach_the_disk_are_one_line(configure, monkeypatch):
+    trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with trainer.own_folder():
+        trainer.prepare_folder()
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(train.UserError, match="can't write .*metrics.jsonl: Input/output"):
+            trainer.save(None)
+    assert not (trainer.out / "checkpoints").exists()
+
+
+def test_canonical_sums_are_made_by_one_thread(configure):
+    """On a CPU: several add up in another order. OMP_NUM_THREADS may say anything."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train.train(configure("--train.max_steps", 1, "--train.reduction", "canonical"))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_two_runs_in_one_folder_do_not_meet(configure):

@@ -50,6 +50,21 @@ def test_what_a_writer_wrote_is_read_back(tmp_path_factory, tokens, shard_tokens
     check_contents(folder, writer.records, 2**16)
 
 
+def test_a_lock_that_finds_no_room_on_the_disk_is_one_line(tmp_path):
+    """Files can't grow for a while: the system's own refusal."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"can't write to {tmp_path}: File too large"):
+            with locked(tmp_path):
+                pytest.fail("it got in")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with locked(tmp_path):
+        pass
+
+
 def test_a_crash_while_writing_atomically_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, "old")
