@@ -243,7 +243,7 @@ def newest_checkpoint(
     A damaged one is named on standard error and passed over. Raises UserError if all are damaged.
     """
     complaints = []
-    for path in reversed(_steps(folder)):
+    for path in reversed(checkpoints_in(folder)):
         try:
             found = read_checkpoint(path, files)
             if path.name != step_name(found.meta.step):
@@ -259,7 +259,7 @@ def newest_checkpoint(
 
 def holds_checkpoints(folder: Path) -> bool:
     """Whether there is any checkpoint in `folder`, damaged or not."""
-    return bool(_steps(folder))
+    return bool(checkpoints_in(folder))
 
 
 def find_checkpoint(name: str) -> Checkpoint:
@@ -309,7 +309,7 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
     return Checkpoint(path, meta)
 
 
-def _steps(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Raises UserError if `folder` can't be read.
 
     `Path.glob` would give nothing then, and a run would begin anew.
@@ -332,7 +332,7 @@ def _remove_old(folder: Path, newest: Path, keep: int) -> None:
     Later ones are damaged, or the run would have gone on from them. One that can't be removed is no
     reason to stop a run; it is named on standard error.
     """
-    paths = _steps(folder)
+    paths = checkpoints_in(folder)
     paths = paths[: paths.index(newest) + 1]
     losses = {path: _val_loss(path) for path in paths}
     best = min(paths, key=losses.__getitem__)

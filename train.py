@@ -35,6 +35,7 @@ from checkpoint import (
     Checkpoint,
     Meta,
     ScalerMemory,
+    checkpoints_in,
     find_checkpoint,
     holds_checkpoints,
     newest_checkpoint,
@@ -139,6 +140,7 @@ class Trainer:
         folder, checkpoint = self.out / "checkpoints", None
         with self.ranks.together():
             if self.ranks.is_first:
+                self.there = checkpoints_in(folder)
                 checkpoint = newest_checkpoint(folder)
         step = self.ranks.agree(checkpoint.meta.step if checkpoint else 0)
         with self.ranks.together():
@@ -351,7 +353,10 @@ class Trainer:
 
     @contextmanager
     def own_folder(self) -> Iterator[None]:
-        """Make the run folder and keep other runs out of it. Raises UserError if one is there."""
+        """Make the run folder and keep other runs out of it.
+
+        Raises UserError if one is there, or has been since this one chose its checkpoint.
+        """
         with ExitStack() as stack:
             with self.ranks.together():
                 if self.ranks.is_first:
@@ -362,7 +367,16 @@ class Trainer:
                             f"can't write to the run folder {self.out}: {error.strerror}"
                         ) from error
                     stack.enter_context(locked(self.out))
+                    self._check_still_newest()
             yield
+
+    def _check_still_newest(self) -> None:
+        """Raises UserError if there are other checkpoints than when this run chose its own."""
+        if checkpoints_in(self.out / "checkpoints") != self.there:
+            raise UserError(
+                f"another run has saved into {self.out} since this one looked: give the same "
+                "command again to go on from there"
+            )
 
     def prepare_folder(self) -> Metrics | None:
         """Rank 0 puts settings and vocabulary into the run folder. Returns its metrics."""

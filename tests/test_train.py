@@ -402,6 +402,27 @@ def test_canonical_sums_are_made_by_one_thread(configure):
         torch.set_num_threads(threads)
 
 
+def test_a_run_that_chose_its_checkpoint_before_another_saved_one_does_not_begin(configure):
+    """It would go on from an old checkpoint, or from none, and cut the other's metrics off."""
+    config = configure("--train.max_steps", 2, "--train.checkpoint_every", 1)
+    first, second = (train.Trainer(config, ALONE) for _ in range(2))
+    with first.own_folder():
+        first.run()
+    before = files_of(first.out)
+    with pytest.raises(train.UserError, match="another run has saved .*: give the same command"):
+        with second.own_folder():
+            second.run()
+    assert files_of(first.out) == before
+    again = train.Trainer(config, ALONE)
+    assert again.step == 2
+    with again.own_folder():
+        again.run()
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_two_runs_in_one_folder_do_not_meet(configure):
     first, second = (train.Trainer(configure(), ALONE) for _ in range(2))
     with first.own_folder():
