@@ -126,6 +126,7 @@ class Stepper:
         if self.ranks.world_size == 1 or self.is_canonical:
             return self.model
         on_gpu = self.ranks.device.type == "cuda"
+        self.ranks.arrive()  # DDP sends everybody the weights of rank 0
         return DistributedDataParallel(
             self.model,
             device_ids=[self.ranks.local_rank] if on_gpu else None,
@@ -163,7 +164,10 @@ class Stepper:
         """
         _, inputs, targets = next(self._micro_batches(step))
         try:
-            self.loss_of(inputs, targets).backward()
+            loss = self.loss_of(inputs, targets)
+            if self.wrapped is not self.model:
+                self.ranks.arrive()  # DDP's backward pass waits for all the others
+            loss.backward()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(

@@ -30,6 +30,15 @@ class FaultyStepper(Stepper):
     factor = 1.0  # of the loss
     stalls = False
 
+    def _wrap(self) -> torch.nn.Module:
+        if HERE and FAULT == "stall at the start":
+            time.sleep(1000)
+        return super()._wrap()
+
+    def rehearse(self, step: int) -> None:
+        self.stalls = HERE and FAULT == "stall in the rehearsal"
+        super().rehearse(step)
+
     def take(self, step: int, asked_to_stop: bool = False) -> StepResult:
         if FAULT == "slow":
             time.sleep(0.5)
