@@ -463,10 +463,11 @@ class Trainer:
             if due or stop or not result.is_queued:
                 stop |= self._finish(result, metrics, speed, bar)
                 before = None
+            stop &= self.step < self.config.train.max_steps
             if due:
                 with speed.paused():
-                    self._do_what_is_due(metrics)
-            if stop and self.step < self.config.train.max_steps:
+                    self._do_what_is_due(metrics, stop)
+            if stop:
                 if not self._is_due(self.config.train.checkpoint_every):
                     self.save(val_loss=None)
                 return True
@@ -485,8 +486,8 @@ class Trainer:
     def _examination_is_due(self) -> bool:
         return bool(self.examinations) and self._is_due(self.config.log.eval_tasks_every)
 
-    def _do_what_is_due(self, metrics: Metrics | None) -> None:
-        """Validate, save, write a sample."""
+    def _do_what_is_due(self, metrics: Metrics | None, stop: bool) -> None:
+        """Validate, save, write a sample; the last not in a hurry, as nothing depends on it."""
         config, val_loss = self.config, None
         if self._is_due(config.log.eval_every):
             val_loss = self._report_validation(metrics)
@@ -494,7 +495,8 @@ class Trainer:
             self.examine(metrics)
         if self._is_due(config.train.checkpoint_every):
             self.save(val_loss)
-        if self.ranks.is_first and self.encoding and self._is_due(config.log.sample_every):
+        samples = self.encoding and not stop and self._is_due(config.log.sample_every)
+        if self.ranks.is_first and samples:
             say(f"step {self.step:,} writes:\n{self.sample()}\n")
 
     def _finish(self, result: StepResult, metrics: Metrics | None, speed: Speed, bar: tqdm) -> bool:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,16 @@ def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
     assert "step 2 writes:\n" in result.err
     assert "step 4 writes:\n" in result.err
     assert result.out == ""
+
+
+def test_a_run_that_is_to_stop_writes_no_sample_first(configure, capfd):
+    """Whoever asked may not wait for long."""
+    trainer = train.Trainer(configure("--log.sample_every", 1), ALONE)
+    trainer.stop.number = signal.SIGTERM
+    with trainer.own_folder(), pytest.raises(train.Stopped, match="stopped after step 1;"):
+        trainer.run()
+    assert newest_checkpoint(trainer.out / "checkpoints").meta.step == 1
+    assert "step 1 writes:" not in capfd.readouterr().err
 
 
 def test_tensorboard_shows_the_metrics(call, tiny, shards, tmp_path):
