@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, run_script
+from errors import Parser, UserError, hub_errors, one_line, run_script
 
 # OpenAI's four models. Every other name is a repository of the Hub, owner/name[@revision].
 NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large")}
@@ -321,9 +321,8 @@ def download(name: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(f"{name}: neither a checkpoint here nor a model on the Hub") from error
-    except (OSError, ValueError) as error:  # network errors of every kind are OSErrors
-        reason = " ".join(str(error).split())
-        raise UserError(f"{repository} can't be had from the Hub: {reason}") from error
+    except hub_errors() as error:
+        raise UserError(f"{repository} can't be had from the Hub: {one_line(error)}") from error
 
 
 def cached(name: str) -> Path:

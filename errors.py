@@ -27,6 +27,22 @@ class Stopped(Exception):
         self.status = 128 + number
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What a call to the Hub may raise: `except hub_errors()` imports the package only after one.
+
+    An answer such as "not found" is an OSError, a wrong name a ValueError; a connection that
+    couldn't be made or that broke off is only an HTTPError, of the client that the package uses.
+    """
+    from huggingface_hub.errors import HTTPError, XetDownloadError
+
+    return OSError, ValueError, HTTPError, XetDownloadError
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line ends; its kind, if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaint is one line."""
 

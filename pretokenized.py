@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, hub_errors, one_line
 from shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -88,7 +88,7 @@ def look_up(repository: str, commit: str | None) -> tuple[str, list[Published]]:
     try:
         commit = commit or HfApi().dataset_info(repository).sha
         entries = [*HfApi().list_repo_tree(repository, repo_type="dataset", revision=commit)]
-    except (OSError, ValueError) as error:  # network errors of every kind are OSErrors
+    except hub_errors() as error:
         raise UserError(f"{repository} can't be had from the Hub: {one_line(error)}") from error
     shards = [
         Published(entry.path, (entry.size - HEADER_BYTES) // 2, entry.lfs and entry.lfs.sha256)
@@ -132,7 +132,7 @@ def download(repository: str, commit: str, shard: Published, folder: Path) -> Sh
         hf_hub_download(
             repository, shard.file, repo_type="dataset", revision=commit, local_dir=folder
         )
-    except (OSError, ValueError) as error:
+    except hub_errors() as error:
         raise UserError(
             f"{shard.file} of {repository} can't be had from the Hub: {one_line(error)}; give the "
             "same command again to go on"
@@ -142,8 +142,3 @@ def download(repository: str, commit: str, shard: Published, folder: Path) -> Sh
         path.unlink()
         raise UserError(f"{path} was not what the Hub says it is: give the same command again")
     return ShardRecord(shard.file, shard.split, tokens, sha256)
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line ends."""
-    return " ".join(str(error).split())

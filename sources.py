@@ -26,7 +26,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from errors import UserError
+from errors import UserError, hub_errors, one_line
 from tokenizer import well_formed
 
 HUB_NAMES = {
@@ -133,10 +133,10 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
         )
         files = tuple(builder.config.data_files["train"])
         sizes = tuple(HfFileSystem().size(file) for file in files)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except (*hub_errors(), KeyError) as error:
         raise UserError(
-            f"--source {name}: there is no such file, and it can't be had from the Hub: {reason}"
+            f"--source {name}: there is no such file, and it can't be had from the Hub: "
+            f"{one_line(error)}"
         ) from error
     if not all(file.endswith(".parquet") for file in files):
         raise UserError(
@@ -168,8 +168,8 @@ def named_errors(file: str) -> Iterator[None]:
     """Turn an error of reading `file` into a UserError that names it."""
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {file}: {' '.join(str(error).split())}") from error
+    except (*hub_errors(), pa.ArrowException) as error:
+        raise UserError(f"can't read {file}: {one_line(error)}") from error
 
 
 def text_documents(file: str) -> Iterator[Document]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, hub_errors, one_line
 from scoring import Estimate, Request, Scorer
 
 Rows = list[dict[str, object]]
@@ -227,7 +227,7 @@ def read_file(path: Path) -> tuple[Rows, str, str]:
         else:
             rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
     except (OSError, ValueError) as error:  # pyarrow's errors are of these, too
-        raise UserError(f"can't read {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"can't read {path}: {one_line(error)}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected an object in each line")
     return rows, str(path), ""
@@ -246,11 +246,10 @@ def read_hub(task: Task) -> tuple[Rows, str, str]:
         builder.download_and_prepare()
         rows = builder.as_dataset(task.split).to_list()
         files = (builder.config.data_files or {}).get(task.split, [""])
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except (*hub_errors(), DatasetsError, KeyError) as error:
         raise UserError(
-            f"{task.repository} can't be had from the Hub: {reason}; evaluate.py --file takes a "
-            "local copy"
+            f"{task.repository} can't be had from the Hub: {one_line(error)}; evaluate.py --file "
+            "takes a local copy"
         ) from error
     commit = re.search(r"@([0-9a-f]{40})/", str(files[0]))
     return rows, task.repository, commit[1] if commit else ""

@@ -24,6 +24,7 @@ class FakeHub:
     kind: str = "datasets"  # or "models"
     gated: bool = False  # its files are for those only who are logged in
     cut_after: int | None = None  # the next file ends after so many bytes, as a connection may
+    dies: bool = False  # with that cut; from then on every connection ends without an answer
     asked: list[str] = field(default_factory=list)  # "GET /path", in order
     bytes_sent: int = 0
     missing: set[str] = field(default_factory=set)  # files that are listed and can't be had
@@ -108,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
         self.send_response(status)
-        headers.setdefault("Content-Length", str(len(content)))
+        headers.setdefault("Content_Length", str(len(content)))
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
@@ -123,6 +124,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, url = self.hub, urlsplit(self.path)
+        if hub.dies and hub.cut_after is None:
+            self.close_connection = True
+            return
         path, query = unquote(url.path), parse_qs(url.query)
         hub.asked.append(f"{self.command} {path}")
         api = f"/api/{hub.kind}/{hub.name}"

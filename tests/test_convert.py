@@ -271,6 +271,14 @@ def test_without_a_network_what_was_fetched_before_still_works(hub, on_hub, monk
     assert sampled(on_hub, hub, "gpt2-medium").status == 2
 
 
+@pytest.mark.parametrize("cut_after", [None, 60_000])  # dead from the start, or within a file
+def test_a_hub_that_dies_is_one_line(hub, on_hub, tmp_path, cut_after):
+    hub.dies, hub.cut_after = True, cut_after
+    words = ("convert.py", "from-hf", "gpt2", "--out", tmp_path / "out")
+    assert "openai-community/gpt2 can't be had from the Hub" in on_hub(hub, *words).error()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "is_one"),
     [

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import run
 from fake_hub import FakeHub
 
 from errors import UserError
@@ -83,6 +84,18 @@ def test_what_cannot_be_is_one_line(fetch, hub):
     assert "nobody/nothing can't be had from the Hub" in fetch("nobody/nothing").error()
     hub.commits[COMMIT].pop("fineweb_val_000000.bin")
     assert "holds no shards in llm.c's layout" in fetch().error()
+
+
+def test_a_closed_port_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    result = run("prepare_fineweb.py", "--pretokenized", "--out", tmp_path / "data")
+    assert "kjj0/fineweb10B-gpt2 can't be had from the Hub" in result.error()
+
+
+def test_a_hub_that_dies_within_a_shard_is_one_line(fetch, hub):
+    hub.dies, hub.cut_after = True, 700
+    assert "give the same command again to go on" in fetch().error()
 
 
 def test_shards_are_taken_in_the_order_of_their_names():

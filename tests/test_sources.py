@@ -414,6 +414,20 @@ def test_a_hub_that_cannot_be_reached_is_refused_in_one_line(monkeypatch, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_hub_that_dies_while_it_is_read_is_one_line(hub, on_hub, tmp_path):
+    hub.commits[NEW]["sample/10BT/002_00000.parquet"] = parquet([os.urandom(150_000).hex()])
+    hub.dies, hub.cut_after = True, 10_000  # within the large file
+    code = (
+        "import sys, time\n"
+        "time.sleep = lambda seconds: None  # between tries: 20 s in all\n"
+        "from errors import run_script\n"
+        "from prepare_fineweb import main, parse_arguments\n"
+        f"sys.exit(run_script(main, parse_arguments(['--out', '{tmp_path / 'out'}'])))\n"
+    )
+    error = on_hub(hub, "-c", code).error()
+    assert "can't read hf://datasets/HuggingFaceFW/fineweb-edu" in error
+
+
 # Python's documentation
 
 
