@@ -145,7 +145,18 @@ def look_up(
     if name == "val":
         return partial(measure_loss, validation_stream(arguments, checkpoint), arguments.tokens)
     questions = ranks.in_turn(lambda: load_questions(name, arguments.file))
-    return partial(examine, questions, arguments.stride or checkpoint.meta.model.block_size)
+    return partial(examine, questions, choose_stride(arguments, checkpoint.meta.model.block_size))
+
+
+def choose_stride(arguments: argparse.Namespace, block_size: int) -> int:
+    """--stride, or the whole context. Raises UserError for more: windows would leave tokens out."""
+    stride = arguments.stride or block_size
+    if stride > block_size:
+        raise UserError(
+            f"--stride {stride:,}: this model's context has {block_size:,} tokens, expected 1 to "
+            f"{block_size:,}"
+        )
+    return stride
 
 
 def write_report(
@@ -174,6 +185,8 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
         raise UserError("--tasks is empty: no task is named")
     if arguments.file and (len(names) != 1 or names == ["val"]):
         raise UserError(f"--file holds one examination's questions, --tasks is {arguments.tasks}")
+    if arguments.stride and not any(name.startswith("wikitext") for name in names):
+        raise UserError(f"--stride is wikitext's, --tasks is {arguments.tasks}")
     if arguments.output and not arguments.output.parent.is_dir():
         raise UserError(f"--output {arguments.output}: there is no folder of that name")
     checkpoint = ranks.in_turn(lambda: find_checkpoint(arguments.checkpoint))

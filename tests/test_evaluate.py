@@ -60,6 +60,13 @@ def test_the_stride_is_how_far_a_window_goes_on(call, tmp_path):
     assert by_stride[128] == by_stride[None] != by_stride[8]
 
 
+def test_a_stride_above_the_context_would_leave_tokens_out(call):
+    error = call("evaluate", *examine("wikitext2", "--stride", 129)).error()
+    assert "--stride 129: this model's context has 128 tokens, expected 1 to 128" in error
+    error = call("evaluate", *examine("lambada", "--stride", 8)).error()
+    assert "--stride is wikitext's, --tasks is lambada" in error
+
+
 def test_wrong_input_is_one_line(call, tmp_path):
     def complaint(*arguments: object) -> str:
         return call("evaluate", *arguments).error()
