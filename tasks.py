@@ -8,9 +8,12 @@ README, "How good is it?".
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +35,7 @@ class Task:
     columns: dict[str, type]  # what a row must have
     measure: Callable[[Rows, Scorer, int], dict[str, Estimate]]
     check: Callable[[dict[str, object], str], None] = lambda row, where: None
+    check_lengths: Callable[[Rows, Scorer], object] = lambda rows, scorer: None
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,24 @@ class Questions:
     name: str
     rows: Rows
     data: str  # the dataset, or the file
-    revision: str  # of the dataset: a commit
+    revision: str  # of the dataset: a commit; of a file: its SHA-256
+
+    def check_lengths(self, scorer: Scorer) -> None:
+        """Raises UserError, naming the row, if an ending is too long for the model."""
+        TASKS[self.name].check_lengths(self.rows, scorer)
 
     def ask(self, scorer: Scorer, stride: int) -> dict[str, Estimate]:
         """What the model makes of them: estimates by name, in the order in which to tell them."""
         return TASKS[self.name].measure(self.rows, scorer, stride)
+
+
+@contextmanager
+def naming(task: str, number: int) -> Iterator[None]:
+    """Begin a UserError from inside with the task and the row."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{task}, row {number}: {error}") from error
 
 
 # HellaSwag: which of four endings is the sensible one?
@@ -66,15 +83,8 @@ def hellaswag_choices(rows: Rows, scorer: Scorer) -> dict[str, np.ndarray]:
     and `llmc_acc_norm`, per token, take texts as they are (llm.c and build-nanogpt,
     `hellaswag.py`).
     """
-    harness, plain, characters = [], [], []
-    encode = scorer.encoding.encode_ordinary
-    for row in rows:
-        start = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-        before = encode(row["ctx"])
-        for ending in row["endings"]:
-            harness.append(scorer.request(tidy(start), " " + tidy(ending)))
-            plain.append(scorer.cut(before, encode(" " + ending)))
-            characters.append(len(tidy(ending)))
+    harness, plain = hellaswag_requests(rows, scorer)
+    characters = [len(tidy(ending)) for row in rows for ending in row["endings"]]
     tokens = np.array([request.guessed for request in plain])
     theirs, _ = scorer.score(harness, "hellaswag")
     llmc, _ = scorer.score(plain, "hellaswag, as llm.c")
@@ -85,6 +95,20 @@ def hellaswag_choices(rows: Rows, scorer: Scorer) -> dict[str, np.ndarray]:
         "llmc_acc_norm": llmc / tokens,
     }
     return {name: score.reshape(-1, 4).argmax(axis=1) for name, score in scores.items()}
+
+
+def hellaswag_requests(rows: Rows, scorer: Scorer) -> tuple[list[Request], list[Request]]:
+    """What is asked, as the harness and as llm.c do it: four requests a row in each list."""
+    harness, plain = [], []
+    encode = scorer.encoding.encode_ordinary
+    for number, row in enumerate(rows, 1):
+        start = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+        before = encode(row["ctx"])
+        with naming("hellaswag", number):
+            for ending in row["endings"]:
+                harness.append(scorer.request(tidy(start), " " + tidy(ending)))
+                plain.append(scorer.cut(before, encode(" " + ending)))
+    return harness, plain
 
 
 def check_endings(row: dict[str, object], where: str) -> None:
@@ -112,13 +136,22 @@ def lambada(rows: Rows, scorer: Scorer, _: int) -> dict[str, Estimate]:
 
     Paperno et al. 2016, in the form that OpenAI published, the harness's `lambada_openai`.
     """
-    parted = [str(row["text"]).rpartition(" ") for row in rows]
-    requests = [scorer.request(before, blank + word) for before, blank, word in parted]
+    requests = lambada_requests(rows, scorer)
     log_probability, likeliest = scorer.score(requests, "lambada")
     return {
         "acc": Estimate.of(likeliest),
         "perplexity": Estimate.of(-log_probability).exponential(),
     }
+
+
+def lambada_requests(rows: Rows, scorer: Scorer) -> list[Request]:
+    """A request per row, for its last word and the blank before it."""
+    requests = []
+    for number, row in enumerate(rows, 1):
+        before, blank, word = str(row["text"]).rpartition(" ")
+        with naming("lambada", number):
+            requests.append(scorer.request(before, blank + word))
+    return requests
 
 
 # WikiText: long texts, window by window
@@ -189,8 +222,23 @@ def joined(text: str) -> str:
 SWAG = {name: str for name in ("activity_label", "ctx_a", "ctx_b", "ctx")} | {"endings": list}
 WIKI = "EleutherAI/wikitext_document_level"
 TASKS = {
-    "hellaswag": Task("Rowan/hellaswag", None, "validation", SWAG, hellaswag, check_endings),
-    "lambada": Task("EleutherAI/lambada_openai", "default", "test", {"text": str}, lambada),
+    "hellaswag": Task(
+        "Rowan/hellaswag",
+        None,
+        "validation",
+        SWAG,
+        hellaswag,
+        check_endings,
+        check_lengths=hellaswag_requests,
+    ),
+    "lambada": Task(
+        "EleutherAI/lambada_openai",
+        "default",
+        "test",
+        {"text": str},
+        lambada,
+        check_lengths=lambada_requests,
+    ),
     "wikitext2": Task(WIKI, "wikitext-2-raw-v1", "test", {"page": str}, wikitext),
     "wikitext103": Task(WIKI, "wikitext-103-raw-v1", "test", {"page": str}, wikitext),
 }
@@ -218,19 +266,20 @@ def load_questions(name: str, file: Path | None = None) -> Questions:
 
 
 def read_file(path: Path) -> tuple[Rows, str, str]:
-    """(rows, name, "") of a Parquet or JSON-lines file. Raises UserError if it is none."""
+    """(rows, name, SHA-256) of a Parquet or JSON-lines file. Raises UserError if it is none."""
     try:
+        content = path.read_bytes()
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
         else:
-            rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     except (OSError, ValueError) as error:  # pyarrow's errors are of these, too
         raise UserError(f"can't read {path}: {one_line(error)}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected an object in each line")
-    return rows, str(path), ""
+    return rows, str(path), hashlib.sha256(content).hexdigest()
 
 
 def read_hub(task: Task) -> tuple[Rows, str, str]:
@@ -245,11 +294,9 @@ def read_hub(task: Task) -> tuple[Rows, str, str]:
         builder = load_dataset_builder(task.repository, task.config)
         builder.download_and_prepare()
         rows = builder.as_dataset(task.split).to_list()
-        files = (builder.config.data_files or {}).get(task.split, [""])
     except (*hub_errors(), DatasetsError, KeyError) as error:
         raise UserError(
             f"{task.repository} can't be had from the Hub: {one_line(error)}; evaluate.py --file "
             "takes a local copy"
         ) from error
-    commit = re.search(r"@([0-9a-f]{40})/", str(files[0]))
-    return rows, task.repository, commit[1] if commit else ""
+    return rows, task.repository, builder.hash

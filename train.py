@@ -103,6 +103,8 @@ class Trainer:
         ]
         if self.examinations and not self.encoding:
             raise UserError("log.eval_tasks needs GPT-2's vocabulary, which can't be had here")
+        for questions in self.examinations:  # now, rather than at the first examination
+            questions.check_lengths(self._scorer())
 
     def _open_data(self, folder: Path) -> None:
         """Open the splits; see that the shards are what the manifest says, before a step uses them.
@@ -287,21 +289,23 @@ class Trainer:
 
     def examine(self, metrics: Metrics | None) -> None:
         """Put the model to the examinations, shared out over the ranks, and tell what it got."""
-        block_size = self.config.model.block_size
-        batch_tokens = self.config.train.micro_batch_size * block_size
-        scorer = Scorer(self.model, self.encoding, self.ranks, batch_tokens)
+        scorer = self._scorer()
         for questions in self.examinations:
             with (
                 evaluating(self.model),
                 torch.compiler.set_stance("force_eager"),
                 self.stepper.in_its_arithmetic(),
             ):
-                found = questions.ask(scorer, stride=block_size)
+                found = questions.ask(scorer, stride=self.config.model.block_size)
             if metrics:
                 values = {name: estimate.value for name, estimate in found.items()}
                 metrics.write(questions.name, self.step, values)
                 told = ", ".join(f"{name} {estimate}" for name, estimate in found.items())
                 say(f"step {self.step:,}: {questions.name} {told}")
+
+    def _scorer(self) -> Scorer:
+        batch_tokens = self.config.train.micro_batch_size * self.config.model.block_size
+        return Scorer(self.model, self.encoding, self.ranks, batch_tokens)
 
     def sample(self) -> str:
         """A text from nothing but <|endoftext|>, as the model writes it now."""

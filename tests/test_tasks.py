@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -186,6 +187,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         tasks.load_questions("lambada", tmp_path / "some.parquet")
 
 
+def test_a_file_is_told_by_its_hash():
+    path = ITEMS / "lambada.jsonl"
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert tasks.load_questions("lambada", path).revision == sha256
+
+
 def test_parquet_and_json_lines_are_the_same_questions(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows_of("hellaswag")), tmp_path / "a.parquet")
     ours = tasks.load_questions("hellaswag", tmp_path / "a.parquet")
@@ -228,7 +235,7 @@ def test_questions_that_were_fetched_before_need_no_network(on_hub, hub, monkeyp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     again = on_hub(hub, *EVALUATE)
     assert again.status == 0, again.err
-    assert again.out.splitlines()[2:] == first.out.splitlines()[2:]
+    assert again.out == first.out  # the commit, too
 
 
 def test_questions_that_the_hub_does_not_give_are_one_line(on_hub, hub):
@@ -278,3 +285,23 @@ def test_questions_that_cannot_be_had_stop_a_run_before_its_first_step(
     error = on_hub(hub, "train.py", tiny, *arguments).error()
     assert "EleutherAI/lambada_openai can't be had from the Hub" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_an_ending_longer_than_the_context_stops_a_run_before_its_first_step(
+    on_hub, hub, tiny, shards, tmp_path
+):
+    long = [swag(endings=["a", "b", "c", "d"]), swag(endings=["a", "b", "c", "d " * 200])]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(long), sink)
+    hub.commits[COMMIT]["data/validation-00000-of-00001.parquet"] = sink.getvalue()
+    arguments = ("--data.dir", shards, "--train.out", tmp_path / "run")
+    error = on_hub(hub, "train.py", tiny, *arguments, "--log.eval_tasks", "hellaswag").error()
+    assert "hellaswag, row 2: ' d d d" in error
+    assert "take a model with a longer context" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_ending_longer_than_the_context_is_told_with_its_row(scorer):
+    rows = [*rows_of("lambada"), {"text": "some " + "word" * 200}]
+    with pytest.raises(UserError, match=f"^lambada, row {len(rows)}: ' wordword"):
+        tasks.lambada(rows, scorer, 0)
