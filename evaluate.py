@@ -124,8 +124,7 @@ def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer) -> Found:
 def examine(questions: Questions, stride: int, scorer: Scorer) -> Found:
     """What the model gets in an examination."""
     metrics, count = questions.ask(scorer, stride), len(questions.rows)
-    at = f"@{questions.revision[:7]}" if questions.revision else ""
-    lines = [f"{questions.name:<16}{count:,} of {questions.data}{at}"]
+    lines = [f"{questions.name:<16}{count:,} of {questions.told}"]
     lines += [f"{name:<16}{estimate}" for name, estimate in metrics.items()]
     return lines, record(questions.name, questions.data, questions.revision, count, metrics)
 

@@ -47,6 +47,12 @@ class Questions:
     data: str  # the dataset, or the file
     revision: str  # of the dataset: a commit; of a file: its SHA-256
 
+    @property
+    def told(self) -> str:
+        """What the terminal says of the origin: the dataset and its commit, or the file."""
+        of_hub = self.data == TASKS[self.name].repository
+        return f"{self.data}@{self.revision[:7]}" if of_hub else self.data
+
     def check_lengths(self, scorer: Scorer) -> None:
         """Raises UserError, naming the row, if an ending is too long for the model."""
         TASKS[self.name].check_lengths(self.rows, scorer)
