@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -538,15 +539,21 @@ def test_a_field_that_does_not_fit_is_named(field, value, complaint):
 @pytest.fixture
 def shut(monkeypatch):
     """Take the permission to look into a folder away, from root as well: shut(folder)."""
-    stat = Path.stat
+    stat, scan = Path.stat, os.scandir
 
     def shut_one(folder: Path) -> None:
+        def refuse_list(path: Path) -> object:
+            if folder in (path, *Path(path).parents):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scan(path)
+
         def refuse(path: Path, **options: bool) -> object:
             if folder in path.parents:
                 raise PermissionError(13, "Permission denied", str(path))
             return stat(path, **options)
 
         monkeypatch.setattr(Path, "stat", refuse)
+        monkeypatch.setattr(os, "scandir", refuse_list)
 
     return shut_one
 
@@ -569,10 +576,10 @@ def test_a_run_folder_that_cannot_be_looked_into_is_refused(tmp_path, shut, wher
     path = save(tmp_path / "run" / "checkpoints")
     shut({"the run": tmp_path / "run", "its checkpoints": path.parent}.get(where, path))
     name = path if where == "a checkpoint" else tmp_path / "run"
-    with pytest.raises(UserError, match="can't look .*: Permission denied"):
+    with pytest.raises(UserError, match="can't (look|read) .*: Permission denied"):
         find_checkpoint(str(name))
     if where != "a checkpoint":
-        with pytest.raises(UserError, match="can't look .*: Permission denied"):
+        with pytest.raises(UserError, match="can't (look|read) .*: Permission denied"):
             newest_checkpoint(path.parent)
 
 
