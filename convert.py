@@ -43,6 +43,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
@@ -63,7 +65,8 @@ from tokenizer import (
 )
 
 CONFIG, VOCAB, MERGES, INDEX = "config.json", "vocab.json", "merges.txt", f"{MODEL}.index.json"
-WANTED = [CONFIG, VOCAB, MODEL, "model-*.safetensors", INDEX]  # of a repository
+TOKENIZER = "tokenizer.json"  # both vocabulary and merges, as transformers writes it since 5.0
+WANTED = [CONFIG, VOCAB, MERGES, TOKENIZER, MODEL, "model-*.safetensors", INDEX]  # of a repository
 PREFIX = "transformer."
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")  # older files hold the causal mask of every block
@@ -80,6 +83,28 @@ EXPECTED = {
 }
 
 
+# The sizes that a config.json tells, and the largest that is believed.
+SIZES = {"vocab_size": MAX_VOCAB_SIZE, "n_positions": 1 << 20, "n_layer": 1000, "n_head": 1 << 12}
+SIZES["n_embd"] = 1 << 16
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` if all goes well; else nothing is left of it.
+
+    Raises UserError if it can't be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as folder:
+            new = Path(folder, "new")
+            new.mkdir()
+            yield new
+            new.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't write {out}: {one_line(error)}") from error
+
+
 # From Hugging Face
 
 
@@ -94,21 +119,20 @@ def from_hf(folder: Path, out: Path) -> None:
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     check_shapes(tensors, shapes, folder)
     encoding = make_encoding(read_vocabulary(folder, config.vocab_size))
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / MODEL)
-    sha256 = save_vocabulary(encoding, out / VOCABULARY)
-    tokenizer = TokenizerRecord(encoding.name, encoding.n_vocab, sha256)
-    meta = Meta(
-        step=0,
-        model=config,
-        tokenizer=tokenizer,
-        config={},
-        val_loss=None,
-        best_val_loss=None,
-        scaler=None,
-        data="",
-    )
-    write_meta(out, meta, files=(MODEL,))
+    with whole(out) as new:
+        save_file(tensors, new / MODEL)
+        sha256 = save_vocabulary(encoding, new / VOCABULARY)
+        meta = Meta(
+            step=0,
+            model=config,
+            tokenizer=TokenizerRecord(encoding.name, encoding.n_vocab, sha256),
+            config={},
+            val_loss=None,
+            best_val_loss=None,
+            scaler=None,
+            data="",
+        )
+        write_meta(new, meta, files=(MODEL,))
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -119,16 +143,23 @@ def read_config(folder: Path) -> GPTConfig:
             raise UserError(
                 f"{folder / CONFIG} has {key} = {content[key]!r}, GPT-2 has {allowed[0]!r}"
             )
-    try:
-        n_embd, block_size = content["n_embd"], content["n_positions"]
-        if content.get("n_inner") not in (None, 4 * n_embd):
+    for key, most in SIZES.items():
+        size = content.get(key)
+        if type(size) is not int or not 1 <= size <= most:
             raise UserError(
-                f"{folder / CONFIG} has n_inner = {content['n_inner']}, GPT-2 has {4 * n_embd}"
+                f"{folder / CONFIG} has {key} = {size!r:.40}, expected a whole number from 1 to "
+                f"{most:,}"
             )
+    n_embd, block_size = content["n_embd"], content["n_positions"]
+    if content.get("n_inner") not in (None, 4 * n_embd):
+        raise UserError(
+            f"{folder / CONFIG} has n_inner = {content['n_inner']}, GPT-2 has {4 * n_embd}"
+        )
+    try:
         return GPTConfig(
             content["vocab_size"], block_size, content["n_layer"], content["n_head"], n_embd
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{folder / CONFIG} is no configuration of GPT-2: {error!r}") from error
 
 
@@ -136,7 +167,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the files that its index names."""
     files = [MODEL]
     if (folder / INDEX).exists() and not (folder / MODEL).exists():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        named = isinstance(weight_map, dict) and weight_map.values()
+        if not named or not all(isinstance(name, str) for name in named):
+            raise UserError(f'{folder / INDEX}: expected a "weight_map" of tensors to files')
+        files = sorted(set(named))
     tensors: dict[str, Tensor] = {}
     for name in files:
         if Path(name).name != name:
@@ -154,14 +189,23 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def rename(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Their tensors by our names, float32 and (out, in). Raises UserError for an untied head."""
-    ours = {}
+    """Their tensors by our names, float32 and (out, in).
+
+    Raises UserError for an untied head, and for a tensor that is there twice or holds no numbers.
+    """
+    ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(PREFIX)
         if name.endswith(MASKS):
             continue
-        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+        if name in ours:
+            raise UserError(f"{folder} has {name} twice, with and without {PREFIX!r} before it")
+        if not tensor.is_floating_point():
+            raise UserError(f"{folder}: {name} is of {tensor.dtype}, expected floating-point")
+        tensor = tensor.T if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
         ours[name] = tensor.float().contiguous()
+        if not ours[name].isfinite().all():
+            raise UserError(f"{folder}: {name} holds numbers that are not finite")
     head = ours.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, ours.get("wte.weight", torch.empty(0))):
         raise UserError(f"{folder}: lm_head.weight differs from wte.weight, GPT-2 has one for both")
@@ -185,16 +229,35 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], fold
 def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
     """`{token's bytes: id}` without <|endoftext|>, which must be the last of `vocab_size` ids.
 
-    A folder without vocab.json is taken to have GPT-2's.
+    A folder without vocab.json and tokenizer.json is taken to have GPT-2's. Raises UserError if the
+    files don't agree, or if the merges are not those that the ids tell.
     """
-    path = folder / VOCAB
-    if not path.exists():
-        encoding = gpt2_encoding()
-        if encoding.n_vocab != vocab_size:
-            raise UserError(f"{folder} has no {VOCAB}, and {vocab_size:,} tokens are not GPT-2's")
-        return vocabulary_of(encoding)
-    ids, bytes_of = read_json(path), {text: byte for byte, text in byte_characters().items()}
-    if ids.pop(END_OF_TEXT, None) != vocab_size - 1 or sorted(ids.values()) != [*range(len(ids))]:
+    found, merges = {}, {}
+    if (folder / VOCAB).exists():
+        found[VOCAB] = tokens_of(read_json(folder / VOCAB), vocab_size, folder / VOCAB)
+    if (folder / MERGES).exists():
+        merges[MERGES] = read_merges(folder / MERGES)
+    if (folder / TOKENIZER).exists():
+        ids, merges[TOKENIZER] = read_tokenizer(folder / TOKENIZER)
+        found[TOKENIZER] = tokens_of(ids, vocab_size, folder / TOKENIZER)
+    if not found and gpt2_encoding().n_vocab != vocab_size:
+        raise UserError(f"{folder} has no {VOCAB}, and {vocab_size:,} tokens are not GPT-2's")
+    vocabulary, *other = found.values() or [vocabulary_of(gpt2_encoding())]
+    if other not in ([], [vocabulary]):
+        raise UserError(f"{folder}: {VOCAB} and {TOKENIZER} hold different vocabularies")
+    expected = merges and spelled_merges(vocabulary)
+    for name, lines in merges.items():
+        if lines != expected:
+            raise UserError(f"{folder / name}: its merges are not those of the vocabulary")
+    return vocabulary
+
+
+def tokens_of(ids: dict[str, object], vocab_size: int, path: Path) -> dict[bytes, int]:
+    """The tokens' bytes in the order of their ids, from tokens as they are spelled in a file."""
+    ids, bytes_of = dict(ids), {text: byte for byte, text in byte_characters().items()}
+    last = ids.pop(END_OF_TEXT, None)
+    whole_numbers = all(type(number) is int for number in (last, *ids.values()))
+    if not whole_numbers or [*sorted(ids.values()), last] != [*range(vocab_size)]:
         raise UserError(
             f"{path}: expected the ids 0 to {vocab_size - 1:,}, {END_OF_TEXT} as the last"
         )
@@ -202,7 +265,39 @@ def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
         tokens = {bytes(bytes_of[character] for character in text): ids[text] for text in ids}
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]!r} stands for no byte") from error
+    if b"" in tokens:
+        raise UserError(f"{path} has an empty token")
+    for byte in range(256):
+        if bytes([byte]) not in tokens:
+            raise UserError(f"{path} has no token for the byte {byte}")
     return dict(sorted(tokens.items(), key=lambda item: item[1]))
+
+
+def read_merges(path: Path) -> list[str]:
+    """The lines of a merges.txt but for its first, the version. Raises UserError if unreadable."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path}: {one_line(error)}") from error
+    return [line for line in lines if line and not line.startswith("#version")]
+
+
+def read_tokenizer(path: Path) -> tuple[dict[str, object], list[str]]:
+    """(ids, merges) of a tokenizer.json. Raises UserError if it works in another way than GPT-2's.
+
+    <|endoftext|> may be among its added tokens only.
+    """
+    content = read_json(path)
+    try:
+        model = content["model"]
+        ids = {**model["vocab"], **{t["content"]: t["id"] for t in content.get("added_tokens", [])}}
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        kinds = (model["type"], content.get("normalizer"), content["pre_tokenizer"]["type"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} doesn't cut and merge as GPT-2 does: {error!r}") from error
+    if kinds != ("BPE", None, "ByteLevel"):
+        raise UserError(f"{path} doesn't cut and merge as GPT-2 does: {kinds!r:.200}")
+    return ids, merges
 
 
 def read_json(path: Path) -> dict:
@@ -238,8 +333,6 @@ def to_hf(checkpoint: str, out: Path) -> None:
         PREFIX + name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / MODEL, metadata={"format": "pt"})
     end = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
     described = {key: allowed[0] for key, allowed in EXPECTED.items()} | end
     described |= {
@@ -252,24 +345,32 @@ def to_hf(checkpoint: str, out: Path) -> None:
         "n_head": config.n_head,
         **{f"{place}_pdrop": config.dropout for place in ("embd", "attn", "resid")},
     }
-    write_json(out / CONFIG, described)
-    write_json(out / "generation_config.json", end)
-    write_tokenizer(vocabulary_of(encoding), config.block_size, out)
+    with whole(out) as new:
+        save_file(tensors, new / MODEL, metadata={"format": "pt"})
+        write_json(new / CONFIG, described)
+        write_json(new / "generation_config.json", end)
+        write_tokenizer(vocabulary_of(encoding), config.block_size, new)
 
 
 def write_tokenizer(ranks: dict[bytes, int], block_size: int, out: Path) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json."""
     characters = byte_characters()
-
-    def spelled(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    write_json(out / VOCAB, {**{spelled(t): ranks[t] for t in ranks}, END_OF_TEXT: len(ranks)})
-    lines = [f"{spelled(left)} {spelled(right)}\n" for left, right in merges_of(ranks)]
-    (out / MERGES).write_text("#version: 0.2\n" + "".join(lines), encoding="utf-8")
+    ids = {"".join(characters[byte] for byte in token): ranks[token] for token in ranks}
+    write_json(out / VOCAB, {**ids, END_OF_TEXT: len(ranks)})
+    lines = ["#version: 0.2", *spelled_merges(ranks)]
+    (out / MERGES).write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "unk")}
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, **special}
     write_json(out / "tokenizer_config.json", settings)
+
+
+def spelled_merges(ranks: dict[bytes, int]) -> list[str]:
+    """The lines of merges.txt."""
+    characters = byte_characters()
+    return [
+        " ".join("".join(characters[byte] for byte in part) for part in pair)
+        for pair in merges_of(ranks)
+    ]
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

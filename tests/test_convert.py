@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -131,6 +132,47 @@ def test_a_folder_without_vocabulary_is_taken_for_gpt2s(call, tmp_path):
     assert find_checkpoint(str(tmp_path / "b")).meta.tokenizer.sha256 == GPT2_SHA256
 
 
+def as_tokenizer_json(folder: Path, **changes: object) -> None:
+    """Turn vocab.json and merges.txt into what transformers 5 writes, tokenizer.json."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    merges = (folder / "merges.txt").read_text().splitlines()[1:]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [line.split(" ") for line in merges]}
+    content = {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+
+
+def test_a_vocabulary_is_read_from_tokenizer_json_too(call, changed, trained, tmp_path):
+    folder, out = changed(), tmp_path / "out"
+    as_tokenizer_json(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    assert call("convert", "from-hf", folder, "--out", out).status == 0
+    expected = find_checkpoint(str(trained)).meta.tokenizer
+    assert find_checkpoint(str(out)).meta.tokenizer == expected
+
+
+def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
+    folder = changed()
+
+    def complaint() -> str:
+        return call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+
+    as_tokenizer_json(folder, normalizer={"type": "Lowercase"})
+    assert "tokenizer.json doesn't cut and merge as GPT-2 does" in complaint()
+    as_tokenizer_json(folder, model={"type": "BPE", "vocab": []})
+    assert "tokenizer.json doesn't cut and merge as GPT-2 does" in complaint()
+    as_tokenizer_json(folder)
+    content = (folder / "vocab.json").read_text()
+    vocabulary = json.loads(content)
+    vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    assert "vocab.json and tokenizer.json hold different vocabularies" in complaint()
+    (folder / "vocab.json").write_text(content)
+    version, first, second, *rest = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text("\n".join((version, second, first, *rest)))
+    assert "merges.txt: its merges are not those of the vocabulary" in complaint()
+
+
 # What is refused
 
 
@@ -147,8 +189,13 @@ def test_a_folder_without_vocabulary_is_taken_for_gpt2s(call, tmp_path):
         ({"n_layer": 1}, "has h.1.attn.c_attn.bias, which GPT-2 doesn't know"),
         ({"n_positions": 64}, "wpe.weight has the shape (32, 32) here"),
         ({"vocab_size": 301}, "wte.weight has the shape (300, 32) here"),
-        ({"n_embd": "many"}, "is no configuration of GPT-2"),
+        ({"n_embd": "many"}, "n_embd = 'many', expected a whole number"),
         ({"n_head": 5}, "is no configuration of GPT-2"),
+        ({"n_head": 2.0}, "n_head = 2.0, expected a whole number from 1 to"),
+        ({"n_layer": True}, "n_layer = True, expected a whole number from 1 to"),
+        ({"n_layer": 10**9}, "n_layer = 1000000000, expected a whole number from 1 to"),
+        ({"n_positions": 10**30}, "expected a whole number from 1 to"),
+        ({"n_embd": 0}, "n_embd = 0, expected a whole number from 1 to"),
     ],
 )
 def test_a_model_that_is_not_gpt2s_is_one_line(call, changed, tmp_path, settings, complaint):
@@ -198,6 +245,69 @@ def test_files_that_are_not_there_or_damaged_are_one_line(call, changed, tmp_pat
     )
 
 
+@pytest.mark.parametrize("weight_map", ["absent", None, [], {"a": 1}, {}])
+def test_an_index_that_is_none_is_one_line(call, changed, tmp_path, weight_map):
+    folder = changed()
+    (folder / MODEL).unlink()
+    index = {} if weight_map == "absent" else {"weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+    assert 'expected a "weight_map" of tensors to files' in error
+
+
+def renamed(vocabulary: dict, old: str, new: str) -> dict:
+    return {new if token == old else token: number for token, number in vocabulary.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda ids: ids | {"!": "0"}, "expected the ids 0 to 299"),
+        (lambda ids: ids | {"!": float(ids["!"])}, "expected the ids 0 to 299"),
+        (lambda ids: ids | {"!": None}, "expected the ids 0 to 299"),
+        (lambda ids: renamed(ids, "!", "!!"), "has no token for the byte 33"),
+        (lambda ids: renamed(ids, next(t for t in ids if len(t) > 1), ""), "an empty token"),
+    ],
+)
+def test_a_vocabulary_that_is_none_is_one_line(call, changed, tmp_path, change, complaint):
+    folder = changed()
+    ids = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(change(ids)))
+    assert complaint in call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "complaint"),
+    [
+        ("transformer.ln_f.bias", torch.zeros(32, dtype=torch.int64), "is of torch.int64"),
+        ("transformer.ln_f.bias", torch.full((32,), math.nan), "ln_f.bias holds numbers that are"),
+        ("transformer.ln_f.bias", torch.full((32,), math.inf), "ln_f.bias holds numbers that are"),
+        ("ln_f.bias", torch.zeros(32), "ln_f.bias twice, with and without"),
+        ("transformer.h.0.mlp.c_fc.weight", torch.zeros(2, 3, 4), "has the shape (2, 3, 4)"),
+    ],
+)
+def test_a_tensor_that_is_none_is_one_line(call, changed, tmp_path, name, tensor, complaint):
+    folder = changed()
+    save_file(load_file(folder / MODEL) | {name: tensor}, folder / MODEL)
+    assert complaint in call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+
+
+@pytest.mark.parametrize("way", ["from-hf", "to-hf"])
+def test_what_cannot_be_written_leaves_nothing(call, exported, trained, tmp_path, monkeypatch, way):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = exported if way == "from-hf" else trained
+    (tmp_path / "file").touch()
+    error = call("convert", way, source, "--out", tmp_path / "file" / "out").error()
+    assert "can't write" in error
+    for last in ("write_meta", "write_tokenizer"):
+        monkeypatch.setattr("convert." + last, full)
+    error = call("convert", way, source, "--out", tmp_path / "out").error()
+    assert "No space left on device" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_nothing_is_overwritten(call, exported, trained, tmp_path):
     (tmp_path / "file").touch()
     for way, source in (("from-hf", exported), ("to-hf", trained)):
@@ -228,7 +338,12 @@ def test_a_model_on_the_hub_is_a_checkpoint(call, hub, on_hub, trained):
     expected = call("sample", "--checkpoint", trained, *options).out
     assert sampled(on_hub, hub).out == expected
     fetched = [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
-    assert {line.rsplit("/", 1)[1] for line in fetched} == {"config.json", "vocab.json", MODEL}
+    assert {line.rsplit("/", 1)[1] for line in fetched} == {
+        "config.json",
+        "vocab.json",
+        "merges.txt",
+        MODEL,
+    }
     (kept,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(MODEL)
     written = kept.stat().st_mtime_ns
     hub.asked.clear()
