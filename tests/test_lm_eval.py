@@ -1,7 +1,7 @@
 """The same examinations by EleutherAI's lm-evaluation-harness, run on the exported model.
 
 The harness is large, so that requirements-dev.txt doesn't have it: this test runs where
-`pip install lm-eval` was. `python -m tests.test_lm_eval` prints what both sides get.
+`pip install 'lm-eval[hf]'` was. `python -m tests.test_lm_eval` prints what both sides get.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from convert import to_hf
 from distributed import Ranks, choose_device
 from model import GPT
 from scoring import Scorer, evaluating
-from tasks import hellaswag_choices, load_questions
+from tasks import hellaswag_choices, lambada_requests, load_questions
 from visuals import KEPT, ROOT
 
 # Their task, our name for it, and the metrics that both know.
@@ -36,7 +36,9 @@ COMPARED = {
 
 
 def write_questions(folder: Path) -> dict[str, Path]:
-    """Questions of each kind, made of this page's own sentences; some pass the model's context."""
+    """Questions of each kind: those in tests/items, which the model knows the answers of, and more
+    made of README's own sentences; some pass the model's context.
+    """
     draw = random.Random(0)
     text = re.sub(r"```.*?```|[`|*#\[\]]|\(\S+\)", "", (ROOT / "README.md").read_text(), flags=re.S)
     texts = [" ".join(part.split()) for part in text.split("\n\n")]
@@ -61,7 +63,10 @@ def write_questions(folder: Path) -> dict[str, Path]:
     paths = {}
     for name, some in rows.items():
         paths[name] = folder / f"{name}.jsonl"
-        paths[name].write_text("".join(json.dumps(row) + "\n" for row in some))
+        kept = ROOT / "tests" / "items" / f"{name.removesuffix('2')}.jsonl"
+        known = [json.loads(line) for line in kept.read_text().splitlines()]
+        known = [{key: row[key] for key in some[0]} for row in known]
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in known + some))
     return paths
 
 
@@ -105,6 +110,8 @@ def compare(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
             ours = asked.ask(scorer, stride=scorer.model.config.block_size)
             numbers = found["results"][f"local_{name}"]
             table[task] = {key: (ours[key].value, numbers[f"{key},none"]) for key in metrics}
+        rows = load_questions("lambada", questions["lambada"]).rows
+        nats, right = scorer.score(lambada_requests(rows, scorer), "lambada")
         samples = found["samples"]["local_hellaswag"]
         choices = hellaswag_choices(
             load_questions("hellaswag", questions["hellaswag"]).rows, scorer
@@ -113,12 +120,18 @@ def compare(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
     lengths = np.array([[len(choice) for choice in s["doc"]["choices"]] for s in samples])
     for key, chosen in (("acc", scores.argmax(1)), ("acc_norm", (scores / lengths).argmax(1))):
         table["hellaswag"][f"same {key} choices"] = ((choices[key] == chosen).mean(), 1.0)
+    words = sorted(found["samples"]["local_lambada_openai"], key=lambda sample: sample["doc_id"])
+    same = [bool(sample["acc"]) for sample in words] == right.tolist()
+    table["lambada"]["same words"] = (float(same), 1.0)
+    assert 0 < right.sum() < len(right) == len(words)
+    np.testing.assert_allclose(nats, [sample["perplexity"] for sample in words], atol=1e-3)
     table["hellaswag"]["questions"] = (len(choices["acc"]), len(samples))
     return table
 
 
 def test_the_harness_makes_the_same_choices_and_finds_the_same_numbers(tmp_path):
-    pytest.importorskip("lm_eval", reason="pip install lm-eval to compare with it")
+    for package in ("lm_eval", "accelerate"):
+        pytest.importorskip(package, reason="pip install 'lm-eval[hf]' to compare with it")
     for task, metrics in compare(tmp_path).items():
         for name, (ours, harness) in metrics.items():
             assert ours == pytest.approx(harness, rel=1e-4), (task, name)
