@@ -62,7 +62,7 @@ class Estimate:
 
     def __str__(self) -> str:
         """As many digits as the error leaves meaning to: two of its own."""
-        if not self.error:
+        if not self.error or math.isinf(self.error):
             return f"{self.value:.4f}"
         digits = max(0, 1 - math.floor(math.log10(self.error)))
         return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
@@ -73,7 +73,7 @@ class Estimate:
 
     def exponential(self) -> Estimate:
         """e to that power: a loss becomes a perplexity. The error to first order."""
-        value = math.exp(self.value)
+        value = math.exp(self.value) if self.value < 700 else math.inf  # e^710 is no float
         return Estimate(value, self.error and self.error * value)
 
 

@@ -127,4 +127,7 @@ def test_estimates_are_told_with_the_digits_that_mean_something():
     assert str(Estimate(0.5, None)) == str(Estimate(0.5, 0.0)) == "0.5000"
     assert Estimate(2.0, 0.5).scaled(3) == Estimate(6.0, 1.5)
     perplexity = Estimate(math.log(10), 0.1).exponential()
+    assert Estimate(1000.0, 0.1).exponential() == Estimate(math.inf, math.inf)
+    assert Estimate(1000.0, None).exponential() == Estimate(math.inf, None)
+    assert str(Estimate(math.inf, math.inf)) == "inf"
     assert (perplexity.value, perplexity.error) == (pytest.approx(10), pytest.approx(1))
