@@ -26,7 +26,7 @@ demo: $(VENV)/requirements.installed
 		--max-new-tokens 120 --temperature 0.6 --top-k 20 --seed 2 --dtype float32
 
 test: $(VENV)/requirements-dev.installed
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist worksteal
 
 soak: $(VENV)/requirements-dev.installed
 	$(RUN) tests/soak.py --seeds 50

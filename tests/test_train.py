@@ -9,6 +9,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, Result
 from safetensors.torch import load_file
 
 import train
@@ -521,13 +523,16 @@ def test_metrics_that_a_crash_left_odd_are_mended(call, tiny, shards, trained, t
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, 42))
 
 
-def test_compiling_without_a_compiler_names_the_setting(call, tiny, shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--train.compile", "true")
-    shape = ("--model.n_embd", 24, "--model.n_layer", 1)
-    result = run("train.py", tiny, *arguments, *shape)
-    assert "--train.compile false" in result.error()
+def test_compiling_without_a_compiler_names_the_setting(tiny, shards, tmp_path):
+    """In an interpreter of its own: the server that others come from read CXX when it started."""
+    settings = {"data.dir": shards, "train.out": tmp_path / "o", "train.compile": "true"}
+    settings |= {"model.n_embd": 24, "model.n_layer": 1}
+    words = [sys.executable, "train.py", str(tiny)]
+    words += [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    without = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(words, cwd=ROOT, env={**os.environ, **without}, capture_output=True)
+    error = Result(done.returncode, "", done.stderr.decode()).error()
+    assert "--train.compile false" in error
 
 
 def test_an_unwritable_run_folder_is_one_line(call, tiny, shards, tmp_path):
