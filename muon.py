@@ -79,7 +79,9 @@ class Muon(torch.optim.AdamW):
         """The parameter's momentum, a gradient ahead (Nesterov's): (n, rows, columns)."""
         gradient = torch.where(found_inf > 0, 0.0, parameter.grad)
         state = self.state[parameter]
-        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
         momentum.lerp_(gradient, (1 - MOMENTUM) * (1 - found_inf))
         return gradient.lerp(momentum, MOMENTUM).unflatten(0, (group["matrices"], -1))
 
