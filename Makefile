@@ -49,6 +49,8 @@ bench: $(VENV)/requirements-dev.installed
 			--output results/bench_generate_$${dtype}_$${batch}_$$prompt.json \
 			--peer transformers $(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) || exit 1; \
 	done; done; done
+	$(RUN) bench.py generate --dtype bfloat16 --peer transformers --peer-dtype float32 \
+		--output results/bench_generate_bfloat16_float32.json
 	$(RUN) bench.py data --output results/bench_data.json
 	$(RUN) bench.py start --output results/bench_start.json
 	$(if $(TEXTS),$(RUN) bench.py tokenize --source $(TEXTS) --output results/bench_tokenize.json \

@@ -59,6 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=1, help="texts side by side (1)")
     add("--prompt-tokens", type=positive, default=16, help="length of the prompt (16)")
     add("--new-tokens", type=positive, default=32, help="tokens to generate, at least 2 (32)")
+    add("--peer-dtype", choices=("bfloat16", "float16", "float32"), help="of the others (ours)")
     add_task("data", "the loader alone, on random tokens in the page cache")
     add = add_task("tokenize", "prepare_fineweb.py against bare tiktoken").add_argument
     add("--source", required=True, type=Path, help="a folder of Parquet files")
@@ -148,7 +149,7 @@ def take_turns(names: dict[str, str], settings: dict, rounds: int) -> tuple[dict
     """(what ours says of the machine, the turns of each contestant); `names` have their paths."""
     with ExitStack() as stack:
         contestants = [
-            stack.enter_context(Contestant({**settings, "name": name, "path": path}))
+            stack.enter_context(Contestant(settings_for(name, path, settings)))
             for name, path in names.items()
         ]
         machine, *_ = [one.prepare() for one in contestants]  # one by one: each compiles alone
@@ -158,6 +159,12 @@ def take_turns(names: dict[str, str], settings: dict, rounds: int) -> tuple[dict
             for one in contestants:
                 turns[one.name].append(one.ask())
         return machine, turns
+
+
+def settings_for(name: str, path: str, settings: dict) -> dict:
+    """What a contestant is told: who it is, and the precision of the others where that differs."""
+    other = settings.get("peer_dtype") if name != "ours" else None
+    return settings | {"name": name, "path": path} | ({"dtype": other} if other else {})
 
 
 def read_peers(arguments: argparse.Namespace) -> dict[str, str]:
@@ -212,7 +219,8 @@ def milliseconds(seconds: float | None) -> str:
 
 def settings_of(arguments: argparse.Namespace, config: Config) -> dict:
     """What every contestant is told."""
-    asked = {key: value for key, value in vars(arguments).items() if key in ("device", "dtype")}
+    keys = ("device", "dtype", "peer_dtype")
+    asked = {key: value for key, value in vars(arguments).items() if key in keys}
     return {"task": arguments.task, "model": asdict(config.model), **asked}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import without_key_biases
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config
 from data import BatchShape, step_windows
@@ -120,6 +121,50 @@ def test_the_rehearsal_leaves_no_trace(configure, stepper_of):
     rehearsed.rehearse(0)
     for one, other in zip(take(rehearsed, 2), take(plain, 2)):
         assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
+
+
+class Waits(TorchDispatchMode):
+    """Remembers operations that hand a tensor's content to Python: a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Call `func`, and remember it if its result isn't known before the device's work is."""
+        if torch.Tag.data_dependent_output in func.tags or "nonzero" in str(func):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [(), ("--optim.name", "muon"), ("--train.skip_spikes", 3)])
+def test_nothing_in_a_step_waits_for_the_device(configure, stepper_of, changes):
+    stepper = stepper_of(configure("--train.reduction", "ddp", *changes))
+    with Waits() as waits:
+        results = take(stepper, 3)
+    assert waits.seen == []
+    with waits:
+        assert results[-1].loss > 0
+    assert waits.seen == ["aten._local_scalar_dense.default"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_on_a_gpu_nothing_in_a_step_waits_for_the_device(configure, shards, name):
+    device = torch.device("cuda", 0)
+    config = configure("--optim.name", name, "--train.dtype", "bfloat16")
+    shape = BatchShape(512, 32, config.train.micro_batch_size, world_size=1)
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=device)
+    model = tiny_model(config).to(device)
+    stepper = Stepper(config, ranks, model, shape, TokenStream(shards, "train"))
+    take(stepper, 2)  # the first steps set libraries up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [stepper.take(step) for step in (2, 3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(0 < result.loss < 10 for result in results)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
