@@ -55,7 +55,7 @@ class LayerCache:
     """The keys and values of one layer for the tokens so far, so that each is computed once."""
 
     def __init__(self, shape: tuple[int, ...], position: Tensor, dtype: torch.dtype) -> None:
-        self.keys = torch.zeros(shape, device=position.device, dtype=dtype)  # (B, nh, block, hs)
+        self.keys = torch.zeros(shape, device=position.device, dtype=dtype)  # (B, nh, slots, hs)
         self.values = torch.zeros_like(self.keys)
         self.position = position
         self.mask: Tensor | None = None
@@ -77,7 +77,8 @@ class LayerCache:
 class KVCache:
     """The keys and values of every layer: a prompt's all at once, then token by token.
 
-    Memory for the whole context is taken at the start: 2 · layers · B · block_size · C numbers.
+    Memory is taken at the start, for as many tokens as are to come: 2 · layers · B · capacity · C
+    numbers, where capacity is a multiple of 128, or the whole context.
 
     A new token looks at the first `reach` slots, a multiple of 128, through a mask that hides those
     still unwritten. Its step then does the same to the same tensors for up to 128 tokens in a row,
@@ -85,28 +86,34 @@ class KVCache:
     """
 
     def __init__(
-        self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        self.block_size = config.block_size
+        """`tokens` is how many are to come; the context's end limits them all the same."""
+        self.capacity = min(config.block_size, -(-tokens // 128) * 128)
         self.length = 0  # tokens stored in every layer
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # the same, on the device
-        self.slots = torch.arange(config.block_size, device=device)  # (block)
+        self.slots = torch.arange(self.capacity, device=device)  # (capacity)
         head_size = config.n_embd // config.n_head
-        shape = (batch_size, config.n_head, config.block_size, head_size)
+        shape = (batch_size, config.n_head, self.capacity, head_size)
         self.layers = [LayerCache(shape, self.position, dtype) for _ in range(config.n_layer)]
 
     @property
     def reach(self) -> int:
         """How many slots the next token looks at, unwritten ones included."""
-        return min(self.block_size, self.length // 128 * 128 + 128)
+        return min(self.capacity, self.length // 128 * 128 + 128)
 
     def begin(self, T: int) -> Tensor:
         """Make ready for T more tokens; returns their positions, (T,).
 
-        Raises ValueError past the end of the context, and for several tokens after others.
+        Raises ValueError past the capacity, and for several tokens after others.
         """
-        if self.length + T > self.block_size:
-            raise ValueError(f"{self.length + T} tokens, the context holds {self.block_size}")
+        if self.length + T > self.capacity:
+            raise ValueError(f"{self.length + T} tokens, the cache holds {self.capacity}")
         if self.length > 0 and T > 1:
             raise ValueError(f"{T} tokens at once after {self.length} cached ones: give one")
         if T > 1:
@@ -390,7 +397,8 @@ class GPT(nn.Module):
         weight, dtype = self.wte.weight, self.wte.weight.dtype
         if weight.device.type == "cpu":  # which attends faster in float32, and no worse
             dtype = torch.promote_types(dtype, torch.float32)
-        cache = KVCache(self.config, len(ids), weight.device, dtype)
+        tokens = window.size(1) + max_new_tokens
+        cache = KVCache(self.config, len(ids), tokens, weight.device, dtype)
         decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
         logits = self.next_logits(window, cache)  # (B, V)
         for count in range(max_new_tokens):

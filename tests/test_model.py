@@ -314,7 +314,7 @@ def test_greedy_with_the_cache_equals_greedy_without_to_and_past_the_end_of_the_
 def test_cached_hidden_states_equal_those_computed_at_once():
     model = make_model(scale=3.0).double()
     ids = random_ids(SMALL, 2, 16)
-    cache = KVCache(SMALL, 2, torch.device("cpu"), torch.float64)
+    cache = KVCache(SMALL, 2, 16, torch.device("cpu"), torch.float64)
     with torch.no_grad():
         parts = [model.hidden_states(ids[:, :7], cache)]
         parts += [model.hidden_states(ids[:, at : at + 1], cache) for at in range(7, 16)]
@@ -324,7 +324,7 @@ def test_cached_hidden_states_equal_those_computed_at_once():
 def test_unwritten_slots_of_the_cache_are_never_looked_at():
     model = make_model(scale=3.0)
     ids = random_ids(SMALL, 1, 5)
-    cache = KVCache(SMALL, 1, torch.device("cpu"), torch.float32)
+    cache = KVCache(SMALL, 1, 16, torch.device("cpu"), torch.float32)
     for layer in cache.layers:
         layer.keys.fill_(1e6)
         layer.values.fill_(1e6)
@@ -338,7 +338,7 @@ def test_the_cache_reaches_further_every_128_tokens_and_never_past_the_context()
     config = GPTConfig(vocab_size=97, block_size=300, n_layer=2, n_head=2, n_embd=16)
     model = make_model(config, scale=3.0)
     ids = random_ids(config, 2, 300)
-    cache = KVCache(config, 2, torch.device("cpu"), torch.float32)
+    cache = KVCache(config, 2, 300, torch.device("cpu"), torch.float32)
     reaches, hidden = [], []
     with torch.no_grad():
         for position in range(300):
@@ -348,11 +348,20 @@ def test_the_cache_reaches_further_every_128_tokens_and_never_past_the_context()
     assert reaches == [128] * 128 + [256] * 128 + [300] * 44
 
 
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 128), (128, 128), (129, 256), (257, 300)])
+def test_the_cache_has_room_for_what_is_to_come_and_no_more(tokens, slots):
+    config = GPTConfig(vocab_size=97, block_size=300, n_layer=1, n_head=2, n_embd=16)
+    cache = KVCache(config, 2, tokens, torch.device("cpu"), torch.float32)
+    assert cache.layers[0].keys.shape == cache.layers[0].values.shape == (2, 2, slots, 8)
+    with pytest.raises(ValueError, match=f"301 tokens, the cache holds {slots}"):
+        cache.begin(301)
+
+
 def test_tokens_past_the_context_or_many_after_cached_ones_are_errors():
     model = make_model()
     with pytest.raises(ValueError, match="17 tokens, the context holds 16"):
         model(random_ids(SMALL, 1, 17))
-    cache = KVCache(SMALL, 1, torch.device("cpu"), torch.float32)
+    cache = KVCache(SMALL, 1, 16, torch.device("cpu"), torch.float32)
     model.hidden_states(random_ids(SMALL, 1, 3), cache)
     with pytest.raises(ValueError, match="2 tokens at once after 3 cached"):
         model.hidden_states(random_ids(SMALL, 1, 2), cache)
