@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import json
 import math
 import re
@@ -514,23 +515,9 @@ def speed_table() -> str:
 
     rows = ["| on two CPU cores | here | beside it | ratio |", "| --- | --- | --- | --- |"]
     found = measured("train")
-    for peer, name in (("nanogpt", "nanoGPT"), ("build-nanogpt", "build-nanogpt")):
-        ours, theirs = (f"{found[who]['tokens_per_second']:,.0f}" for who in ("ours", peer))
-        ratio = found[peer]["times_as_fast"]
-        rows.append(row("training, bfloat16", "train", ours, f"{name} {theirs}", ratio))
-    for dtype in ("float32", "bfloat16"):
-        for context, file in ((16, dtype), (992, f"{dtype}_992")):
-            found = measured(f"generate_{file}")
-            ours, theirs = found["ours"], found["transformers"]
-            rows.append(
-                row(
-                    f"a token after {context}, {dtype}",
-                    f"generate_{file}",
-                    f"{ours['decode_tokens_per_second']:.1f}",
-                    f"transformers {theirs['decode_tokens_per_second']:.1f}",
-                    theirs["decode_times_as_fast"],
-                )
-            )
+    ours, theirs = (f"{found[who]['tokens_per_second']:,.0f}" for who in ("ours", "nanogpt"))
+    ratio = found["nanogpt"]["times_as_fast"]
+    rows.append(row("training, bfloat16", "train", ours, f"nanoGPT {theirs}", ratio))
     found = measured("tokenize")
     for peer in ("build-nanogpt", "bare tiktoken"):
         ours, theirs = (f"{found[who]['tokens_per_second'] / 1e6:.1f} M" for who in ("ours", peer))
@@ -542,15 +529,33 @@ def speed_table() -> str:
     return "\n".join(rows)
 
 
+def generation_table() -> str:
+    """The table of generation: a row for each batch, length of the prompt and type."""
+    lines = ["| texts × prompt | here | transformers | nanoGPT |", "| --- | --- | --- | --- |"]
+    for texts, prompt, dtype in itertools.product((1, 16), (16, 992), ("float32", "bfloat16")):
+        file = f"generate_{dtype}_{texts}_{prompt}"
+        found = measured(file)
+        cells = [f"{found['ours']['decode_tokens_per_second']:.1f}"]
+        for theirs in (found["transformers"], found.get("nanogpt")):
+            cells.append("")
+            if theirs:
+                ratio = times(theirs["decode_times_as_fast"])
+                cells[-1] = f"{theirs['decode_tokens_per_second']:.1f}: {ratio}"
+        work = f"[{texts} × {prompt}, {dtype}](results/bench_{file}.json)"
+        lines.append(f"| {work} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def test_the_table_of_speed_is_what_was_measured():
     assert speed_table() in README
+    assert generation_table() in README
     started = measured("start")
     first, answer = started["first_token_seconds"], started["help_seconds"]
     assert f"first token is there after {first:.1f} s, `--help` after {answer:.2f} s" in PROSE
-    float32, bfloat16 = measured("generate_float32"), measured("generate_bfloat16")
-    ours, theirs = bfloat16["ours"], float32["transformers"]
-    ratio = ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"]
-    assert f"{times(ratio)} transformers' float32" in PROSE
+    ratio = measured("generate_bfloat16_float32")["transformers"]["decode_times_as_fast"]
+    assert f"[{times(ratio)} transformers' float32](results/bench_generate_bfloat16_float" in PROSE
+    busy = 468_000 / measured("data")["tokens_per_second"]["loader"]
+    assert f"would keep that thread busy {busy:.1%} of the time".replace("%", " %") in PROSE
     shares = {name: found["of_matrix_product"] for name, found in measured("train").items()}
     share, limit = f"{shares['ours']:.0%}".replace("%", " %"), times(1 / shares["nanogpt"])
     assert f"{share} of what a matrix product reaches there; all of it would be {limit}" in PROSE
