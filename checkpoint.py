@@ -187,9 +187,17 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    meta: Meta,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    keep_until: int = 0,
 ) -> Path:
-    """Write a checkpoint into `folder`, then remove those beyond the `keep` newest and the best."""
+    """Write a checkpoint into `folder`, then remove old ones.
+
+    The `keep` newest stay, and the best, and the newest that is not after step `keep_until`.
+    """
     final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
     try:
@@ -207,7 +215,7 @@ def save_checkpoint(
             f"can't save {final}: {error}; make room or mend the disk, then give the same command "
             "again to go on from the checkpoint before it"
         ) from error
-    _remove_old(folder, final, keep)
+    _remove_old(folder, final, keep, keep_until)
     return final
 
 
@@ -322,12 +330,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"can't read {folder}: {error.strerror}") from error
     steps = {name: name.removeprefix("step_") for name in names if name.startswith("step_")}
-    whole = [name for name, step in steps.items() if step.isdecimal()]
-    return [folder / name for name in sorted(whole, key=lambda name: int(steps[name]))]
+    return sorted((folder / name for name, step in steps.items() if step.isdecimal()), key=_step)
 
 
-def _remove_old(folder: Path, newest: Path, keep: int) -> None:
-    """Keep the `keep` last checkpoints up to `newest`, and the one with the lowest validation loss.
+def _step(path: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    return int(path.name.removeprefix("step_"))
+
+
+def _remove_old(folder: Path, newest: Path, keep: int, keep_until: int) -> None:
+    """Of the checkpoints up to `newest`, keep those that save_checkpoint says.
 
     Later ones are damaged, or the run would have gone on from them. One that can't be removed is no
     reason to stop a run; it is named on standard error.
@@ -336,8 +348,9 @@ def _remove_old(folder: Path, newest: Path, keep: int) -> None:
     paths = paths[: paths.index(newest) + 1]
     losses = {path: _val_loss(path) for path in paths}
     best = min(paths, key=losses.__getitem__)
+    early = [path for path in paths if _step(path) <= keep_until][-1:]
     for path in paths[:-keep]:
-        if path != best or losses[best] == math.inf:
+        if (path != best or losses[best] == math.inf) and path not in early:
             try:
                 shutil.rmtree(path)
             except OSError as error:

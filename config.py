@@ -53,7 +53,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """[optim]: AdamW or Muon; the learning rate warms up linearly and then falls by a cosine."""
+    """[optim]: AdamW or Muon, and the learning rate's way: up, perhaps level, and down."""
 
     name: str = setting(
         "adamw",
@@ -66,6 +66,14 @@ class OptimSettings:
         0.02, "Muon's peak for hidden matrices; it rises and falls like the other", minimum=0
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", minimum=0)
+    schedule: str = setting(
+        "cosine",
+        "how the learning rate falls: cosine, linear, or sqrt (1 - √progress)",
+        choices=("cosine", "linear", "sqrt"),
+    )
+    decay_steps: int = setting(
+        0, "last steps, in which it falls; 0 = at once after its peak", minimum=0
+    )
     weight_decay: float = setting(
         0.1, "decay of matrices and embeddings, per step × rate", minimum=0
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -65,15 +66,32 @@ def make_optimizer(model: GPT, settings: OptimSettings, ranks: Ranks) -> torch.o
     return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), **common)
 
 
+# How far the fall has come, 0 … 1 -> what is left of it, 1 … 0. The root is Hägele et al.'s (2024,
+# https://arxiv.org/abs/2405.18392), for a fall after a level stretch.
+FALLS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}
+
+
+def last_at_peak(settings: OptimSettings, max_steps: int) -> int:
+    """The step, counted from 0, after which the learning rate falls."""
+    level = max_steps - 1 - settings.decay_steps if settings.decay_steps else 0
+    return max(settings.warmup_steps, level)
+
+
 def learning_rate_at(step: int, settings: OptimSettings, max_steps: int) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up, then half a cosine.
+    """The learning rate of a step, counted from 0: a linear warm-up, the peak, its fall.
 
     Step 0 already learns (with a rate of 0 it would be wasted), step `warmup_steps` has the peak,
-    and the last step has `min_learning_rate`.
+    and the last step has `min_learning_rate`. With `decay_steps` the peak lasts until the fall
+    ("warm-up, stable, decay"), and up to there nothing depends on how long the run will be.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
-    progress = (step - settings.warmup_steps) / max(1, max_steps - 1 - settings.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    peak = last_at_peak(settings, max_steps)
+    progress = (step - peak) / max(1, max_steps - 1 - peak)
+    left = FALLS[settings.schedule](min(1.0, max(0.0, progress)))
     span = settings.learning_rate - settings.min_learning_rate
-    return settings.min_learning_rate + span * cosine
+    return settings.min_learning_rate + span * left

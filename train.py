@@ -49,6 +49,7 @@ from distributed import Ranks, device_name, memory_errors, process_group
 from guard import StopRequest
 from metrics import METRICS, Metrics, Speed, estimated_memory
 from model import GPT, GPTConfig
+from optim import last_at_peak
 from scoring import Scorer, Validation, evaluating, validate
 from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
 from step import SAMPLE, Stepper, StepResult, draw_seed
@@ -350,8 +351,11 @@ class Trainer:
             skipped=self.skipped,
             spikes=spikes.memory() if spikes.limit else None,
         )
-        keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, keep)
+        train, optim = self.config.train, self.config.optim
+        # From the last checkpoint before the rate falls, another, longer run can go on.
+        level = last_at_peak(optim, train.max_steps) + 1 if optim.decay_steps else 0
+        folder, keep = self.out / "checkpoints", train.keep_checkpoints
+        save_checkpoint(folder, meta, self.model, optimizer, keep, keep_until=level)
 
     # The whole run
 

@@ -186,6 +186,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     ]
 
 
+def test_the_last_checkpoint_before_the_learning_rate_falls_is_kept(tmp_path):
+    model, optimizer = trained()
+    for step in range(1, 8):
+        save_checkpoint(tmp_path, replace(META_1, step=step), model, optimizer, 2, keep_until=4)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_000004", "step_000006", "step_000007"]
+
+
 def test_damaged_checkpoints_of_later_steps_do_not_push_the_newest_out(tmp_path):
     save(tmp_path, 10)
     for step in (30, 40):

@@ -10,7 +10,7 @@ from test_step import ALONE
 
 from config import OptimSettings
 from model import GPT, GPTConfig
-from optim import learning_rate_at, make_optimizer, parameter_groups
+from optim import FALLS, learning_rate_at, make_optimizer, parameter_groups
 
 SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
@@ -56,9 +56,44 @@ def test_the_learning_rate_warms_up_linearly_peaks_and_falls_by_a_cosine():
     assert all(later < earlier for earlier, later in zip(rates[9:], rates[10:]))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "half"), [("cosine", 0.5), ("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5))]
+)
+def test_the_learning_rate_stays_at_its_peak_until_the_last_steps(schedule, half):
+    settings = OptimSettings(
+        learning_rate=1.0,
+        min_learning_rate=0.0,
+        warmup_steps=9,
+        schedule=schedule,
+        decay_steps=20,
+    )
+    rates = [learning_rate_at(step, settings, max_steps=100) for step in range(100)]
+    assert rates[9:80] == [1.0] * 71
+    assert all(later < earlier for earlier, later in zip(rates[79:], rates[80:]))
+    assert rates[89] == pytest.approx(half)
+    assert rates[-1] == 0.0
+
+
+def test_before_the_fall_nothing_depends_on_the_length_of_the_run():
+    settings = OptimSettings(schedule="linear", decay_steps=20, warmup_steps=9)
+    short, long = (
+        [learning_rate_at(step, settings, max_steps) for step in range(80)]
+        for max_steps in (100, 1000)
+    )
+    assert short == long
+
+
+@pytest.mark.parametrize("decay_steps", [0, 1, 3, 50])
+@pytest.mark.parametrize("schedule", FALLS)
 @pytest.mark.parametrize("warmup_steps", [0, 1, 5, 50])
-def test_the_learning_rate_is_never_zero_nor_above_its_peak(warmup_steps):
-    settings = OptimSettings(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=warmup_steps)
+def test_the_learning_rate_is_never_zero_nor_above_its_peak(warmup_steps, schedule, decay_steps):
+    settings = OptimSettings(
+        learning_rate=1.0,
+        min_learning_rate=0.1,
+        warmup_steps=warmup_steps,
+        schedule=schedule,
+        decay_steps=decay_steps,
+    )
     for max_steps in (1, 2, 5, 20):
         rates = [learning_rate_at(step, settings, max_steps) for step in range(max_steps)]
         assert all(0 < rate <= 1.0 for rate in rates)

@@ -359,6 +359,27 @@ def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
+def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_path):
+    """With the same losses as if it had been planned so long from the beginning."""
+    fall = ("--optim.schedule", "linear", "--optim.decay_steps", 6, "--log.eval_every", 0)
+    often = ("--train.checkpoint_every", 2, "--train.keep_checkpoints", 1)
+    changes = (*fall, *often, "--optim.warmup_steps", 2)
+    train.train(configure(*changes, "--train.max_steps", 12))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_000006", "step_000012"]
+    planned = (*changes, "--train.max_steps", 18, "--train.out", tmp_path / "planned")
+    train.train(configure(*planned))
+    (tmp_path / "longer" / "checkpoints").mkdir(parents=True)
+    before = Path("checkpoints", "step_000006")
+    shutil.copytree(tmp_path / "run" / before, tmp_path / "longer" / before)
+    train.train(configure(*planned, "--train.out", tmp_path / "longer"))
+    losses = [
+        [(line["step"], line["loss"]) for line in metrics_of(tmp_path / name)]
+        for name in ("planned", "longer")
+    ]
+    assert losses[1] == losses[0][6:]
+
+
 def test_metrics_that_find_no_room_are_one_line(configure):
     trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
     with trainer.own_folder():
