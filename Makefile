@@ -4,6 +4,7 @@
 # make soak    fifty training runs, killed at random, that must end like an untouched one (half an hour)
 # make lint    style checks
 # make bench   speed; beside others with NANOGPT=, BUILD_NANOGPT= (their checkouts), TEXTS= (Parquet)
+# make recipe  ways of training compared, on the Parquet files in TEXTS (JOBS=2 trainings at a time; hours)
 # make figures README's figures, from the trained model in visuals/model
 # make clean   remove what the targets above made
 
@@ -14,7 +15,7 @@ RUN := $(VENV)/bin/python
 # Python compiles a file when it is first imported: pip needn't do all 13,000 beforehand.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test soak lint bench figures clean
+.PHONY: demo test soak lint bench recipe figures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/requirements.installed
@@ -55,6 +56,12 @@ bench: $(VENV)/requirements-dev.installed
 	$(RUN) bench.py start --output results/bench_start.json
 	$(if $(TEXTS),$(RUN) bench.py tokenize --source $(TEXTS) --output results/bench_tokenize.json \
 		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT)))
+
+JOBS ?= 1
+recipe: $(VENV)/requirements-dev.installed
+	$(RUN) prepare_fineweb.py --source $(TEXTS) --out data/recipe --tokenizer bpe:4096 \
+		--val-tokens 131072
+	$(RUN) recipe.py --jobs $(JOBS)
 
 clean:
 	rm -rf $(VENV) data/demo out/demo

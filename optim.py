@@ -92,6 +92,5 @@ def learning_rate_at(step: int, settings: OptimSettings, max_steps: int) -> floa
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
     peak = last_at_peak(settings, max_steps)
     progress = (step - peak) / max(1, max_steps - 1 - peak)
-    left = FALLS[settings.schedule](min(1.0, max(0.0, progress)))
-    span = settings.learning_rate - settings.min_learning_rate
-    return settings.min_learning_rate + span * left
+    fall, span = FALLS[settings.schedule], settings.learning_rate - settings.min_learning_rate
+    return settings.min_learning_rate + span * fall(min(1.0, max(0.0, progress)))

@@ -27,6 +27,7 @@ from visuals.story import attention_rows, chapters, load_story
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)  # without the code
 PROSE = " ".join(TEXT.split())
+MEASURED = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 DEMO = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
 KEPT_LOSS = json.loads((ROOT / "results" / "kept_model.json").read_text(encoding="utf-8"))
 COUNTS = json.loads((ROOT / "results" / "counting.json").read_text(encoding="utf-8"))
@@ -518,6 +519,15 @@ def speed_table() -> str:
     ours, theirs = (f"{found[who]['tokens_per_second']:,.0f}" for who in ("ours", "nanogpt"))
     ratio = found["nanogpt"]["times_as_fast"]
     rows.append(row("training, bfloat16", "train", ours, f"nanoGPT {theirs}", ratio))
+    for work, file, peer in (
+        ("a token after 16, float32", "generate_float32_1_16", "transformers"),
+        ("the same in bfloat16, they in float32", "generate_bfloat16_float32", "transformers"),
+        ("a token after 992, float32", "generate_float32_1_992", "nanogpt"),
+    ):
+        found = measured(file)
+        ours, theirs = (f"{found[who]['decode_tokens_per_second']:.1f}" for who in ("ours", peer))
+        name = peer.replace("nanogpt", "nanoGPT")
+        rows.append(row(work, file, ours, f"{name} {theirs}", found[peer]["decode_times_as_fast"]))
     found = measured("tokenize")
     for peer in ("build-nanogpt", "bare tiktoken"):
         ours, theirs = (f"{found[who]['tokens_per_second'] / 1e6:.1f} M" for who in ("ours", peer))
@@ -541,24 +551,27 @@ def generation_table() -> str:
             if theirs:
                 ratio = times(theirs["decode_times_as_fast"])
                 cells[-1] = f"{theirs['decode_tokens_per_second']:.1f}: {ratio}"
-        work = f"[{texts} × {prompt}, {dtype}](results/bench_{file}.json)"
+        work = f"[{texts} × {prompt}, {dtype}](bench_{file}.json)"
         lines.append(f"| {work} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def test_the_table_of_speed_is_what_was_measured():
     assert speed_table() in README
-    assert generation_table() in README
+    assert generation_table() in MEASURED
     started = measured("start")
     first, answer = started["first_token_seconds"], started["help_seconds"]
     assert f"first token is there after {first:.1f} s, `--help` after {answer:.2f} s" in PROSE
-    ratio = measured("generate_bfloat16_float32")["transformers"]["decode_times_as_fast"]
-    assert f"[{times(ratio)} transformers' float32](results/bench_generate_bfloat16_float" in PROSE
     busy = 468_000 / measured("data")["tokens_per_second"]["loader"]
     assert f"would keep that thread busy {busy:.1%} of the time".replace("%", " %") in PROSE
     shares = {name: found["of_matrix_product"] for name, found in measured("train").items()}
     share, limit = f"{shares['ours']:.0%}".replace("%", " %"), times(1 / shares["nanogpt"])
     assert f"{share} of what a matrix product reaches there; all of it would be {limit}" in PROSE
+
+
+def test_every_file_of_results_is_listed_there():
+    linked = set(re.findall(r"\]\((\w+\.json)\)", MEASURED))
+    assert linked == {path.name for path in (ROOT / "results").glob("*.json")}
 
 
 def test_the_runs_that_were_killed_ended_the_same():
@@ -604,7 +617,7 @@ def test_the_table_of_sizes_is_what_the_configs_build():
     for name, *shape, parameters in rows:
         model = load_config([str(ROOT / "configs" / name)]).model
         assert [model.n_layer, model.n_head, model.n_embd] == [int(number) for number in shape]
-        vocabulary = 2048 if name == "demo.toml" else 50_257
+        vocabulary = {"demo.toml": 2048, "recipe.toml": 4096}.get(name, 50_257)
         with torch.device("meta"):
             config = GPTConfig(
                 vocabulary, model.block_size, model.n_layer, model.n_head, model.n_embd
