@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distributed import Ranks
+from distributed import Ranks, choose_dtype
 
 MOMENTUM = 0.95  # Jordan's
 # Of a x + b x³ + c x⁵, which drives singular values from (0, 1] to around 1: Jordan's as well.
@@ -25,11 +25,12 @@ COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 def orthogonalise(matrices: Tensor) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: (n, rows, columns) -> the same, by Newton–Schulz iteration.
 
-    Only matrix products are needed, and bfloat16 is exact enough. Singular values end between 0.7
-    and 1.2, which is as good as 1 for a step.
+    Only matrix products are needed, and bfloat16 is exact enough where the hardware multiplies in
+    it. Singular values end between 0.7 and 1.2, which is as good as 1 for a step.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    is_quick = choose_dtype("auto", matrices.device) == torch.bfloat16
+    x = matrices.bfloat16() if is_quick else matrices.float()
     is_tall = x.size(-2) > x.size(-1)
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value is above 1

@@ -26,14 +26,26 @@ def loss_of(model: GPT, seed: int) -> torch.Tensor:
     return model(ids[:, :-1], ids[:, 1:])
 
 
+@pytest.fixture
+def arithmetic(monkeypatch):
+    """arithmetic(dtype): what this machine's products are said to be quick in."""
+    return lambda dtype: monkeypatch.setattr("muon.choose_dtype", lambda *_: dtype)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 64), (2, 64, 16)])
-def test_orthogonal_matrices_keep_their_directions_and_lose_their_lengths(shape):
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 1e-4), (torch.float16, 1e-4), (torch.bfloat16, 0.03)]
+)
+def test_orthogonal_matrices_keep_their_directions_and_lose_their_lengths(
+    arithmetic, dtype, error, shape
+):
+    arithmetic(dtype)
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
     core = U.mT @ orthogonalise(matrices) @ Vh.mT  # diagonal, if the directions are the same
     lengths = core.diagonal(dim1=-2, dim2=-1)
-    torch.testing.assert_close(core, torch.diag_embed(lengths), atol=1e-4, rtol=0)
+    torch.testing.assert_close(core, torch.diag_embed(lengths), atol=error, rtol=0)
     large = S > 0.05 * S.amax(dim=-1, keepdim=True)  # five iterations can't lift the tiniest
     assert 0.6 < lengths[large].min() < lengths.max() < 1.3
     assert not torch.equal(matrices, orthogonalise(matrices))
@@ -76,7 +88,8 @@ def test_matrices_step_as_with_torchs_muon_and_the_rest_as_with_adamw():
             assert (p - q).norm() < 0.05 * moved, name
 
 
-def test_queries_keys_and_values_are_matrices_of_their_own():
+def test_queries_keys_and_values_are_matrices_of_their_own(arithmetic):
+    arithmetic(torch.float32)
     torch.manual_seed(0)
     model = GPT(SMALL)
     optimizer = make_optimizer(model, SETTINGS, ALONE)
