@@ -206,34 +206,40 @@ def measure_steps(names: list[str], config: Path, rounds: int = 5, steps: int = 
 
 @dataclass(frozen=True)
 class Row:
-    """What is told of a candidate."""
+    """What is told of a candidate that was trained with every seed."""
 
     name: str
     meaning: str
     rate: float
-    losses: list[float]  # the last, by seed
-    curve: list[tuple[int, float]]  # (step, mean loss over the seeds)
+    steps: list[int]
+    losses: list[list[float]]  # by seed, and by step
+
+    @property
+    def last(self) -> list[float]:
+        """The last loss, by seed."""
+        return [losses[-1] for losses in self.losses]
 
     @property
     def loss(self) -> float:
-        """The mean over the seeds."""
-        return statistics.mean(self.losses)
+        """The last loss, the mean over the seeds."""
+        return statistics.mean(self.last)
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """(step, the mean over the seeds)."""
+        return list(zip(self.steps, map(statistics.mean, zip(*self.losses))))
 
 
 def rows_of(content: dict) -> list[Row]:
-    """The candidates that were trained with every seed."""
+    """A row for each candidate, in the order of the file."""
     rows = []
     for name, candidate in content["candidates"].items():
-        runs: dict[float, list[dict]] = {}
-        for run in content["runs"]:
-            if run["candidate"] == name:
-                runs.setdefault(run["rate"], []).append(run)
-        for rate, some in runs.items():
+        runs = [run for run in content["runs"] if run["candidate"] == name]
+        for rate in {run["rate"]: None for run in runs}:
+            some = [run for run in runs if run["rate"] == rate]
             if len(some) == len(SEEDS):
-                means = map(statistics.mean, zip(*(run["losses"] for run in some)))
-                curve = list(zip(some[0]["steps"], means))
-                losses = [run["losses"][-1] for run in some]
-                rows.append(Row(name, candidate["meaning"], rate, losses, curve))
+                losses = [run["losses"] for run in some]
+                rows.append(Row(name, candidate["meaning"], rate, some[0]["steps"], losses))
     return rows
 
 
@@ -250,7 +256,7 @@ def shares(row: Row, baseline: Row, seconds: dict[str, float]) -> tuple[float, f
     steps = steps_to(row.curve, baseline.loss)
     if steps is None:
         return None
-    tokens = steps / baseline.curve[-1][0]
+    tokens = steps / baseline.steps[-1]
     return tokens, tokens * seconds.get(row.name, math.nan) / seconds[baseline.name]
 
 
@@ -281,6 +287,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     do([(name, best_rate(found, name), seed) for seed in SEEDS for name in names])
     found.content["step_seconds"] |= measure_steps(names, arguments.config)
+    found.content |= {"config": read_toml(arguments.config)}
     found.content |= {"hardware": hardware(), "versions": versions()}
     found.save()
     print_rows(found.content)
@@ -293,7 +300,7 @@ def print_rows(content: dict) -> None:
     lines = []
     for row in rows:
         reached = baseline and shares(row, baseline, content["step_seconds"])
-        spread = f"{min(row.losses):.3f} … {max(row.losses):.3f}"
+        spread = f"{min(row.last):.3f} … {max(row.last):.3f}"
         told = [f"{share:.0%}" for share in reached] if reached else ["", ""]
         lines.append([row.meaning, f"{row.rate:g}", f"{row.loss:.3f}", spread, *told])
     print_table(["", "rate", "loss", "by seed", "tokens", "time"], lines)
