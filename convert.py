@@ -164,7 +164,10 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that its index names."""
+    """All tensors of model.safetensors, or of the files that its index names.
+
+    Raises UserError for what is no safetensors file, and for a tensor that two files have.
+    """
     files = [MODEL]
     if (folder / INDEX).exists() and not (folder / MODEL).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -177,7 +180,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if Path(name).name != name:
             raise UserError(f"{folder / INDEX} names the file {name!r}, expected a plain name")
         try:
-            tensors |= load_file(folder / name)
+            more = load_file(folder / name)
         except FileNotFoundError as error:
             raise UserError(
                 f"{folder} has no {name}: only safetensors are read, because loading a pickle "
@@ -185,6 +188,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             ) from error
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / name} is no safetensors file: {error}") from error
+        for twice in sorted(tensors.keys() & more.keys()):
+            raise UserError(f"{folder / name} has {twice}, which a file before it has, too")
+        tensors |= more
     return tensors
 
 

@@ -245,6 +245,27 @@ def test_files_that_are_not_there_or_damaged_are_one_line(call, changed, tmp_pat
     )
 
 
+def in_two_files(folder: Path, in_both: tuple[str, ...] = ()) -> tuple[str, str]:
+    """Turn model.safetensors into two files, as large models are kept, and return their names."""
+    tensors = load_file(folder / MODEL)
+    (folder / MODEL).unlink()
+    files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    weight_map = {name: files[number % 2] for number, name in enumerate(tensors)}
+    for file in files:
+        mine = [name for name in tensors if weight_map[name] == file or name in in_both]
+        save_file({name: tensors[name] for name in mine}, folder / file)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    return files
+
+
+def test_a_tensor_that_two_files_have_is_one_line(call, changed, tmp_path):
+    folder, out = changed(), tmp_path / "out"
+    _, second = in_two_files(folder, in_both=("transformer.ln_f.bias",))
+    error = call("convert", "from-hf", folder, "--out", out).error()
+    assert f"{second} has transformer.ln_f.bias, which a file before it has, too" in error
+
+
 @pytest.mark.parametrize("weight_map", ["absent", None, [], {"a": 1}, {}])
 def test_an_index_that_is_none_is_one_line(call, changed, tmp_path, weight_map):
     folder = changed()
@@ -350,6 +371,23 @@ def test_a_model_on_the_hub_is_a_checkpoint(call, hub, on_hub, trained):
     assert sampled(on_hub, hub, f"openai-community/gpt2@{COMMIT}").out == expected
     assert kept.stat().st_mtime_ns == written  # converted once
     assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
+
+
+def test_a_model_in_several_files_comes_from_the_hub(call, hub, on_hub, changed, trained):
+    folder = changed()
+    files = in_two_files(folder)
+    hub.commits[COMMIT] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    options = ("--prompt", "The quick", "--temperature", 0, "--max-new-tokens", 8)
+    assert sampled(on_hub, hub).out == call("sample", "--checkpoint", trained, *options).out
+    assert {f"GET /{hub.name}/resolve/{COMMIT}/{file}" for file in files} <= set(hub.asked)
+
+
+def test_a_model_of_the_hub_is_evaluated(call, hub, on_hub, trained, shards):
+    words = ("--data", shards, "--tokens", 512)
+    theirs = on_hub(hub, "evaluate.py", "--checkpoint", "gpt2", *words).out.splitlines()
+    assert theirs[0] == f"checkpoint      {COMMIT} of gpt2"
+    ours = call("evaluate", "--checkpoint", trained, *words).out.splitlines()
+    assert theirs[1:] == ours[1:]
 
 
 def test_a_download_that_breaks_off_is_taken_up_again(hub, on_hub):
