@@ -53,7 +53,7 @@ from torch import Tensor
 
 from checkpoint import META, MODEL, Meta, find_checkpoint, write_meta
 from model import GPT, GPTConfig
-from shards import VOCABULARY, TokenizerRecord
+from shards import VOCABULARY, TokenizerRecord, is_there
 from tokenizer import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
@@ -404,11 +404,16 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is one of the Hub's, rather than a path here that isn't there (yet)."""
+    """Whether a name is one of the Hub's, rather than a path here that isn't there (yet).
+
+    Raises UserError for a name that nothing can have, and if it can't be known what is here.
+    """
+    if "\0" in name:
+        raise UserError(f"{name!r:.80}: neither a path nor a name of the Hub has a zero byte")
     if name in NAMES:
-        return not Path(name).exists()
+        return not is_there(Path(name))
     looks_so = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
-    return looks_so and not Path(name).parent.exists()
+    return looks_so and not is_there(Path(name).parent)
 
 
 def download(name: str) -> Path:
@@ -433,31 +438,42 @@ def download(name: str) -> Path:
 
 
 def cached(name: str) -> Path:
-    """The checkpoint folder of a model on the Hub: converted once, then kept."""
+    """The checkpoint folder of a model on the Hub: converted once, then kept in XDG_CACHE_HOME, by
+    default ~/.cache.
+
+    Raises UserError if it can't be had, is no GPT-2, or can't be kept.
+    """
     files = download(name)  # …/models--owner--name/snapshots/<commit>
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gpt2-from-scratch")
     final = cache / files.parent.parent.name / files.name
-    if not (final / META).exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=final.parent) as folder:
-            from_hf(files, Path(folder, "new"))
-            shutil.rmtree(final, ignore_errors=True)
-            Path(folder, "new").replace(final)
+    if not is_there(final / META):
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=final.parent) as folder:
+                from_hf(files, Path(folder, "new"))
+                shutil.rmtree(final, ignore_errors=True)
+                Path(folder, "new").replace(final)
+        except OSError as error:
+            raise UserError(
+                f"can't keep {name} in {cache}: {one_line(error)}; XDG_CACHE_HOME may name another "
+                "folder to keep it in"
+            ) from error
     return final
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Convert, and say what to do with it."""
     source, out = arguments.source, arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already: choose another folder, or remove it")
     if arguments.way == "to-hf":
         to_hf(source, out)
         print(f"{out}: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
         return
-    if not Path(source).is_dir() and not is_hub_name(source):
+    here = os.path.isdir(source)  # for a name that no path can have, pathlib's raises
+    if not here and not is_hub_name(source):
         raise UserError(f"{source}: expected {', '.join(NAMES)}, owner/name, or a folder")
-    from_hf(Path(source) if Path(source).is_dir() else download(source), out)
+    from_hf(Path(source) if here else download(source), out)
     print(f"{out}: python sample.py --checkpoint {out}")
 
 

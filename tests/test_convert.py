@@ -424,6 +424,14 @@ def test_without_a_network_what_was_fetched_before_still_works(hub, on_hub, monk
     assert sampled(on_hub, hub, "gpt2-medium").status == 2
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(hub, on_hub, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    error = sampled(on_hub, hub).error()
+    assert f"can't keep gpt2 in {tmp_path}/file/gpt2-from-scratch: " in error
+    assert "XDG_CACHE_HOME may name another folder" in error
+
+
 @pytest.mark.parametrize("cut_after", [None, 60_000])  # dead from the start, or within a file
 def test_a_hub_that_dies_is_one_line(hub, on_hub, tmp_path, cut_after):
     hub.dies, hub.cut_after = True, cut_after
@@ -450,3 +458,16 @@ def test_a_name_of_the_hub_is_told_from_a_path(name, is_one, monkeypatch, tmp_pa
     assert is_hub_name(name) is is_one
     (tmp_path / "gpt2").mkdir()
     assert not is_hub_name("gpt2")
+
+
+LONG = "a" * 300  # a name has 255 bytes at most, a path 4,096
+
+
+@pytest.mark.parametrize("name", [LONG, f"{LONG}/b", f"owner/{LONG}", "a/" * 3000, "a\0b", "a\0/b"])
+def test_a_name_that_nothing_can_have_is_one_line(call, trained, tmp_path, name):
+    call("sample", "--checkpoint", name).error()
+    call("convert", "from-hf", name, "--out", tmp_path / "out").error()
+
+
+def test_a_folder_that_nothing_can_be_is_one_line(call, trained):
+    assert "File name too long" in call("convert", "to-hf", trained, "--out", LONG).error()
