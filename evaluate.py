@@ -10,7 +10,9 @@ even with programs that compress files: both say how many bits the text takes wh
 paid for (README, "How good is it?"). For a text of up to a million bytes the table also tells what
 `xz -9e` makes of it.
 
-After ± stands the standard error: what another sample of such questions may well change.
+After ± stands the standard error: what another sample of such questions may well change. A
+perplexity too large for a float is "inf" on the terminal, and null in --output's JSON, which knows
+no infinity.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ import torch
 
 from checkpoint import Checkpoint, find_checkpoint
 from distributed import Ranks, device_name, process_group
+from records import strict
 from scoring import Estimate, Scorer, evaluating, validate
 from shards import TokenStream
 from tasks import Questions, load_questions
@@ -161,7 +164,10 @@ def choose_stride(arguments: argparse.Namespace, block_size: int) -> int:
 def write_report(
     arguments: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks, results: list[dict]
 ) -> None:
-    """What --output keeps. Raises UserError if it can't be written."""
+    """What --output keeps; a number that isn't finite is null there.
+
+    Raises UserError if it can't be written.
+    """
     report = {
         "checkpoint": arguments.checkpoint,
         "step": checkpoint.meta.step,
@@ -172,7 +178,7 @@ def write_report(
         "results": results,
     }
     try:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(strict(report), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"can't write {arguments.output}: {error.strerror}") from error
 

@@ -16,6 +16,7 @@ from config import Config
 from distributed import Ranks, peak_flops
 from errors import UserError
 from model import GPT, HeadLoss
+from records import strict
 from writing import write_atomically
 
 METRICS = "metrics.jsonl"
@@ -87,8 +88,9 @@ class Metrics:
     def write(self, kind: str, step: int, values: dict[str, object]) -> None:
         """Record values of `kind` ("train", "val", "skip", a task) after `step` finished steps.
 
-        Raises UserError if the disk is full.
+        A number that isn't finite is null in the file. Raises UserError if the disk is full.
         """
+        values = strict(values)
         with self._disk_errors(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         known = ((key, value) for key, value in values.items() if isinstance(value, (int, float)))

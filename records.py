@@ -1,6 +1,7 @@
 """JSON files that are read back as the dataclasses they were written from, with every type checked.
 
-So what a damaged or a hostile file can do ends here: whoever has a record may rely on it.
+So what a damaged or a hostile file can do ends here: whoever has a record may rely on it. For what
+others read, `strict` sees to numbers that JSON can't say.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, got {content!r:.40}")
     return content
+
+
+def strict(value: Any) -> Any:
+    """The same for JSON: null in the place of every number, however deep, that isn't finite.
+
+    Python would write Infinity and NaN, which other readers refuse (RFC 8259, section 6).
+    """
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_record(cls: type[Record], content: object) -> Record:

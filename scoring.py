@@ -62,7 +62,7 @@ class Estimate:
 
     def __str__(self) -> str:
         """As many digits as the error leaves meaning to: two of its own."""
-        if not self.error or math.isinf(self.error):
+        if not self.error or not math.isfinite(self.error):
             return f"{self.value:.4f}"
         digits = max(0, 1 - math.floor(math.log10(self.error)))
         return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"

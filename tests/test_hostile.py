@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -591,6 +592,16 @@ def test_a_line_of_metrics_that_is_none_is_left_out(configure, line):
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     Metrics(config, 2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_what_is_no_finite_number_is_null_in_the_metrics(configure):
+    config = configure()
+    Path(config.train.out).mkdir()
+    metrics = Metrics(config, 0)
+    metrics.write("lambada", 1, {"perplexity": math.inf, "acc": 0.5, "windows": [math.nan]})
+    line = metrics.path.read_text()
+    told = {"kind": "lambada", "step": 1, "perplexity": None, "acc": 0.5, "windows": [None]}
+    assert line == json.dumps(told) + "\n"
 
 
 def test_metrics_that_are_a_folder_are_one_line(configure):

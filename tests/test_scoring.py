@@ -130,4 +130,5 @@ def test_estimates_are_told_with_the_digits_that_mean_something():
     assert Estimate(1000.0, 0.1).exponential() == Estimate(math.inf, math.inf)
     assert Estimate(1000.0, None).exponential() == Estimate(math.inf, None)
     assert str(Estimate(math.inf, math.inf)) == "inf"
+    assert str(Estimate(math.nan, math.nan)) == "nan"
     assert (perplexity.value, perplexity.error) == (pytest.approx(10), pytest.approx(1))
