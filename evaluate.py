@@ -18,6 +18,7 @@ no infinity.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -46,7 +47,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stride", type=positive, help="wikitext: tokens between windows (the whole context)")
     add("--output", type=Path, metavar="FILE.json", help="write what was found")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    try:
+        check_arguments(parsed)
+    except UserError as error:
+        parser.error(str(error))
+    return parsed
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what doesn't go together, and for an --output that can't be a file."""
+    names, output = asked(arguments), arguments.output
+    if not names:
+        raise UserError("--tasks is empty: no task is named")
+    if arguments.file and (len(names) != 1 or names == ["val"]):
+        raise UserError(f"--file holds one examination's questions, --tasks is {arguments.tasks}")
+    if arguments.stride and not any(name.startswith("wikitext") for name in names):
+        raise UserError(f"--stride is wikitext's, --tasks is {arguments.tasks}")
+    if output and not os.path.isdir(output.parent):
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    if output and os.path.isdir(output):
+        raise UserError(f"--output {output} is a folder, expected the name of a file")
+
+
+def asked(arguments: argparse.Namespace) -> list[str]:
+    """The tasks that --tasks names. Raises UserError for an unknown one."""
+    return task_names(arguments.tasks, known=("val", *EXAMINATIONS))
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -141,13 +167,20 @@ def record(
 
 
 def look_up(
-    name: str, arguments: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks
-) -> Callable[[Scorer], Found]:
-    """Have a task's data ready; what is returned measures a model on it."""
+    name: str, arguments: argparse.Namespace, checkpoint: Checkpoint, scorer: Scorer
+) -> Callable[[], Found]:
+    """Have a task's data ready and checked; what is returned measures the model on it.
+
+    Raises UserError if it can't be had or doesn't fit the model.
+    """
     if name == "val":
-        return partial(measure_loss, validation_stream(arguments, checkpoint), arguments.tokens)
-    questions = ranks.in_turn(lambda: load_questions(name, arguments.file))
-    return partial(examine, questions, choose_stride(arguments, checkpoint.meta.model.block_size))
+        stream = validation_stream(arguments, checkpoint)
+        stream.num_windows(scorer.model.config.block_size)  # too short? not after other tasks
+        return partial(measure_loss, stream, arguments.tokens, scorer)
+    stride = choose_stride(arguments, scorer.model.config.block_size)
+    questions = scorer.ranks.in_turn(lambda: load_questions(name, arguments.file))
+    questions.check_lengths(scorer)
+    return partial(examine, questions, stride, scorer)
 
 
 def choose_stride(arguments: argparse.Namespace, block_size: int) -> int:
@@ -185,25 +218,16 @@ def write_report(
 
 def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Have all data ready, then measure task by task, and tell what was found."""
-    names = task_names(arguments.tasks, known=("val", *EXAMINATIONS))
-    if not names:
-        raise UserError("--tasks is empty: no task is named")
-    if arguments.file and (len(names) != 1 or names == ["val"]):
-        raise UserError(f"--file holds one examination's questions, --tasks is {arguments.tasks}")
-    if arguments.stride and not any(name.startswith("wikitext") for name in names):
-        raise UserError(f"--stride is wikitext's, --tasks is {arguments.tasks}")
-    if arguments.output and not arguments.output.parent.is_dir():
-        raise UserError(f"--output {arguments.output}: there is no folder of that name")
     checkpoint = ranks.in_turn(lambda: find_checkpoint(arguments.checkpoint))
-    tasks = [look_up(name, arguments, checkpoint, ranks) for name in names]
     model = checkpoint.make_model()
     scorer = Scorer(model.to(ranks.device), checkpoint.encoding(), ranks)
+    tasks = [look_up(name, arguments, checkpoint, scorer) for name in asked(arguments)]
     tell = print if ranks.is_first else (lambda line: None)
     tell(f"checkpoint      {checkpoint.path.name} of {arguments.checkpoint}")
     results = []
     with evaluating(model):
         for measure in tasks:
-            lines, result = measure(scorer)
+            lines, result = measure()
             tell("\n".join(lines))
             results.append(result)
     if arguments.output and ranks.is_first:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
 import pytest
-from conftest import ROOT, ranks
+import torch
+from conftest import ROOT, Result, ranks, run
+from safetensors.torch import load_file, save_file
 
+import evaluate
+from checkpoint import MODEL
+from distributed import Ranks
+from scoring import validate
+from shards import TokenStream, shard_header
 from visuals import KEPT
 
 ITEMS = ROOT / "tests" / "items"
@@ -32,6 +40,55 @@ def test_the_report_says_what_was_measured_on_which_weights(call, trained, shard
     assert found["metrics"].keys() == {"loss", "perplexity", "bits_per_byte"}
     assert f"loss            {found['metrics']['loss']['value']:.4f} nats" in table
     assert 0 < found["metrics"]["loss"]["error"] < 0.5
+
+
+def test_by_default_val_takes_as_many_tokens_as_llm_c_does(tmp_path):
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(
+        shard_header(11_000_000) + (np.arange(11_000_000) % 50_000).astype("<u2").tobytes()
+    )
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(shard_header(2) + b"\0" * 4)
+    stream, last = TokenStream(tmp_path, "val"), []
+
+    def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        last[:] = targets[-1].tolist()
+        return targets.double().mean()
+
+    alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    tokens = evaluate.parse_arguments(["--checkpoint", "out/demo"]).tokens
+    found = validate(loss_of, stream, 1024, 16, tokens, alone, None)
+    assert found.tokens == 10_485_760  # 20 of llm.c's batches of 524,288
+    assert last == [number % 50_000 for number in range(10_485_760 - 1023, 10_485_760 + 1)]
+
+
+def test_a_perplexity_beyond_all_floats_is_inf_here_and_null_in_the_report(call, tmp_path):
+    there, back, output = tmp_path / "there", tmp_path / "back", tmp_path / "found.json"
+    call("convert", "to-hf", KEPT, "--out", there)
+    weights = load_file(there / MODEL)
+    weights["transformer.ln_f.weight"] *= 1e4  # so sure of itself that a wrong guess costs 1,000s
+    save_file(weights, there / MODEL)
+    call("convert", "from-hf", there, "--out", back)
+    options = ("--tasks", "lambada", "--file", ITEMS / "lambada.jsonl", "--output", output)
+    told = call("evaluate", "--checkpoint", back, *options).out
+    assert "perplexity      inf\n" in told
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    (found,) = json.loads(output.read_text(), parse_constant=refuse)["results"]
+    assert found["metrics"]["perplexity"] == {"value": None, "error": None}
+    assert found["metrics"]["acc"]["value"] is not None
+
+
+def test_a_bar_shows_how_far_val_has_come(call, trained):
+    assert "val: " in call("evaluate", "--checkpoint", trained).err
+
+
+def test_of_several_ranks_one_tells_what_is_wrong_with_the_command():
+    others = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    words = ("evaluate.py", "--checkpoint", KEPT, "--tasks", "helaswag")
+    assert run(*words, environment=others) == Result(2, "", "")
+    words = ("train.py", "configs/demo.toml", "--log.eval_tasks", "helaswag")
+    assert run(*words, environment=others) == Result(2, "", "")
 
 
 @pytest.mark.parametrize("name", ["hellaswag", "wikitext103"])
@@ -81,7 +138,10 @@ def test_wrong_input_is_one_line(call, tmp_path):
         *kept, "--tasks", "lambada", "--file", ITEMS / "wikitext.jsonl"
     )
     nowhere = complaint(*examine("lambada", "--output", tmp_path / "no" / "found.json"))
-    assert "there is no folder of that name" in nowhere
+    assert f"there is no folder {tmp_path / 'no'}" in nowhere
+    (tmp_path / "folder").mkdir()
+    folder = complaint("--checkpoint", tmp_path, "--output", tmp_path / "folder")
+    assert f"--output {tmp_path / 'folder'} is a folder" in folder  # before it looks for the model
     assert "is no checkpoint" in complaint("--checkpoint", tmp_path)
 
 

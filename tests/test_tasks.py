@@ -202,19 +202,24 @@ def test_parquet_and_json_lines_are_the_same_questions(tmp_path):
 # The Hub
 
 
-def parquet(name: str) -> bytes:
+def parquet_of(rows: list[dict]) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows_of(name)), sink)
+    pq.write_table(pa.Table.from_pylist(rows), sink)
     return sink.getvalue()
+
+
+def parquet(name: str) -> bytes:
+    return parquet_of(rows_of(name))
+
+
+VALIDATION, TRAIN = (f"data/{split}-00000-of-00001.parquet" for split in ("validation", "train"))
+LONG = [swag(endings=["a", "b", "c", "d"]), swag(endings=["a", "b", "c", "d " * 200])]
 
 
 @pytest.fixture
 def hub() -> FakeHub:
     """HellaSwag's dataset: its files by split, as on the Hub."""
-    files = {
-        f"data/{split}-00000-of-00001.parquet": parquet("hellaswag")
-        for split in ("validation", "train")
-    }
+    files = {name: parquet("hellaswag") for name in (VALIDATION, TRAIN)}
     return FakeHub("Rowan/hellaswag", {COMMIT: {**files, "README.md": b"---\n---\n"}})
 
 
@@ -290,15 +295,22 @@ def test_questions_that_cannot_be_had_stop_a_run_before_its_first_step(
 def test_an_ending_longer_than_the_context_stops_a_run_before_its_first_step(
     on_hub, hub, tiny, shards, tmp_path
 ):
-    long = [swag(endings=["a", "b", "c", "d"]), swag(endings=["a", "b", "c", "d " * 200])]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(long), sink)
-    hub.commits[COMMIT]["data/validation-00000-of-00001.parquet"] = sink.getvalue()
+    hub.commits[COMMIT][VALIDATION] = parquet_of(LONG)
     arguments = ("--data.dir", shards, "--train.out", tmp_path / "run")
     error = on_hub(hub, "train.py", tiny, *arguments, "--log.eval_tasks", "hellaswag").error()
     assert "hellaswag, row 2: ' d d d" in error
     assert "take a model with a longer context" in error
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_ending_longer_than_the_context_is_found_before_any_task_runs(
+    on_hub, hub, trained, tmp_path
+):
+    hub.commits[COMMIT][VALIDATION] = parquet_of(LONG)
+    words = ("--checkpoint", trained, "--tasks", "val,hellaswag")
+    result = on_hub(hub, "evaluate.py", *words)
+    assert "hellaswag, row 2: ' d d d" in result.error()
+    assert result.out == ""
 
 
 def test_an_ending_longer_than_the_context_is_told_with_its_row(scorer):
