@@ -30,7 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Measure how good a model is.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run or checkpoint folder, gpt2, or owner/name")
+    add("--checkpoint", required=True, help="run or checkpoint folder; on the Hub gpt2, owner/name")
     add(
         "--tasks",
         default="val",

@@ -18,12 +18,12 @@ from errors import Parser, UserError, positive, run_script
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Generate text from a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, help="a run folder or a checkpoint folder")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="run or checkpoint folder; on the Hub gpt2, owner/name")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue (none: the model begins a document)")
     source.add_argument("--prompt-file", help="a file with the text, or - for standard input")
     source.add_argument("--interactive", action="store_true", help="ask for prompts, one by one")
-    add = parser.add_argument
     add("--max-new-tokens", type=positive, default=200, help="tokens per sample (200)")
     add("--num-samples", type=positive, default=1, help="samples, all in one batch (1)")
     add("--temperature", type=_temperature, default=0.8, help="0 = always the likeliest (0.8)")

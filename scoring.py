@@ -118,7 +118,8 @@ def validate(
     count = min(stream.num_windows(block_size), max(1, max_tokens // block_size))
     batches = [range(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
     table = torch.zeros(len(batches), 3, dtype=torch.float64)  # nats, tokens, bytes
-    for number in range(ranks.rank, len(batches), ranks.world_size):
+    mine = range(ranks.rank, len(batches), ranks.world_size)
+    for number in tqdm(mine, desc="val", leave=False, disable=not ranks.is_first):
         inputs, targets = load_windows(stream, batches[number], block_size)
         if byte_lengths is not None:
             table[number, 2] = int(byte_lengths[targets.numpy()].sum())

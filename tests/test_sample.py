@@ -291,6 +291,11 @@ def test_the_output_can_be_cut_short_by_its_reader(trained):
     assert process.wait(timeout=60) == 1
 
 
+def test_help_tells_that_models_of_the_hub_are_checkpoints_too(call):
+    for script in ("sample", "evaluate"):
+        assert "on the Hub gpt2, owner/name" in " ".join(call(script, "--help").out.split())
+
+
 def test_defaults_are_those_that_help_tells():
     arguments = parse_arguments(["--checkpoint", "x"])
     assert (arguments.max_new_tokens, arguments.num_samples, arguments.temperature) == (200, 1, 0.8)
