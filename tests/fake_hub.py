@@ -22,7 +22,7 @@ class FakeHub:
     name: str
     commits: dict[str, dict[str, bytes]]
     kind: str = "datasets"  # or "models"
-    gated: bool = False  # its files are for those only who are logged in
+    gated: int = 0  # the status of its files: 401 to a stranger, 403 to who wasn't let in
     cut_after: int | None = None  # the next file ends after so many bytes, as a connection may
     dies: bool = False  # with that cut; from then on every connection ends without an answer
     asked: list[str] = field(default_factory=list)  # "GET /path", in order
@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(500)
             return
         if self.hub.gated:
-            self.refuse(403, "GatedRepo")
+            self.refuse(self.hub.gated, "GatedRepo")
             return
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": commit}
         wanted, cut = self.headers.get("Range"), self.hub.cut_after

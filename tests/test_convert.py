@@ -183,6 +183,8 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
         ({"activation_function": "relu"}, "activation_function = 'relu', GPT-2 has 'gelu_new'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ({"scale_attn_weights": False}, "scale_attn_weights = False, GPT-2 has True"),
+        ({"add_cross_attention": True}, "add_cross_attention = True, GPT-2 has False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
         ({"n_inner": 7}, "n_inner = 7, GPT-2 has 128"),
         ({"n_layer": 3}, "has no h.2.attn.c_attn.bias, which GPT-2 needs"),
@@ -406,12 +408,28 @@ def test_fine_tuning_begins_with_a_model_of_the_hub(hub, on_hub, tiny, shards, t
     assert f"beginning with the weights of {tmp_path / 'cache'}" in result.err
 
 
+def test_the_config_for_fine_tuning_trains_a_model_of_the_hub(hub, on_hub, shards, tmp_path):
+    """As it stands, but for what a model that is as small as this one needs."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
+    changes = [word for key, value in shape.items() for word in (f"--model.{key}", value)]
+    changes += ["--data.dir", shards, "--train.out", tmp_path / "run", "--train.max_steps", 3]
+    changes += ["--train.tokens_per_step", 512, "--train.device", "cpu", "--train.compile", "false"]
+    result = on_hub(hub, "train.py", "configs/finetune.toml", *changes)
+    assert result.status == 0, result.err
+    assert f"beginning with the weights of {tmp_path / 'cache'}" in result.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert len(losses) == 3
+    assert max(losses) < math.log(300) - 1  # weights from scratch begin there
+
+
 def test_what_the_hub_does_not_give_is_one_line(hub, on_hub):
     assert "neither a checkpoint here nor a model on the Hub" in (
         sampled(on_hub, hub, "nobody/nothing").error()
     )
-    hub.gated = True
-    assert "openai-community/gpt2 is gated: accept its terms" in sampled(on_hub, hub).error()
+    for status in (401, 403):
+        hub.gated = status
+        assert "openai-community/gpt2 is gated: accept its terms" in sampled(on_hub, hub).error()
 
 
 def test_without_a_network_what_was_fetched_before_still_works(hub, on_hub, monkeypatch):

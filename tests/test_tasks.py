@@ -79,6 +79,18 @@ def test_hellaswag_takes_the_likeliest_ending_by_each_convention(scorer):
     assert len({tuple(chosen) for chosen in expected.values()}) > 1  # the conventions differ
 
 
+def test_acc_norm_divides_by_characters_whatever_their_bytes(scorer, monkeypatch):
+    """As lm-eval 0.4.13 does it: `completion_len` in lm_eval/api/task.py is Python's len().
+
+    Its `byte_length` is another metric, acc_bytes.
+    """
+    row = swag(endings=["ééééé", "abcdefghi", "日本語日本語", "x" * 7])
+    nats = np.array([-6.0, -9.9, -8.4, -14.0])  # per character −1.2, −1.1, −1.4; per byte −0.6, …
+    scores = {"hellaswag": nats, "hellaswag, as llm.c": nats}
+    monkeypatch.setattr(Scorer, "score", lambda self, requests, title: (scores[title], None))
+    assert tasks.hellaswag_choices([row], scorer)["acc_norm"].tolist() == [1]
+
+
 def test_lambada_asks_for_the_last_word(scorer):
     rows = [*rows_of("lambada"), {"text": "Return a list of the number"}, {"text": "word"}]
     found = tasks.lambada(rows, scorer, 0)
@@ -223,6 +235,7 @@ def hub() -> FakeHub:
     return FakeHub("Rowan/hellaswag", {COMMIT: {**files, "README.md": b"---\n---\n"}})
 
 
+WIKITEXT = "wikitext_document_level"
 EVALUATE = ("evaluate.py", "--checkpoint", KEPT, "--tasks", "hellaswag")
 
 
@@ -235,6 +248,36 @@ def test_questions_come_from_the_hub_and_their_commit_is_told(on_hub, hub, call,
     assert (record["data"], record["revision"]) == ("Rowan/hellaswag", COMMIT)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("lambada", "default"),
+        ("wikitext2", "wikitext-2-raw-v1"),
+        ("wikitext103", "wikitext-103-raw-v1"),
+    ],
+)
+def test_a_dataset_of_several_parts_is_asked_for_the_right_one(on_hub, call, name, config):
+    questions = rows_of(name.rstrip("0123456789"))
+    files = {
+        "right/test.parquet": parquet_of(questions),
+        "wrong/test.parquet": parquet_of(questions[:1]),
+    }
+    card = ["configs:"]
+    for folder, called in (("wrong", "another"), ("right", config)):
+        card += [f"- config_name: {called}", "  data_files:"]
+        card += ["  - split: test", f"    path: {folder}/*"]
+    files["README.md"] = "\n".join(["---", *card, "---", ""]).encode()
+    repository = "EleutherAI/" + ("lambada_openai" if name == "lambada" else WIKITEXT)
+    words = ("evaluate.py", "--checkpoint", KEPT, "--tasks", name)
+    result = on_hub(FakeHub(repository, {COMMIT: files}), *words)
+    assert f" {len(questions)} of {repository}@{COMMIT[:7]}\n" in result.out, result.err
+    file = ITEMS / f"{name.rstrip('0123456789')}.jsonl"
+    assert (
+        result.out.splitlines()[2:]
+        == call("evaluate", *words[1:], "--file", file).out.splitlines()[2:]
+    )
+
+
 def test_questions_that_were_fetched_before_need_no_network(on_hub, hub, monkeypatch):
     first = on_hub(hub, *EVALUATE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -244,7 +287,7 @@ def test_questions_that_were_fetched_before_need_no_network(on_hub, hub, monkeyp
 
 
 def test_questions_that_the_hub_does_not_give_are_one_line(on_hub, hub):
-    hub.gated = True
+    hub.gated = 403
     assert "Rowan/hellaswag can't be had from the Hub" in on_hub(hub, *EVALUATE).error()
     hub.name = "somebody/else"
     assert "Rowan/hellaswag can't be had from the Hub" in on_hub(hub, *EVALUATE).error()
