@@ -356,6 +356,18 @@ def test_an_ending_longer_than_the_context_is_found_before_any_task_runs(
     assert result.out == ""
 
 
+def test_a_split_shorter_than_the_context_is_found_before_any_task_runs(
+    on_hub, hub, call, tmp_path
+):
+    (tmp_path / "a.txt").write_text("Return a list. " * 100)
+    words = ("--source", tmp_path / "a.txt", "--out", tmp_path / "short", "--val-tokens", 10)
+    words += ("--tokenizer", KEPT / "tokenizer.tiktoken", "--workers", 1)
+    assert call("prepare_fineweb", *words).status == 0
+    result = on_hub(hub, *EVALUATE[:-1], "hellaswag,val", "--data", tmp_path / "short")
+    assert "has 10 tokens" in result.error()
+    assert result.out == ""
+
+
 def test_an_ending_longer_than_the_context_is_told_with_its_row(scorer):
     rows = [*rows_of("lambada"), {"text": "some " + "word" * 200}]
     with pytest.raises(UserError, match=f"^lambada, row {len(rows)}: ' wordword"):
