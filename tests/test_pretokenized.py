@@ -21,12 +21,16 @@ def shard(tokens: np.ndarray) -> bytes:
     return shard_header(len(tokens)) + tokens.tobytes()
 
 
-@pytest.fixture
-def hub() -> FakeHub:
+def published() -> FakeHub:
     """llm.c's FineWeb in small: 100 tokens to validate on, 3 × 300 to train on."""
     files = {f"fineweb_train_00000{n}.bin": shard(TOKENS[n * 300 - 200 :][:300]) for n in (1, 2, 3)}
     files |= {"fineweb_val_000000.bin": shard(TOKENS[:100]), "README.md": b"about", "x.bin": b"no"}
     return FakeHub("kjj0/fineweb10B-gpt2", {COMMIT: files})
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    return published()
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Result
+from test_pretokenized import published
 
 from config import Config, load_config
 from model import GPT, GPTConfig
@@ -161,8 +162,14 @@ def processes(torchrun: list[str]) -> int:
 
 def quick() -> list[str]:
     """The commands that need only a model; tests/test_sample.py talks with the interactive one."""
-    quick = [c for c in commands() if "sample.py" in c or "visuals" in c or "evaluate.py" in c]
-    return [c for c in quick if "--interactive" not in c and "--checkpoint gpt2" not in c]
+    scripts = ("sample.py", "python -m visuals", "evaluate.py")
+    more = ("--interactive", "--checkpoint gpt2", "--data ", "out/and_back")  # tried further down
+    return [
+        command
+        for command in commands()
+        if any(script in command for script in scripts)
+        and not any(word in command for word in more)
+    ]
 
 
 @pytest.mark.parametrize("command", quick())
@@ -181,26 +188,71 @@ def test_what_needs_only_a_model_runs(command, call, trained, shards, tmp_path, 
     assert result.out
 
 
+def told(call, command: str) -> Result:
+    """What a python command line prints, if it ends well."""
+    _, script, *arguments = shlex.split(command)
+    result = call(script.removesuffix(".py"), *arguments)
+    assert result.status == 0, result.err
+    return result
+
+
 def test_converting_as_the_page_says(call, tmp_path, monkeypatch):
+    """But for the validation, whose text takes minutes to prepare: it is the demo's."""
     shutil.copytree(KEPT, tmp_path / "visuals" / "model")
+    shutil.copytree(ROOT / "tests" / "items", tmp_path / "tests" / "items")
     monkeypatch.chdir(tmp_path)
-    converting = [c for c in commands() if "convert.py" in c]
-    printed = "".join(call("convert", *shlex.split(c)[2:]).out for c in converting)
-    assert f"```text\n{printed}```" in README
+    here = [c for c in commands() if "out/for_transformers" in c or "out/and_back" in c]
+    printed = [told(call, c).out if "--data data/demo" not in c else "{demo}" for c in here]
+    (demo,) = (block for _, block in BLOCKS if block.startswith("step 1,500: validation loss"))
+    (table,) = re.findall(r"^validation .*?same text\n", demo, re.DOTALL | re.MULTILINE)
+    table = table.replace(str(DEMO["validation_loss"]), str(KEPT_LOSS["validation_loss"]))
+    head = "checkpoint      and_back of out/and_back\n"
+    assert f"```text\n{''.join(printed).format(demo=head + table)}```" in README
 
 
-def test_preparing_and_training_as_the_page_says(call, trained, shards, tmp_path, monkeypatch):
-    """The commands that are quick: files of one's own, and a training of one step."""
-    own, tuning = [c for c in commands() if c.startswith("python prepare") and '"*.md"' in c]
+LINES = re.compile("beginning with|step .*: validation loss|done: ")  # of a training
+
+
+def form(text: str) -> str:
+    """The text without its numbers and paths."""
+    return re.sub(r"\S*(?:\d|/)\S*", "#", text)
+
+
+def test_fetching_tokenised_text_as_the_page_says(on_hub, tmp_path):
+    (command,) = (c for c in commands() if "--pretokenized" in c)
+    words = shlex.split(command)
+    folder = words[-1]
+    words[-1] = str(tmp_path / "fetched")
+    result = on_hub(published(), *words[1:])
+    assert result.status == 0, result.err
+    (shown,) = (block for _, block in BLOCKS if block.startswith(f"{folder}: "))
+    assert result.err.splitlines()[-1].replace(words[-1], folder) == shown.splitlines()[0]
+
+
+def test_preparing_and_training_as_the_page_says(call, shards, tmp_path, monkeypatch):
+    """The commands that are quick: files of one's own, fine-tuning, and a training of one step.
+
+    Numbers aside, as they change with this page.
+    """
+    own = next(c for c in commands() if c.startswith("python prepare") and '"*.md"' in c)
+    tuning = [c for c in commands() if "data/my_notes" in c]
     (one_step,) = (c for c in commands() if "--train.max_steps 1 " in c)
-    shutil.copytree(trained, tmp_path / "out" / "demo")
+    shutil.copytree(KEPT, tmp_path / "visuals" / "model")
     shutil.copytree(shards, tmp_path / "data" / "demo")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.chdir(tmp_path)
-    for command in (own, tuning):
-        result = call("prepare_fineweb", *shlex.split(command)[2:])
-        assert result.status == 0, result.err
+    (ending,) = (block for _, block in BLOCKS if block.startswith("data/fineweb: "))
+    assert form(told(call, own).err.splitlines()[-1]) == form(ending.splitlines()[-1])
+    (shown,) = (block for _, block in BLOCKS if block.startswith("data/my_notes: "))
+    prepared, before = (told(call, command) for command in tuning[:2])
+    after = told(call, f"{tuning[2]} --train.max_steps 20")  # fewer, to save time
+    trained_lines = [line for line in after.err.splitlines() if LINES.match(line)]
+    printed = [prepared.err.splitlines()[-1], *before.out.splitlines(), *trained_lines]
+    assert [form(line) for line in printed] == [form(line) for line in shown.splitlines()]
+    for text in (shown, "\n".join(printed)):
+        was, now = re.findall(r"(?:^loss  +|validation loss )([\d.]+)", text, re.MULTILINE)
+        assert float(now) < float(was) - 0.3
     assert call("train", *shlex.split(one_step)[2:]).status == 0
     (metrics,) = (tmp_path / "out" / "one_step").glob("metrics.jsonl")
     first = json.loads(metrics.read_text().splitlines()[0])
@@ -209,10 +261,6 @@ def test_preparing_and_training_as_the_page_says(call, trained, shards, tmp_path
 
 def test_what_is_shown_has_the_form_of_what_is_printed(call, trained, shards, tiny, tmp_path):
     """Numbers and names aside, the plan and the evaluation are those of the scripts."""
-
-    def form(text: str) -> str:
-        return re.sub(r"\S*(?:\d|/)\S*", "#", text)
-
     (plan,) = (block for _, block in BLOCKS if block.startswith("model       873,600"))
     arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--train.max_steps", 1)
     printed = call("train", tiny, *arguments).err
@@ -261,7 +309,7 @@ def test_the_story_is_what_the_kept_model_says(chapter):
 
 def test_the_examinations_are_shown_as_they_are_told(call, monkeypatch):
     monkeypatch.chdir(ROOT)
-    asked = [command for command in commands() if "tests/items" in command]
+    asked = [c for c in commands() if "--checkpoint visuals/model --tasks" in c]
     check_shown("".join(call("evaluate", *shlex.split(command)[2:]).out for command in asked))
 
 
