@@ -48,7 +48,8 @@ bench: $(VENV)/requirements-dev.installed
 	for dtype in $(DTYPES); do for batch in $(BATCHES); do for prompt in 16 992; do \
 		$(RUN) bench.py generate --dtype $$dtype --batch-size $$batch --prompt-tokens $$prompt \
 			--output results/bench_generate_$${dtype}_$${batch}_$$prompt.json \
-			--peer transformers $(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) || exit 1; \
+			--peer transformers $(if $(NANOGPT),`test $$batch = 1 && \
+				echo --peer nanogpt=$(NANOGPT)`) || exit 1; \
 	done; done; done
 	$(RUN) bench.py generate --dtype bfloat16 --peer transformers --peer-dtype float32 \
 		--output results/bench_generate_bfloat16_float32.json

@@ -385,11 +385,14 @@ def plan(arguments: argparse.Namespace, config: Config) -> dict:
     """More GPUs, on paper: time, cost, memory."""
     T, B = config.model.block_size, arguments.micro_batch_size or config.train.micro_batch_size
     windows, steps = config.train.tokens_per_step // T, config.train.max_steps
-    parameters = model_on_paper(config).num_parameters()
+    model = model_on_paper(config)
+    parameters = model.num_parameters()
+    embeddings = model.wte.weight.numel() + model.wpe.weight.numel()
 
     def on(gpus: int) -> dict | None:
         cluster = Cluster(gpus, arguments.gigabytes_per_second * 1e9, arguments.microseconds / 1e6)
-        step = step_time(cluster, windows, B, T, arguments.tokens_per_second, parameters)
+        rate = arguments.tokens_per_second
+        step = step_time(cluster, windows, B, T, rate, parameters, embeddings)
         if step is None:
             return None
         hours = step.total * steps / 3600

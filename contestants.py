@@ -1,4 +1,4 @@
-"""What bench.py measures: a training step, generation, the loader, preparing.
+"""What bench.py measures: a training step, generation, the loader, preparing, starting.
 
 Each contestant runs in a process of its own, started by bench.py as `python contestants.py`. It
 reads one line of JSON (its name, its task and the settings), gets ready, answers with a line about
@@ -105,6 +105,12 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return count * 2 * M * K * N / watch.read()["products"]
 
 
+def leave_room(device: torch.device) -> None:
+    """Hand a GPU's unused memory back, for the next contestant."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 # A training step
 
 
@@ -114,6 +120,7 @@ def measure_training(settings: dict, device: torch.device, dtype: torch.dtype) -
     step = (our_step if ours else their_step)(settings, device, dtype)
     for _ in range(2):
         step(Stopwatch(device))  # compiles, and sets libraries up
+    leave_room(device)
 
     def measure() -> dict[str, float]:
         count = settings["steps"]
@@ -126,8 +133,7 @@ def measure_training(settings: dict, device: torch.device, dtype: torch.dtype) -
         numbers["peak_memory"] = peak_memory(device)
         if ours:
             numbers["matrix_product_flops"] = matrix_product_rate(device, dtype)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # leave the room to the next contestant
+        leave_room(device)
         return numbers
 
     return measure
@@ -205,8 +211,8 @@ def their_step(
 def measure_generation(settings: dict, device: torch.device, dtype: torch.dtype) -> Measure:
     """A turn tells the seconds of a prompt with its first token, and of each token after it.
 
-    On a CPU, which does one thing after another, it also tells the 10th percentile of the tokens'
-    times: how fast it is while nothing else takes the machine away.
+    A CPU does one thing after another, so that the tokens can be timed one by one. It also tells
+    the 10th percentile of their times: how fast it is while nothing else takes the machine away.
     """
     torch.manual_seed(0)
     make, ticks = {"ours": our_generation, **peers.GENERATION}[settings["name"]], []
@@ -227,11 +233,15 @@ def measure_generation(settings: dict, device: torch.device, dtype: torch.dtype)
     def measure() -> dict[str, float]:
         prefill = seconds(1)
         ticks.clear()
-        decode = (seconds(new_tokens) - prefill) / (new_tokens - 1)
-        numbers = {"prefill_seconds": prefill, "token_seconds": decode}
+        whole = seconds(new_tokens)
         if device.type == "cpu":
-            numbers["undisturbed_token_seconds"] = float(np.quantile(np.diff(ticks), 0.1))
-        return numbers
+            times = np.diff(ticks)
+            return {
+                "prefill_seconds": prefill,
+                "token_seconds": float(times.mean()),
+                "undisturbed_token_seconds": float(np.quantile(times, 0.1)),
+            }
+        return {"prefill_seconds": prefill, "token_seconds": (whole - prefill) / (new_tokens - 1)}
 
     return measure
 

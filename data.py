@@ -24,7 +24,8 @@ def load_windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows as (inputs, targets), each int64 (B, T): the targets are one token ahead.
 
-    Raises UserError if a token isn't in the vocabulary: then a shard is damaged.
+    Both are contiguous, or a GPU couldn't fetch them from pinned memory by itself. Raises UserError
+    if a token isn't in the vocabulary: then a shard is damaged.
     """
     rows = np.stack([stream.read(int(at) * block_size, block_size + 1) for at in windows])
     if rows.max() >= stream.vocab_size:
@@ -32,8 +33,8 @@ def load_windows(
             f"the {stream.split} split of {stream.folder} has a token {rows.max()}, its vocabulary "
             f"only {stream.vocab_size:,}: a shard is damaged, prepare or download it again"
         )
-    tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
-    return tokens[:, :-1], tokens[:, 1:]
+    inputs, targets = (part.astype(np.int64) for part in (rows[:, :-1], rows[:, 1:]))  # 2 × (B, T)
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 @lru_cache(maxsize=2)

@@ -88,7 +88,8 @@ class RecordedDecoding:
         self.model.next_logits(self.ids, cache)  # libraries set themselves up in a first call
         cache.go_back(length)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads do meanwhile, such as the data loader's, doesn't concern the graph.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self.model.next_logits(self.ids, cache)
         cache.length = length  # nothing has run yet
         return graph, logits

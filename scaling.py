@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GRADIENT_BYTES = 4  # float32
-BUCKET_BYTES = 25 * 2**20  # DDP sends the gradients in buckets; the last can't hide behind anything
+BUCKET_BYTES = 25 * 2**20  # DDP sends the gradients in buckets of at least this size
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Cluster:
     bandwidth: float  # bytes per second that a GPU sends and receives at once
     latency: float  # seconds until a neighbour's first byte is there
 
-    def all_reduce_seconds(self, size: int) -> float:
+    def all_reduce_seconds(self, size: float) -> float:
         """The time of a ring all-reduce of `size` bytes.
 
         In each of 2 (W - 1) rounds every GPU sends a W-th of it to its neighbour (Patarasuk and
@@ -56,20 +56,23 @@ def step_time(
     block_size: int,
     tokens_per_second: float,
     parameters: int,
+    last_parameters: int,
 ) -> StepTime | None:
-    """What a step takes on the cluster; None if there are more GPUs than windows in a step.
+    """What a step takes on the cluster; None if it can't share the step's windows out evenly.
 
     `tokens_per_second` is one GPU's, and is taken to be the same for smaller micro-batches, which
-    flatters large clusters. Two thirds of a micro-batch's time are its backward pass.
+    flatters large clusters. Two thirds of a micro-batch's time are its backward pass. The gradients
+    of the embeddings, `last_parameters`, are ready at its very end: nothing hides their sending.
     """
     share, rest = divmod(windows_per_step, cluster.gpus)
     if share == 0 or rest:
         return None
     windows = max(size for size in range(1, min(share, micro_batch_size) + 1) if share % size == 0)
     computing = share * block_size / tokens_per_second
-    gradients = GRADIENT_BYTES * parameters
-    sending = cluster.all_reduce_seconds(gradients)
-    last = sending * min(1.0, BUCKET_BYTES / gradients)
+    earlier = GRADIENT_BYTES * (parameters - last_parameters)
+    buckets = max(1, earlier // BUCKET_BYTES)
+    hidden = buckets * cluster.all_reduce_seconds(earlier / buckets)
+    last = cluster.all_reduce_seconds(GRADIENT_BYTES * last_parameters)
     backward = computing * windows / share * 2 / 3
-    waiting = max(last, sending - backward)
-    return StepTime(windows, share // windows, computing, sending, waiting)
+    waiting = last + max(0.0, hidden - backward)
+    return StepTime(windows, share // windows, computing, hidden + last, waiting)

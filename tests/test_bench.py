@@ -233,7 +233,8 @@ def test_more_gpus_are_never_slower_to_compute_nor_more_efficient(
 ):
     def on(gpus: int) -> StepTime:
         cluster = Cluster(gpus, bandwidth, latency)
-        return step_time(cluster, 512, micro_batch_size, 1024, tokens_per_second, 124_439_808)
+        sizes = (124_439_808, 39_383_808)
+        return step_time(cluster, 512, micro_batch_size, 1024, tokens_per_second, *sizes)
 
     step, more = on(2**exponent), on(2 ** (exponent + 1))
     assert step.windows * step.accumulation * 2**exponent == 512
@@ -246,6 +247,17 @@ def test_more_gpus_are_never_slower_to_compute_nor_more_efficient(
     else:
         assert more.computing == step.computing / 2
         assert 2 * more.total >= step.total * (1 - 1e-12)
+
+
+def test_only_the_embeddings_gradients_are_waited_for_if_the_others_are_sent_in_time():
+    """100 MiB of others: four buckets, each with its own rounds; a second for 10⁹ bytes."""
+    cluster, others, embeddings = Cluster(2, 1e9, 1e-3), 25 * 2**20, 10**6
+    step = step_time(cluster, 2, 1, 1000, 1000.0, others + embeddings, embeddings)
+    assert step.waiting == pytest.approx(4e6 / 1e9 + 2e-3)
+    assert step.sending == pytest.approx(step.waiting + 100 * 2**20 / 1e9 + 4 * 2e-3)
+    slow = step_time(cluster, 2, 1, 1000, 100_000.0, others + embeddings, embeddings)
+    backward = 2 / 3 * 1000 / 100_000
+    assert slow.waiting == pytest.approx(slow.sending - backward)
 
 
 def test_the_plan_names_where_a_step_can_no_longer_be_shared_out(call, tmp_path):

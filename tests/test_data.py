@@ -140,6 +140,20 @@ def test_the_loader_gives_each_steps_micro_batches_in_any_order_of_steps(shards,
         assert same_batches(loader.load(step), expected)
 
 
+def test_batches_are_contiguous_so_that_a_gpu_can_fetch_them_from_pinned_memory(shards):
+    stream, shape = TokenStream(shards, "train"), BatchShape(256, 32, 4, world_size=1)
+    for _, *tensors in micro_batches(stream, shape, seed=1, step=0, rank=0):
+        assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_batches_are_pinned(shards):
+    stream, shape = TokenStream(shards, "train"), BatchShape(256, 32, 4, world_size=1)
+    for _, *tensors in StepLoader(stream, shape, 1, 0, pin_memory=True).load(0):
+        assert all(tensor.is_pinned() and tensor.is_contiguous() for tensor in tensors)
+
+
 def test_the_loader_prepares_the_next_step_while_this_one_is_used(shards, monkeypatch):
     prepared, done = [], threading.Event()
     prepare = StepLoader._prepare

@@ -21,6 +21,7 @@ from conftest import ROOT, Result
 from test_pretokenized import published
 
 from config import Config, load_config
+from metrics import estimated_memory
 from model import GPT, GPTConfig
 from visuals import KEPT, diagrams
 from visuals.story import attention_rows, chapters, load_story
@@ -616,6 +617,20 @@ def test_the_table_of_speed_is_what_was_measured():
     shares = {name: found["of_matrix_product"] for name, found in measured("train").items()}
     share, limit = f"{shares['ours']:.0%}".replace("%", " %"), times(1 / shares["nanogpt"])
     assert f"{share} of what a matrix product reaches there; all of it would be {limit}" in PROSE
+
+
+def test_memory_is_told_as_it_was_measured():
+    found = json.loads((ROOT / "results" / "memory.json").read_text(encoding="utf-8"))
+    process = found["bytes_without_a_model"]
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    more = [
+        (peak - process) / estimated_memory(model, int(windows) * 1024, torch.bfloat16, True) - 1
+        for windows, peak in found["peak_bytes"].items()
+    ]
+    told = f"A CPU took [{100 * min(more):.0f} to {max(more):.0%}".replace("%", " %")
+    assert f"{told} more](results/memory.json) memory than estimated" in PROSE
+    assert f"and {process / 1e9:.1f} GB for the process" in PROSE
 
 
 def test_every_file_of_results_is_listed_there():
