@@ -190,6 +190,17 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def anywhere(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self.sum(torch.tensor(float(here), device=self.device)).item() > 0
+
+    def stop_asked(self, here: bool) -> bool:
+        """Whether this rank (`here`) or, as far as is known by now, another was asked to stop.
+
+        Nobody waits for others here, so the ranks may see it at different moments.
+        """
+        return self.roll_call.stop_asked(here) if self.roll_call else here
+
     def merge(self, table: Tensor) -> Tensor:
         """One table, on every rank's CPU, of the ranks' own, which are 0 where others worked."""
         return self.sum(table.to(self.device)).cpu() if self.world_size > 1 else table

@@ -146,6 +146,12 @@ class RollCall:
         self.arrived = (self.arrived[0] + 1, time.monotonic())
         self._tell()
 
+    def stop_asked(self, here: bool) -> bool:
+        """Whether a rank was asked to stop: this one (`here`), or another that has said so here."""
+        if here:
+            self.store.set("stop", "")
+        return here or self.store.check(["stop"])
+
     def _tell(self) -> None:
         self.store.set(str(self.rank), f"{self.arrived[0]} {socket.gethostname()}")
 

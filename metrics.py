@@ -41,6 +41,15 @@ def _step_of(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
+def kinds_told(folder: Path, step: int) -> set[str]:
+    """The kinds of lines ("train", "val", an examination) that a run wrote after a step.
+
+    Raises UserError if metrics.jsonl can't be read.
+    """
+    lines = _lines_of(folder / METRICS)
+    return {str(json.loads(line).get("kind")) for line in lines if _step_of(line) == step}
+
+
 class Metrics:
     """What a run measured: `metrics.jsonl`, and TensorBoard and Weights & Biases if asked for."""
 

@@ -8,9 +8,10 @@ same for any number of them, but for rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import tiktoken
@@ -24,6 +25,7 @@ from errors import UserError
 from model import GPT
 from shards import TokenStream
 
+Job = TypeVar("Job")
 ROWS = 2048  # positions whose logits are in memory at once: 0.4 GB in float32
 
 
@@ -37,6 +39,31 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+class BrokenOff(Exception):
+    """Somebody asked for the end before an evaluation had come to its own: there is no result."""
+
+
+def never() -> bool:
+    """Nobody asks an evaluation to stop."""
+    return False
+
+
+def unless_asked_to_stop(
+    jobs: Iterable[Job], ranks: Ranks, asked: Callable[[], bool]
+) -> Iterator[Job]:
+    """This rank's jobs, one after another, until `asked()` says that it is to stop.
+
+    Raises BrokenOff at the end, on all ranks alike, if one of them has left a job out.
+    """
+    left_out = False
+    for job in jobs:
+        if left_out := asked():
+            break
+        yield job
+    if ranks.anywhere(left_out):
+        raise BrokenOff
 
 
 @dataclass(frozen=True)
@@ -109,17 +136,19 @@ def validate(
     max_tokens: int,
     ranks: Ranks,
     byte_lengths: np.ndarray | None,
+    asked_to_stop: Callable[[], bool] = never,
 ) -> Validation:
     """The mean loss on the stream's first windows, up to `max_tokens`, shared out over the ranks.
 
     `loss_of(inputs, targets)`, each (B, T), gives a mean loss; `byte_lengths` (V,) says how many
-    bytes each id stands for.
+    bytes each id stands for. Raises BrokenOff on all ranks if one was asked to stop.
     """
     count = min(stream.num_windows(block_size), max(1, max_tokens // block_size))
     batches = [range(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
     table = torch.zeros(len(batches), 3, dtype=torch.float64)  # nats, tokens, bytes
     mine = range(ranks.rank, len(batches), ranks.world_size)
-    for number in tqdm(mine, desc="val", leave=False, disable=not ranks.is_first):
+    bar = tqdm(mine, desc="val", leave=False, disable=not ranks.is_first)
+    for number in unless_asked_to_stop(bar, ranks, asked_to_stop):
         inputs, targets = load_windows(stream, batches[number], block_size)
         if byte_lengths is not None:
             table[number, 2] = int(byte_lengths[targets.numpy()].sum())
@@ -150,6 +179,7 @@ class Scorer:
     encoding: tiktoken.Encoding
     ranks: Ranks
     batch_tokens: int = 16_384  # in one forward pass, padding included
+    asked_to_stop: Callable[[], bool] = never
 
     def request(self, context: str, ending: str) -> Request:
         """Guess `ending` after `context`, encoded as one text.
@@ -180,11 +210,12 @@ class Scorer:
         and whether each of its tokens was the likeliest, bool (n,).
 
         Requests of like length go through the model together, the shorter ones padded at their end,
-        which no earlier token sees.
+        which no earlier token sees. Raises BrokenOff on all ranks if one was asked to stop.
         """
         table = torch.zeros(len(requests), 2, dtype=torch.float64)
         mine = self.batches(requests)[self.ranks.rank :: self.ranks.world_size]
-        for batch in tqdm(mine, desc=title, leave=False, disable=not self.ranks.is_first):
+        bar = tqdm(mine, desc=title, leave=False, disable=not self.ranks.is_first)
+        for batch in unless_asked_to_stop(bar, self.ranks, self.asked_to_stop):
             table[batch] = self._score_batch([requests[number] for number in batch])
         log_probability, likeliest = self.ranks.merge(table).numpy().T
         return log_probability, likeliest > 0

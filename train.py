@@ -47,10 +47,10 @@ from checkpoint import (
 from data import BatchShape, step_windows
 from distributed import Ranks, device_name, memory_errors, process_group
 from guard import StopRequest
-from metrics import METRICS, Metrics, Speed, estimated_memory
+from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
 from model import GPT, GPTConfig
 from optim import last_at_peak
-from scoring import Scorer, Validation, evaluating, validate
+from scoring import BrokenOff, Scorer, Validation, evaluating, validate
 from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
 from step import SAMPLE, Stepper, StepResult, draw_seed
 from tasks import load_questions
@@ -135,8 +135,7 @@ class Trainer:
                     raise
                 if self.ranks.local_rank == 0:
                     say(f"no bits per byte and no samples: {error}")
-        lacking = self.ranks.sum(torch.tensor(float(not encoding), device=self.ranks.device))
-        return None if lacking else encoding
+        return None if self.ranks.anywhere(not encoding) else encoding
 
     def _resume(self, data: Path) -> None:
         """Go on from the newest complete checkpoint, if there is one. Rank 0 chooses it."""
@@ -286,12 +285,15 @@ class Trainer:
                 self.config.log.eval_tokens,
                 self.ranks,
                 self.byte_lengths,
+                self._asked_to_stop,
             )
 
-    def examine(self, metrics: Metrics | None) -> None:
-        """Put the model to the examinations, shared out over the ranks, and tell what it got."""
+    def examine(self, names: list[str], metrics: Metrics | None) -> None:
+        """Put the model to those examinations, shared out over the ranks, and tell what it got."""
         scorer = self._scorer()
         for questions in self.examinations:
+            if questions.name not in names:
+                continue
             with (
                 evaluating(self.model),
                 torch.compiler.set_stance("force_eager"),
@@ -306,7 +308,10 @@ class Trainer:
 
     def _scorer(self) -> Scorer:
         batch_tokens = self.config.train.micro_batch_size * self.config.model.block_size
-        return Scorer(self.model, self.encoding, self.ranks, batch_tokens)
+        return Scorer(self.model, self.encoding, self.ranks, batch_tokens, self._asked_to_stop)
+
+    def _asked_to_stop(self) -> bool:
+        return self.ranks.stop_asked(self.stop.number > 0)
 
     def sample(self) -> str:
         """A text from nothing but <|endoftext|>, as the model writes it now."""
@@ -425,8 +430,8 @@ class Trainer:
 
     def run(self) -> None:
         """From the present step to the last, unless there is nothing left to do."""
-        config, first = self.config, self.ranks.is_first
-        if self.step >= config.train.max_steps:
+        config, first, missing = self.config, self.ranks.is_first, self._missing_evaluations()
+        if self.step >= config.train.max_steps and not missing:
             if first:
                 say(f"already finished: {self.step:,} steps are done (train.max_steps)")
             return
@@ -445,7 +450,7 @@ class Trainer:
             ) as bar,
             self.stop,
         ):
-            stopped = self._loop(metrics, bar)
+            stopped = self._catch_up(missing, metrics) or self._loop(metrics, bar)
         if first:
             metrics.close()
         if stopped:
@@ -472,12 +477,10 @@ class Trainer:
                 stop |= self._finish(result, metrics, speed, bar)
                 before = None
             stop &= self.step < self.config.train.max_steps
-            if due:
+            if due or stop:
                 with speed.paused():
-                    self._do_what_is_due(metrics, stop)
+                    stop = self._do_what_is_due(metrics, stop)
             if stop:
-                if not self._is_due(self.config.train.checkpoint_every):
-                    self.save(val_loss=None)
                 return True
         return False
 
@@ -487,25 +490,60 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or last)
 
     def _anything_due(self) -> bool:
-        log, train = self.config.log, self.config.train
-        rhythms = (log.eval_every, train.checkpoint_every, log.sample_every)
-        return any(map(self._is_due, rhythms)) or self._examination_is_due()
+        rhythms = (self.config.train.checkpoint_every, self.config.log.sample_every)
+        return any(map(self._is_due, rhythms)) or bool(self._evaluations_due())
 
-    def _examination_is_due(self) -> bool:
-        return bool(self.examinations) and self._is_due(self.config.log.eval_tasks_every)
+    def _evaluations_due(self) -> list[str]:
+        """The kinds of evaluation that are due now, by their names in metrics.jsonl."""
+        kinds = ["val"] if self._is_due(self.config.log.eval_every) else []
+        if self._is_due(self.config.log.eval_tasks_every):
+            kinds += [questions.name for questions in self.examinations]
+        return kinds
 
-    def _do_what_is_due(self, metrics: Metrics | None, stop: bool) -> None:
-        """Validate, save, write a sample; the last not in a hurry, as nothing depends on it."""
-        config, val_loss = self.config, None
-        if self._is_due(config.log.eval_every):
-            val_loss = self._report_validation(metrics)
-        if self._examination_is_due():
-            self.examine(metrics)
-        if self._is_due(config.train.checkpoint_every):
+    def _do_what_is_due(self, metrics: Metrics | None, stop: bool) -> bool:
+        """Validate, save, examine, write a sample; a save doesn't wait for what it doesn't tell of.
+
+        Returns whether the run is to stop. Then it saves, and leaves evaluations to `_catch_up`:
+        they may take longer than whoever asked for the end will wait.
+        """
+        due, val_loss, saved = self._evaluations_due(), None, False
+        try:
+            if "val" in due and not stop:
+                val_loss = self._report_validation(metrics)
+            if self._is_due(self.config.train.checkpoint_every):
+                self.save(val_loss)
+                saved = True
+            if not stop:
+                self.examine(due, metrics)
+        except BrokenOff:
+            stop = True
+        if stop and not saved:
             self.save(val_loss)
-        samples = self.encoding and not stop and self._is_due(config.log.sample_every)
+        samples = self.encoding and not stop and self._is_due(self.config.log.sample_every)
         if self.ranks.is_first and samples:
             say(f"step {self.step:,} writes:\n{self.sample()}\n")
+        return stop
+
+    def _missing_evaluations(self) -> list[str]:
+        """What was due after the present step, and what the run was stopped before or in."""
+        due, told = self._evaluations_due() if self.step else [], set()
+        with self.ranks.together():
+            if self.ranks.is_first and due:
+                told = kinds_told(self.out, self.step)
+        return [kind for kind in due if self.ranks.agree(int(kind not in told))]
+
+    def _catch_up(self, missing: list[str], metrics: Metrics | None) -> bool:
+        """Make up for evaluations, so that the run tells what it would have told undisturbed.
+
+        Returns whether it was asked to stop again. Its checkpoint is there already.
+        """
+        try:
+            if "val" in missing:
+                self._report_validation(metrics)
+            self.examine(missing, metrics)
+        except BrokenOff:
+            return True
+        return False
 
     def _finish(self, result: StepResult, metrics: Metrics | None, speed: Speed, bar: tqdm) -> bool:
         """Wait for a step, see that it went well, and report it if it is one to report.

@@ -57,6 +57,10 @@ class FaultyStepper(Stepper):
     def loss_of(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.stalls:
             time.sleep(1000)
+        if FAULT == "slow evaluation" and not self.model.training:
+            told = Path(self.config.train.out, f"evaluated by {os.environ.get('RANK', '0')}")
+            told.open("a").write(".")  # one for each batch
+            time.sleep(2)
         return super().loss_of(inputs, targets) * self.factor
 
 

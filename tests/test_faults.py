@@ -189,6 +189,38 @@ def test_a_signal_to_torchrun_and_its_workers_together_stops_with_a_checkpoint(
     assert weights_of(out) == weights_of(alone)
 
 
+@pytest.mark.parametrize("whom", ["torchrun", "one process"])
+def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_up_for_it(
+    tiny, shards, alone, tmp_path, monkeypatch, whom
+):
+    """torchrun gives its processes 30 s; an evaluation may take hours."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("FAULT", "slow evaluation")
+    monkeypatch.setenv("AT", "1")
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
+    job = under_torchrun(2, [str(word) for word in words], log)
+    try:
+        until((out / "evaluated by 0").exists, job)
+        os.kill(job.agent if whom == "torchrun" else job.workers()[1], signal.SIGTERM)
+        asked = time.monotonic()
+        until(lambda: False, job)
+        took = time.monotonic() - asked
+    finally:
+        if job.status() is None:
+            job.kill_all()
+    assert took < 15
+    assert log.read_text().count("stopped after step 20; the same command goes on from there") == 2
+    batches = [len((out / f"evaluated by {rank}").read_text()) for rank in range(2)]
+    assert max(batches) < 4  # of the eight
+    assert lines_of(out) == lines_of(alone, "train")[:20]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000020"]
+    monkeypatch.setenv("FAULT", "none")
+    assert run(*words).status == 0
+    assert lines_of(out) == lines_of(alone)
+    assert weights_of(out) == weights_of(alone)
+
+
 # Bad numbers
 
 

@@ -28,7 +28,9 @@ from data import load_windows, step_windows
 from distributed import Ranks
 from metrics import estimated_memory
 from model import GPT, GPTConfig
+from scoring import Scorer
 from shards import TokenStream, encoding_of
+from tasks import load_questions
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -190,6 +192,41 @@ def test_a_run_that_is_to_stop_writes_no_sample_first(configure, capfd):
         trainer.run()
     assert newest_checkpoint(trainer.out / "checkpoints").meta.step == 1
     assert "step 1 writes:" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_an_examination_that_is_broken_off_is_made_up_for(configure, tmp_path, monkeypatch, step):
+    """After a step that isn't saved otherwise, and after the last, which has been by then."""
+    settings = ("--train.max_steps", 4, "--log.eval_every", 2, "--log.eval_tasks_every", 2)
+    settings += ("--train.checkpoint_every", 4)
+
+    def start(name: str) -> train.Trainer:
+        trainer = train.Trainer(configure(*settings, "--train.out", tmp_path / name), ALONE)
+        trainer.examinations = [load_questions("lambada", ROOT / "tests/items/lambada.jsonl")]
+        return trainer
+
+    def finish(trainer: train.Trainer) -> list[dict]:
+        with trainer.own_folder():
+            trainer.run()
+        lines = map(json.loads, (trainer.out / "metrics.jsonl").read_text().splitlines())
+        return [{**line, "tokens_per_second": 0} for line in lines]
+
+    trainer, score = start("run"), Scorer._score_batch
+
+    def stop_and_score(scorer: Scorer, batch: list) -> torch.Tensor:
+        trainer.stop.number = signal.SIGTERM * (trainer.step == step)
+        return score(scorer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "_score_batch", stop_and_score)
+        with pytest.raises(train.Stopped, match=f"stopped after step {step};"):
+            finish(trainer)
+    assert [line["step"] for line in metrics_of(trainer.out, "lambada")] == [2][: step // 2 - 1]
+    saved = newest_checkpoint(trainer.out / "checkpoints")
+    assert saved.meta.val_loss == metrics_of(trainer.out, "val")[-1]["loss"]
+    before = saved.path.stat().st_mtime_ns, files_of(saved.path)
+    assert finish(start("run")) == finish(start("undisturbed"))
+    assert (saved.path.stat().st_mtime_ns, files_of(saved.path)) == before  # not saved once more
 
 
 def test_tensorboard_shows_the_metrics(call, tiny, shards, tmp_path):
