@@ -315,7 +315,8 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     )
     roll_call = _begin_roll_call(ranks, attempt, timeout_seconds)
     try:
-        yield replace(ranks, roll_call=roll_call)
+        with roll_call.telling_failures():
+            yield replace(ranks, roll_call=roll_call)
     finally:
         roll_call.close()
         dist.destroy_process_group()

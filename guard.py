@@ -12,6 +12,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -19,9 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
+from errors import Stopped, UserError
+
 # A repeat that comes sooner is the same request: SLURM and systemd signal torchrun and its workers
 # together, as a terminal does on Ctrl-C, and torchrun then hands the signal on to its workers.
 ECHO_SECONDS = 2
+
+RANK_0_IS_GONE = "rank 0 has ended, or its machine can't be reached"  # and the store with it
 
 WINDOW = 128  # steps whose gradient norms a spike is told from
 
@@ -152,6 +158,33 @@ class RollCall:
             self.store.set("stop", "")
         return here or self.store.check(["stop"])
 
+    @contextmanager
+    def telling_failures(self) -> Iterator[None]:
+        """Let the others know of a failure inside. Where one of theirs is known, it is the reason.
+
+        Who waits for a rank that has left gets an error from deep in torch (RuntimeError): instead
+        of that, a UserError names the rank, whose own message says what went wrong.
+        """
+        try:
+            yield
+        except Stopped:  # as all have
+            raise
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and (failed := self._failed()):
+                raise UserError(failed) from error
+            with suppress(RuntimeError):
+                self.store.set("failed", f"rank {self.rank} on {socket.gethostname()}")
+            raise
+
+    def _failed(self) -> str | None:
+        """Who has failed, if somebody has said so."""
+        try:
+            if not self.store.check(["failed"]):
+                return None
+            return f"{self.store.get('failed').decode()} can't go on, see there"
+        except RuntimeError:
+            return RANK_0_IS_GONE
+
     def _tell(self) -> None:
         self.store.set(str(self.rank), f"{self.arrived[0]} {socket.gethostname()}")
 
@@ -171,8 +204,8 @@ class RollCall:
             return None
         try:
             told = [self.store.get(str(rank)).decode().split() for rank in range(self.world_size)]
-        except RuntimeError:  # the store is with rank 0
-            return "rank 0 has ended, or its machine can't be reached"
+        except RuntimeError:
+            return RANK_0_IS_GONE
         missing = [
             f"rank {rank} on {host}"
             for rank, (theirs, host) in enumerate(told)

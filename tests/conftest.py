@@ -155,10 +155,10 @@ def ranks(processes: int, *arguments: object, script: str = "train.py") -> Resul
     return results[0]
 
 
-def machines(*arguments: tuple[object, ...]) -> list[Result]:
-    """Run train.py as ranks of machines of their own, each with its own arguments; all results."""
+def machines(*arguments: tuple[object, ...], script: str = "train.py") -> list[Result]:
+    """Run a script as ranks of machines of their own, each with its own arguments; all results."""
     places = [{"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1} for _ in arguments]
-    return _in_places(places, [("train.py", *own) for own in arguments])
+    return _in_places(places, [(script, *own) for own in arguments])
 
 
 def _in_places(places: list[dict[str, int]], commands: list[tuple[object, ...]]) -> list[Result]:

@@ -17,10 +17,11 @@ import torch
 
 import train
 from config import load_config
-from errors import run_script
+from errors import UserError, run_script
 from step import Stepper, StepResult
 
 FAULT, AT = os.environ["FAULT"], [int(step) for step in os.environ["AT"].split(",")]
+FAILURES = {"error": UserError("it is too hot here"), "bug": ZeroDivisionError("a bug")}
 HERE = os.environ.get("RANK", "0") == os.environ.get("FAULTY_RANK", "0")
 
 
@@ -48,6 +49,8 @@ class FaultyStepper(Stepper):
             if FAULT.startswith("SIG"):
                 Path(self.config.train.out, "signalled").touch()
                 os.kill(os.getpid(), getattr(signal, FAULT))
+            if FAULT in FAILURES:
+                raise FAILURES[FAULT]
             if FAULT == "full disk":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         result = super().take(step, asked_to_stop)

@@ -287,6 +287,24 @@ def test_a_rank_that_stands_still_is_named_with_its_machine(
     assert steps_told(tmp_path / "run") == steps
 
 
+@pytest.mark.parametrize(
+    ("fault", "status", "last"), [("error", 2, "too hot here"), ("bug", 1, "ZeroDivisionError")]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_rank_cannot_go_on_the_other_says_so_in_one_line(
+    tiny, shards, tmp_path, monkeypatch, fault, status, last, rank
+):
+    for name, value in {"FAULT": fault, "AT": "7", "FAULTY_RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    arguments = (tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
+    results = machines(arguments, arguments, script="tests/faulty_train.py")
+    assert (results[rank].status, last in results[rank].err) == (status, True)
+    host, error = socket.gethostname(), results[1 - rank].error()
+    reasons = [f"rank {rank} on {host} can't go on, see there"]
+    reasons += ["rank 0 has ended, or its machine can't be reached"] * (rank == 0)  # store and all
+    assert error in [f"error: [rank {1 - rank} on {host}] {reason}" for reason in reasons]
+
+
 @pytest.fixture
 def two_machines(tiny, shards, alone, tmp_path):
     """Two ranks with a disk each: two_machines(settings of rank 0, of rank 1). "run" is there."""

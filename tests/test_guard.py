@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from torch.distributed import DistNetworkError, HashStore
 
+from errors import Stopped, UserError
 from guard import ECHO_SECONDS, WINDOW, RollCall, SpikeFilter, StopRequest
 
 
@@ -150,3 +151,31 @@ def test_a_store_that_is_gone_is_told():
     first, _ = roll_calls(LostStore())
     time.sleep(0.1)
     assert first.complaint() == "rank 0 has ended, or its machine can't be reached"
+
+
+# Who was asked to stop, and who has failed
+
+
+def test_what_one_rank_was_asked_for_the_others_get_to_know():
+    first, second = roll_calls(HashStore())
+    assert not first.stop_asked(False)
+    assert second.stop_asked(True)
+    assert first.stop_asked(False)
+
+
+@pytest.mark.parametrize("error", [UserError, ZeroDivisionError, RuntimeError, KeyboardInterrupt])
+def test_a_rank_that_cannot_reach_another_names_the_one_that_failed(error):
+    first, second = roll_calls(HashStore())
+    with pytest.raises(error, match="^its own$"), second.telling_failures():
+        raise error("its own")
+    with pytest.raises(UserError, match=f"^rank 1 on {socket.gethostname()} can't go on, see"):
+        with first.telling_failures():
+            raise RuntimeError("Connection closed by peer")
+
+
+def test_a_rank_that_stops_as_asked_has_not_failed():
+    first, second = roll_calls(HashStore())
+    with pytest.raises(Stopped), second.telling_failures():
+        raise Stopped("stopped", signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="^its own$"), first.telling_failures():
+        raise RuntimeError("its own")
