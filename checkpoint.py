@@ -19,6 +19,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -201,12 +202,10 @@ def save_checkpoint(
     final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
     try:
-        for partial in folder.glob(".step_*.partial"):  # saves that were cut short
-            shutil.rmtree(partial)
-        temporary.mkdir(parents=True)
+        _begin(temporary)
         _write(temporary, meta, model, optimizer)
-        if final.exists():  # a damaged one, or this step would not have been run again
-            shutil.rmtree(final)
+        if is_there(final):  # a damaged one, or this step would not have been run again
+            _remove(final)
         temporary.rename(final)
         sync(folder)
     except (OSError, SafetensorError) as error:
@@ -217,6 +216,34 @@ def save_checkpoint(
         ) from error
     _remove_old(folder, final, keep, keep_until)
     return final
+
+
+def check_can_save(folder: Path) -> None:
+    """Make the folder of a run's checkpoints, and see that a save can begin there.
+
+    Raises UserError if it can't: before the first step, rather than hours later.
+    """
+    try:
+        temporary = folder / ".step_0.partial"
+        _begin(temporary)
+        temporary.rmdir()
+    except OSError as error:
+        raise UserError(f"can't save checkpoints in {folder}: {error.strerror}") from error
+
+
+def _begin(temporary: Path) -> None:
+    """Make a folder to write a checkpoint into. Removes what saves that were cut short left."""
+    for partial in temporary.parent.glob(".step_*.partial"):
+        _remove(partial)
+    temporary.mkdir(parents=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or what stands in its place: a link, and not what it leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def step_name(step: int) -> str:
@@ -280,7 +307,10 @@ def find_checkpoint(name: str) -> Checkpoint:
 
     if is_hub_name(name):
         name = str(cached(name))
-    path = Path(name).resolve()
+    try:
+        path = Path(name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, an impossible name
+        raise UserError(f"can't find the checkpoint {name!r:.200}: {error}") from error
     if is_there(path / META):
         return read_checkpoint(path, files=(MODEL,))
     found = newest_checkpoint(path / "checkpoints", files=(MODEL,))
@@ -298,7 +328,7 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
     Raises UserError, naming the file that doesn't fit.
     """
     try:
-        content = read_json(own_file(path, META))
+        content = _read_meta(path)
         if content.pop("checksum", None) != _checksum(content):
             raise UserError(f"{path / META} is damaged: its checksum is not as saved")
         version, fingerprints = content.pop("format_version", None), content.pop("files", {})
@@ -315,6 +345,11 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
         if _fingerprint(own_file(path, name)) != fingerprints[name]:
             raise UserError(f"{path / name} is damaged: its size or hash is not as saved")
     return Checkpoint(path, meta)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """What meta.json says. Raises UserError if a link leads out of the run, else as `read_json`."""
+    return read_json(own_file(own_file(path.parent, path.name), META))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -352,7 +387,7 @@ def _remove_old(folder: Path, newest: Path, keep: int, keep_until: int) -> None:
     for path in paths[:-keep]:
         if (path != best or losses[best] == math.inf) and path not in early:
             try:
-                shutil.rmtree(path)
+                _remove(path)
             except OSError as error:
                 print(f"can't remove the old {path}: {error.strerror}", file=sys.stderr)
 
@@ -360,8 +395,8 @@ def _remove_old(folder: Path, newest: Path, keep: int, keep_until: int) -> None:
 def _val_loss(path: Path) -> float:
     """A checkpoint's validation loss; infinity if it has none or its meta.json can't be read."""
     try:
-        loss = read_json(path / META)["val_loss"]
-    except (OSError, ValueError, KeyError):
+        loss = _read_meta(path)["val_loss"]
+    except (OSError, ValueError, KeyError, UserError):
         return math.inf
     return loss if type(loss) is float else math.inf
 
@@ -383,14 +418,21 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unrounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, those with a "/scale" multiplied by it. Raises ValueError if one doesn't fit."""
+    """The weights, those with a "/scale" multiplied by it. Raises ValueError if one doesn't fit.
+
+    Or if its numbers are of a kind that is none of a weight's: torch would only cast them.
+    """
     scales = {name: tensors[name] for name in tensors if name.endswith("/scale")}
     whole = {name: tensor for name, tensor in tensors.items() if name not in scales}
     for name, scale in scales.items():
         rounded = name.removesuffix("/scale")
-        if rounded not in whole or scale.shape != (*whole[rounded].shape[:1], 1):
-            raise ValueError(f"{name} has no rows to scale")
+        fits = rounded in whole and scale.shape == (*whole[rounded].shape[:1], 1)
+        if not fits or whole[rounded].dtype != torch.int8:
+            raise ValueError(f"{name} has no rows of int8 to scale")
         whole[rounded] = whole[rounded] * scale
+    for name, tensor in whole.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, expected floating-point numbers")
     return whole
 
 

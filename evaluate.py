@@ -114,7 +114,7 @@ def xz_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding, tokens: i
 def validation_stream(arguments: argparse.Namespace, checkpoint: Checkpoint) -> TokenStream:
     """The shards to validate on. Raises UserError if they aren't there or don't fit the model."""
     trained_on = checkpoint.meta.config.get("data", {}).get("dir")
-    folder = arguments.data or (trained_on and Path(trained_on))
+    folder = arguments.data or (isinstance(trained_on, str) and trained_on and Path(trained_on))
     if not folder:
         raise UserError(f"{arguments.checkpoint} wasn't trained here: give --data, a shard folder")
     stream = TokenStream(folder, "val")

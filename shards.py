@@ -162,6 +162,8 @@ def is_there(path: Path) -> bool:
         return False
     except OSError as error:
         raise UserError(f"can't look for {path}: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have
+        raise UserError(f"can't look for {str(path)!r:.200}: {error}") from error
     return True
 
 

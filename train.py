@@ -35,6 +35,7 @@ from checkpoint import (
     Checkpoint,
     Meta,
     ScalerMemory,
+    check_can_save,
     checkpoints_in,
     find_checkpoint,
     holds_checkpoints,
@@ -392,9 +393,13 @@ class Trainer:
             )
 
     def prepare_folder(self) -> Metrics | None:
-        """Rank 0 puts settings and vocabulary into the run folder. Returns its metrics."""
+        """Rank 0 puts settings and vocabulary into the run folder. Returns its metrics.
+
+        Raises UserError if there is no writing there, nor saving checkpoints.
+        """
         if not self.ranks.is_first:
             return None
+        check_can_save(self.out / "checkpoints")
         try:
             write_atomically(self.out / "config.toml", self.config.to_toml())
             vocabulary = Path(self.config.data.dir) / VOCABULARY

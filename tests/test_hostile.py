@@ -100,6 +100,55 @@ def test_a_checkpoints_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path
         read_checkpoint(path)
 
 
+def test_a_checkpoint_that_is_a_link_out_of_its_run_is_passed_over(tmp_path, capsys):
+    outside = save(tmp_path / "other", 3, val_loss=0.1)
+    folder = save(tmp_path / "run" / "checkpoints", 1, val_loss=1.0).parent
+    (folder / outside.name).symlink_to(outside)
+    found = find_checkpoint(str(tmp_path / "run"))
+    assert found.meta.step == 1
+    assert f"{folder / outside.name} is a link out of its folder" in capsys.readouterr().err
+    for step in (4, 5):
+        save(folder, step, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000001", "step_000005"]
+    assert read_checkpoint(outside).meta.step == 3  # whole, and not taken for this run's best
+    (folder / "step_000006").symlink_to(outside)
+    assert not save(folder, 6).is_symlink()
+    assert read_checkpoint(outside).meta.step == 3
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing"])
+def test_what_lies_where_a_checkpoint_is_to_be_written_is_removed_and_no_link_followed(
+    tmp_path, kind
+):
+    outside = save(tmp_path / "other")
+    for name in (".step_000001.partial", ".step_000007.partial", "step_000001"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        if kind == "file":
+            (tmp_path / "run" / name).touch()
+        else:
+            (tmp_path / "run" / name).symlink_to(outside if kind == "link" else "nothing")
+    assert read_checkpoint(save(tmp_path / "run")).meta.step == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_000001"]
+    assert len(list(outside.iterdir())) == 3
+
+
+def test_a_checkpoint_of_an_impossible_name_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in (tmp_path / "loop", tmp_path / "loop" / "x", "\ud800"):
+        with pytest.raises(UserError, match="can't (find|look)|is no checkpoint"):
+            find_checkpoint(str(name))
+
+
+def test_a_checkpoint_that_was_trained_on_data_of_an_impossible_name_is_one_line(
+    tmp_path, trained, call
+):
+    (path,) = shutil.copytree(trained, tmp_path / "run").glob("checkpoints/step_000040")
+    for name in (3, ["a"], None, "a\0b", "\ud800", ""):
+        rewrite_meta(path, lambda meta, name=name: meta["config"]["data"].update(dir=name))
+        error = call("evaluate", "--checkpoint", tmp_path / "run").error()
+        assert "give --data, a shard folder" in error or "can't look for" in error
+
+
 def test_a_shard_that_is_a_link_to_itself_is_refused(data):
     (data / "train_000000.bin").unlink()
     (data / "train_000000.bin").symlink_to("train_000000.bin")
@@ -205,6 +254,25 @@ def test_a_scale_that_does_not_fit_is_refused(tmp_path, name, shape):
     scale = {f"{name}/scale": torch.ones(shape)}
     rewrite_tensors(path, MODEL, lambda tensors: tensors.update(scale))
     with pytest.raises(UserError, match="model.safetensors doesn't fit meta.json"):
+        read_checkpoint(path).make_model()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int8, torch.int64])
+@pytest.mark.parametrize("scale", [None, torch.float32, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(tmp_path, dtype, scale):
+    """torch casts them, and drops an imaginary part; only int8 with a scale is meant so."""
+    path = save(tmp_path)
+
+    def change(tensors: dict) -> None:
+        tensors["wpe.weight"] = tensors["wpe.weight"].to(dtype)
+        if scale:
+            tensors["wpe.weight/scale"] = torch.ones(len(tensors["wpe.weight"]), 1, dtype=scale)
+
+    rewrite_tensors(path, MODEL, change)
+    if (dtype, scale) == (torch.int8, torch.float32):
+        read_checkpoint(path).make_model()
+        return
+    with pytest.raises(UserError, match="model.safetensors doesn't fit meta.json: wpe.weight"):
         read_checkpoint(path).make_model()
 
 

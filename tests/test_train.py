@@ -459,7 +459,7 @@ def test_metrics_that_do_not_reach_the_disk_are_one_line(configure, monkeypatch)
         monkeypatch.setattr(os, "fsync", fail)
         with pytest.raises(train.UserError, match="can't write .*metrics.jsonl: Input/output"):
             trainer.save(None)
-    assert not (trainer.out / "checkpoints").exists()
+    assert not list((trainer.out / "checkpoints").iterdir())
 
 
 def test_canonical_sums_are_made_by_one_thread(configure):
@@ -597,6 +597,16 @@ def test_an_unwritable_run_folder_is_one_line(call, tiny, shards, tmp_path):
     (tmp_path / "file").touch()
     result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "file" / "run")
     assert "can't write to the run folder" in result.error()
+
+
+def test_an_unwritable_folder_of_checkpoints_is_one_line_before_the_first_step(
+    call, tiny, shards, tmp_path
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
+    assert f"can't save checkpoints in {tmp_path / 'run' / 'checkpoints'}: Not a" in result.error()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_too_little_data_is_one_line(call, tiny, shards, tmp_path):
