@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
 
 
@@ -46,11 +48,27 @@ def one_line(error: Exception) -> str:
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaint is one line."""
 
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does. After a process's own command line come a script's slow imports: until
+        `run_script` takes over, Ctrl-C ends them without a traceback.
+        """
+        parsed = super().parse_known_args(args, namespace)
+        if args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _end_at_once)
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         """Print the message, exit with status 2. Under torchrun the first rank speaks for all."""
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    """What a script does on Ctrl-C as long as there is nothing to put in order."""
+    os._exit(128 + number)
 
 
 def positive(text: str) -> int:
@@ -85,6 +103,8 @@ def run_script(main: Callable[..., None], *arguments: object) -> int:
 
 def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: str) -> int:
     try:
+        if signal.getsignal(signal.SIGINT) is _end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main(*arguments)
         sys.stdout.flush()
     except UserError as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -275,6 +277,33 @@ def test_help_does_not_wait_for_torch():
     result = run("-X", "importtime", "sample.py", "--help")
     assert "argparse" in result.err
     assert "torch" not in result.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.py", "configs/demo.toml"],
+        ["sample.py", "--checkpoint", "x"],
+        ["evaluate.py", "--checkpoint", "x"],
+        ["bench.py", "train"],
+    ],
+)
+def test_an_interrupt_while_a_script_imports_is_no_traceback(tmp_path, words):
+    slow = "import time; print('importing', flush=True); time.sleep(60)"
+    (tmp_path / "torch.py").write_text(slow)
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
 
 
 def test_the_output_can_be_cut_short_by_its_reader(trained):
