@@ -168,12 +168,12 @@ def test_a_signal_to_torchrun_and_its_workers_together_stops_with_a_checkpoint(
     """SLURM and systemd do that, and a terminal; each worker gets it from torchrun once more."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("FAULT", "slow")
-    monkeypatch.setenv("AT", "1")
+    monkeypatch.setenv("AT", "40")
     out, log = tmp_path / "run", tmp_path / "log"
     words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
     job = under_torchrun(2, [str(word) for word in words], log)
     try:
-        until(lambda: steps_told(out) >= 5, job)
+        until(lambda: steps_told(out) >= 3, job)
         for pid in (*job.workers(), job.agent):
             os.kill(pid, getattr(signal, name))
         until(lambda: False, job)
@@ -199,17 +199,19 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_up_fo
     monkeypatch.setenv("AT", "1")
     out, log = tmp_path / "run", tmp_path / "log"
     words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
-    job = under_torchrun(2, [str(word) for word in words], log)
+    start = under_torchrun if whom == "torchrun" else without_torchrun
+    job = start(2, [str(word) for word in words], log)
     try:
         until((out / "evaluated by 0").exists, job)
-        os.kill(job.agent if whom == "torchrun" else job.workers()[1], signal.SIGTERM)
+        os.kill(job.agent or job.workers()[1], signal.SIGTERM)
         asked = time.monotonic()
+        while job.workers() and time.monotonic() - asked < 15:
+            time.sleep(0.05)
+        assert not job.workers()
         until(lambda: False, job)
-        took = time.monotonic() - asked
     finally:
         if job.status() is None:
             job.kill_all()
-    assert took < 15
     assert log.read_text().count("stopped after step 20; the same command goes on from there") == 2
     batches = [len((out / f"evaluated by {rank}").read_text()) for rank in range(2)]
     assert max(batches) < 4  # of the eight
@@ -277,7 +279,7 @@ def test_a_rank_that_stands_still_is_named_with_its_machine(
     for name, value in {"FAULT": fault, "AT": "7", "FAULTY_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", tmp_path / "run"]
-    words += ["--train.timeout_seconds", 15, "--train.tokens_per_step", 128]  # one micro-batch each
+    words += ["--train.timeout_seconds", 10, "--train.tokens_per_step", 128]  # one micro-batch each
     job = without_torchrun(2, [str(word) for word in words], tmp_path / "log")
     until(lambda: False, job)
     lines = (tmp_path / "log").read_text().splitlines()
@@ -431,7 +433,7 @@ def two_agents(words: list[str], out: Path, hosts: list[Host]) -> tuple[int, lis
     jobs = []
     for host, log, torchrun in zip(hosts, logs, (TORCHRUN, ("-c", JOIN, endpoint))):
         listens = int(torchrun == TORCHRUN)
-        options = [*common, *host.options, f"--rdzv-conf=last_call_timeout=20,is_host={listens}"]
+        options = [*common, *host.options, f"--rdzv-conf=last_call_timeout=10,is_host={listens}"]
         jobs.append(start_agent(options, words, log, torchrun, host.inside))
     first, second = jobs
     try:
@@ -455,7 +457,7 @@ def test_a_killed_process_is_started_again_and_a_lost_machine_is_done_without(
     """Where a machine stands still for a minute torchrun's own meeting may fail: then once more."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("FAULT", "slow")  # or it would be done before anything can happen to it
-    monkeypatch.setenv("AT", "1")
+    monkeypatch.setenv("AT", "24")
     for attempt in range(3):
         out = tmp_path / f"run{attempt}"
         words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out]

@@ -212,8 +212,10 @@ def test_an_examination_that_is_broken_off_is_made_up_for(configure, tmp_path, m
         return [{**line, "tokens_per_second": 0} for line in lines]
 
     trainer, score = start("run"), Scorer._score_batch
+    saved_before = set()
 
     def stop_and_score(scorer: Scorer, batch: list) -> torch.Tensor:
+        saved_before.update((trainer.out / "checkpoints").glob("step_*"))
         trainer.stop.number = signal.SIGTERM * (trainer.step == step)
         return score(scorer, batch)
 
@@ -223,6 +225,7 @@ def test_an_examination_that_is_broken_off_is_made_up_for(configure, tmp_path, m
             finish(trainer)
     assert [line["step"] for line in metrics_of(trainer.out, "lambada")] == [2][: step // 2 - 1]
     saved = newest_checkpoint(trainer.out / "checkpoints")
+    assert (saved.path in saved_before) == (step == 4)  # it doesn't wait for the examination
     assert saved.meta.val_loss == metrics_of(trainer.out, "val")[-1]["loss"]
     before = saved.path.stat().st_mtime_ns, files_of(saved.path)
     assert finish(start("run")) == finish(start("undisturbed"))
