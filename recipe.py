@@ -87,7 +87,7 @@ ADAMW = Candidate(
     "AdamW as in nanoGPT, cosine to a tenth",
     {},
     "optim.learning_rate",
-    (1e-3, 2e-3, 4e-3),
+    (5e-4, 1e-3, 2e-3),
     floor=0.1,
 )
 MUON = Candidate(

@@ -251,10 +251,9 @@ class Trainer:
             self.skipped = 0
             return False
         self.skipped += 1
-        numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
         if metrics:
-            finite = {key: n if math.isfinite(n) else None for key, n in numbers.items()}
-            metrics.write("skip", result.step, finite | {"windows": self._windows(result.step)})
+            numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
+            metrics.write("skip", result.step, numbers | {"windows": self._windows(result.step)})
         told = f"step {result.step:,}: loss {result.loss}, gradient norm {result.grad_norm}"
         if self.skipped > self.config.train.max_skipped_steps:
             raise UserError(
@@ -573,7 +572,7 @@ class Trainer:
             {
                 "loss": result.loss,
                 "learning_rate": result.learning_rate,
-                "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+                "grad_norm": result.grad_norm,
                 "tokens": tokens,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
@@ -591,8 +590,7 @@ class Trainer:
         self.best_val_loss = min(self.best_val_loss, result.loss)
         if metrics:
             bits = result.bits_per_byte and result.bits_per_byte.value
-            loss = result.loss if math.isfinite(result.loss) else None
-            metrics.write("val", self.step, {"loss": loss, "bits_per_byte": bits})
+            metrics.write("val", self.step, {"loss": result.loss, "bits_per_byte": bits})
             per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
             say(f"step {self.step:,}: validation loss {result.loss:.4f}{per_byte}")
         return result.loss
