@@ -29,6 +29,14 @@ PEERS = {
 PACKAGES = ("transformers",)  # peers that are installed, not checked out
 
 
+def price(text: str) -> float:
+    """An argparse type: a number of dollars. Raises ValueError, for argparse to tell."""
+    dollars = float(text)
+    if not 0 <= dollars < float("inf"):
+        raise ValueError(text)
+    return dollars
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Measure speed, beside others if asked.")
@@ -58,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = add_task("generate", "generation: the prompt, then token by token").add_argument
     add("--batch-size", type=positive, default=1, help="texts side by side (1)")
     add("--prompt-tokens", type=positive, default=16, help="length of the prompt (16)")
-    add("--new-tokens", type=positive, default=32, help="tokens to generate, at least 2 (32)")
+    add("--new-tokens", type=positive, help="tokens to generate (32, on a GPU 256 if they fit)")
     add("--peer-dtype", choices=("bfloat16", "float16", "float32"), help="of the others (ours)")
     add_task("data", "the loader alone, on random tokens in the page cache")
     add = add_task("tokenize", "prepare_fineweb.py against bare tiktoken").add_argument
@@ -71,7 +79,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gpus", type=positive, nargs="+", default=[1, 8, 64, 512], help="(1 8 64 512)")
     add("--gigabytes-per-second", type=positive, default=50, help="of a GPU's link (50)")
     add("--microseconds", type=positive, default=20, help="latency of a link (20)")
-    add("--price", type=float, default=3.0, help="dollars per GPU and hour (3.00)")
+    add("--price", type=price, default=3.0, help="dollars per GPU and hour (3.00)")
     return parser.parse_args(arguments)
 
 
@@ -88,6 +96,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 
@@ -175,7 +184,12 @@ def read_peers(arguments: argparse.Namespace) -> dict[str, str]:
         known = PEERS[arguments.task]
         if name not in known:
             raise UserError(f"--peer {name}: expected one of {', '.join(known)}")
-        if name not in PACKAGES and not (path and Path(path).is_dir()):
+        if name in peers:
+            raise UserError(f"--peer {text}: {name} stands there twice")
+        if name in PACKAGES:
+            if path or find_spec(name) is None:
+                raise UserError(f"--peer {text}: expected {name}, installed (pip install {name})")
+        elif not (path and Path(path).is_dir()):
             raise UserError(f"--peer {text}: expected {name}=PATH, the folder of its checkout")
         peers[name] = str(Path(path).resolve()) if path else ""
     return peers
@@ -270,13 +284,17 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
 
 def generate(arguments: argparse.Namespace, config: Config) -> dict:
     """Generation."""
-    B, T, new = arguments.batch_size, arguments.prompt_tokens, arguments.new_tokens
+    on_gpu = choose_device(arguments.device).type == "cuda"
+    B, T, room = arguments.batch_size, arguments.prompt_tokens, config.model.block_size
+    new = arguments.new_tokens or (min(256, max(32, room - T)) if on_gpu else 32)
+    if arguments.peer_dtype and not arguments.peer:
+        raise UserError("--peer-dtype is of the others: name some with --peer")
     if new < 2:
         raise UserError("--new-tokens 1: expected at least 2, the first belongs to the prompt")
-    if T + new > config.model.block_size:
+    if T + new > room:
         raise UserError(
             f"--prompt-tokens {T} and --new-tokens {new} are more than the context of "
-            f"{config.model.block_size:,} together: lower one of them"
+            f"{room:,} together: lower one of them"
         )
     settings = settings_of(arguments, config)
     settings |= {"batch_size": B, "prompt_tokens": T, "new_tokens": new}
@@ -316,7 +334,9 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
 
 def data(arguments: argparse.Namespace, config: Config) -> dict:
     """The loader alone, and the check of a shard."""
-    B = arguments.micro_batch_size or config.train.micro_batch_size
+    B, T = arguments.micro_batch_size or config.train.micro_batch_size, config.model.block_size
+    if B * T > 10_000_000:
+        raise UserError(f"--micro-batch-size {B:,}: expected no more than {10_000_000 // T:,}")
     settings = settings_of(arguments, config) | {"micro_batch_size": B}
     _, turns = take_turns({"ours": ""}, settings, arguments.rounds)
     names = {"loader": "seconds_per_token", "SHA-256": "hash_seconds_per_token"}
@@ -472,8 +492,9 @@ def versions() -> dict[str, str]:
 def main(arguments: argparse.Namespace) -> None:
     """Measure, print a table, write JSON."""
     config = load_config([str(arguments.config)])
-    if arguments.output and not arguments.output.parent.is_dir():
-        raise UserError(f"--output {arguments.output}: there is no folder of that name")
+    output = arguments.output
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise UserError(f"--output {output}: expected a file in a folder that is there")
     task = {f.__name__: f for f in (train, generate, data, tokenize, start, plan)}[arguments.task]
     report = {
         "command": "python bench.py " + " ".join(sys.argv[1:]),
@@ -482,8 +503,8 @@ def main(arguments: argparse.Namespace) -> None:
         "versions": versions(),
         **task(arguments, config),
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if output:
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

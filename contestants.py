@@ -31,6 +31,7 @@ from config import Config, DataSettings, LogSettings, ModelSettings, TrainSettin
 from data import BatchShape, micro_batches
 from decoding import pack_weights
 from distributed import Ranks, choose_device, choose_dtype, device_name, peak_flops
+from errors import UserError, run_script
 from model import GPT, GPTConfig
 from shards import (
     GPT2_SHA256,
@@ -300,6 +301,12 @@ def measure_preparing(settings: dict, *_: object) -> Measure:
     return lambda: {"seconds_per_token": 1 / tokens_per_second()}
 
 
+def run(command: list[object], **options: object) -> None:
+    """Run a script to its end. Raises UserError if it fails."""
+    if subprocess.run(command, check=False, **options).returncode:
+        raise UserError(f"{Path(command[1]).name} failed; what it said stands above")
+
+
 def our_preparing(settings: dict) -> Callable[[], float]:
     """prepare_fineweb.py, with so many workers, on the folder of the files."""
     script = Path(__file__).parent / "prepare_fineweb.py"
@@ -309,7 +316,7 @@ def our_preparing(settings: dict) -> Callable[[], float]:
             options = ["--out", out, "--val-tokens", "1000", "--workers", str(settings["workers"])]
             source = Path(settings["files"][0]).parent
             began = time.perf_counter()
-            subprocess.run([sys.executable, script, "--source", source, *options], check=True)
+            run([sys.executable, script, "--source", source, *options])
             seconds = time.perf_counter() - began
             tokens = sum((path.stat().st_size - 1024) // 2 for path in Path(out).glob("*.bin"))
             return tokens / seconds
@@ -338,7 +345,7 @@ def measure_start(settings: dict, *_: object) -> Measure:
     def seconds(*words: object) -> float:
         began = time.perf_counter()
         command = [sys.executable, *map(str, words)]
-        subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
+        run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
         return time.perf_counter() - began
 
     one_token = ("--checkpoint", folder, "--max-new-tokens", 1, "--jsonl", "--device", "cpu")
@@ -379,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -188,7 +188,14 @@ def test_preparing_is_measured_beside_bare_tiktoken_and_build_nanogpt(tmp_path):
         ("generate --prompt-tokens 1000 --new-tokens 100", "more than the context of 1,024"),
         ("generate --config nowhere.toml", "nowhere.toml"),
         ("tokenize --source tests", "expected a folder of .parquet files"),
-        ("data --output nowhere/o.json", "there is no folder of that name"),
+        ("generate --peer-dtype float32", "--peer-dtype is of the others"),
+        ("generate --peer transformers=there", "expected transformers, installed"),
+        ("train --peer nanogpt=tests --peer nanogpt=visuals", "nanogpt stands there twice"),
+        ("data --micro-batch-size 1_000_000_000", "expected no more than 9,765"),
+        ("data --output nowhere/o.json", "expected a file in a folder that is there"),
+        ("data --output tests", "expected a file in a folder that is there"),
+        ("plan --tokens-per-second 1 --price nan", "--price: invalid price value: 'nan'"),
+        ("plan --tokens-per-second 1 --price -1", "--price: invalid price value: '-1'"),
         ("train --rounds 0", "expected a whole number above 0"),
     ],
 )
@@ -203,6 +210,20 @@ def test_a_contestant_that_fails_is_named_after_what_it_said(tmp_path, config):
     assert result.status == 2
     assert "AttributeError: module 'peer_model' has no attribute 'GPT'" in result.err
     assert result.err.splitlines()[-1] == "error: nanogpt failed; what it said stands above"
+
+
+def test_text_that_cannot_be_prepared_is_told_without_a_traceback(tmp_path):
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    result = run("bench.py", "tokenize", "--source", tmp_path, "--rounds", 1, "--copies", 1)
+    assert result.status == 2
+    assert "Traceback" not in result.err
+    assert "error: prepare_fineweb.py failed; what it said stands above" in result.err
+    assert result.err.splitlines()[-1] == "error: ours failed; what it said stands above"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_one_line(call):
+    assert "device cuda:0" in call("bench", "generate", "--device", "cuda").error()
 
 
 def test_ratios_are_medians_of_the_rounds_ratios():

@@ -75,9 +75,18 @@ def test_what_cannot_be_packed_stays_as_it_is(reason, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_decoding_with_recorded_graphs_equals_decoding_without_them_in_bfloat16(monkeypatch):
+    config = GPTConfig(vocab_size=97, block_size=160, n_layer=3, n_head=4, n_embd=32)
+    model, ids = make_model(config, scale=3.0).cuda().bfloat16(), random_ids(config, 4, 20).cuda()
+    got = torch.stack(list(model.generate(ids, 150, temperature=0)))
+    monkeypatch.setattr(model_module, "RecordedDecoding", lambda model, _: model.next_logits)
+    assert torch.equal(got, torch.stack(list(model.generate(ids, 150, temperature=0))))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_decoding_with_recorded_graphs_equals_decoding_without_a_cache():
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
     config = GPTConfig(vocab_size=97, block_size=160, n_layer=3, n_head=4, n_embd=32)
     model = make_model(config, scale=3.0).cuda()
     ids = random_ids(config, 4, 100).cuda()
