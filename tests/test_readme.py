@@ -552,40 +552,48 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f} ×"
 
 
+def recorded(name: str) -> dict:
+    """All that `python bench.py` wrote into results/bench_<name>.json."""
+    return json.loads((ROOT / "results" / f"bench_{name}.json").read_text(encoding="utf-8"))
+
+
 def measured(name: str) -> dict:
-    """What `python bench.py` found, from results/bench_<name>.json."""
-    return json.loads((ROOT / "results" / f"bench_{name}.json").read_text())["results"]
+    """What it found."""
+    return recorded(name)["results"]
 
 
-def speed_table() -> str:
-    """The table of what was measured."""
+def spread(found: dict, peer: str, key: str) -> str:
+    """A ratio, the median of the rounds' ratios, with the lowest and the highest of them."""
+    pairs = zip(found["turns"]["ours"], found["turns"][peer])
+    ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
+    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+    return f"{middle:.2f} × ({low:.2f} – {high:.2f})"
 
-    def row(work: str, file: str, ours: str, other: str, ratio: float | None = None) -> str:
-        link = f"[{work}](results/bench_{file}.json)"
-        return f"| {link} | {ours} | {other} | {times(ratio) if ratio else ''} |"
 
+def speed_table(folder: str = "results/", all_rounds: bool = False) -> str:
+    """The table of what was measured, with links into `folder`; with the rounds' range, or not."""
     rows = ["| on two CPU cores | here | beside it | ratio |", "| --- | --- | --- | --- |"]
-    found = measured("train")
-    ours, theirs = (f"{found[who]['tokens_per_second']:,.0f}" for who in ("ours", "nanogpt"))
-    ratio = found["nanogpt"]["times_as_fast"]
-    rows.append(row("training, bfloat16", "train", ours, f"nanoGPT {theirs}", ratio))
-    for work, file, peer in (
-        ("a token after 16, float32", "generate_float32_1_16", "transformers"),
-        ("the same in bfloat16, they in float32", "generate_bfloat16_float32", "transformers"),
-        ("a token after 992, float32", "generate_float32_1_992", "nanogpt"),
+    decoding = ("decode_tokens_per_second", "token_seconds", ".1f")
+    training, preparing = ("tokens_per_second", "step_seconds", ",.0f"), "seconds_per_token"
+    for work, file, peer, (rate, key, form) in (
+        ("training, bfloat16", "train", "nanogpt", training),
+        ("a token after 16, float32", "generate_float32_1_16", "transformers", decoding),
+        ("the same, bfloat16", "generate_bfloat16_1_16", "transformers", decoding),
+        ("bfloat16 beside float32", "generate_bfloat16_float32", "transformers", decoding),
+        ("a token after 992, float32", "generate_float32_1_992", "transformers", decoding),
+        ("the same", "generate_float32_1_992", "nanogpt", decoding),
+        ("preparing", "tokenize", "build-nanogpt", ("tokens_per_second", preparing, ",.0f")),
+        ("preparing", "tokenize", "bare tiktoken", ("tokens_per_second", preparing, ",.0f")),
     ):
-        found = measured(file)
-        ours, theirs = (f"{found[who]['decode_tokens_per_second']:.1f}" for who in ("ours", peer))
-        name = peer.replace("nanogpt", "nanoGPT")
-        rows.append(row(work, file, ours, f"{name} {theirs}", found[peer]["decode_times_as_fast"]))
-    found = measured("tokenize")
-    for peer in ("build-nanogpt", "bare tiktoken"):
-        ours, theirs = (f"{found[who]['tokens_per_second'] / 1e6:.1f} M" for who in ("ours", peer))
-        ratio = found[peer]["times_as_fast"]
-        rows.append(row("preparing text", "tokenize", ours, f"{peer} {theirs}", ratio))
-    rates = measured("data")["tokens_per_second"]
-    loader, sha = (f"{rates[key] / 1e6:.0f} M" for key in ("loader", "SHA-256"))
-    rows.append(row("loader", "data", loader, f"checking shards' hashes {sha}"))
+        found = recorded(file)
+        ours, theirs = (format(found["results"][who][rate], form) for who in ("ours", peer))
+        name, link = peer.replace("nanogpt", "nanoGPT"), f"[{work}]({folder}bench_{file}.json)"
+        name = name.replace("build-nanoGPT", "build-nanogpt")
+        ratio, _, rounds = spread(found, peer, key).partition(" (")
+        ratio += f" ({rounds}" if all_rounds else ""
+        rows.append(f"| {link} | {ours} | {name} {theirs} | {ratio} |")
+    loader = format(measured("data")["tokens_per_second"]["loader"], ",.0f")
+    rows.append(f"| [loader]({folder}bench_data.json) | {loader} | | |")
     return "\n".join(rows)
 
 
@@ -608,6 +616,7 @@ def generation_table() -> str:
 
 def test_the_table_of_speed_is_what_was_measured():
     assert speed_table() in README
+    assert speed_table("", all_rounds=True) in MEASURED
     assert generation_table() in MEASURED
     started = measured("start")
     first, answer = started["first_token_seconds"], started["help_seconds"]
@@ -616,7 +625,10 @@ def test_the_table_of_speed_is_what_was_measured():
     assert f"would keep that thread busy {busy:.1%} of the time".replace("%", " %") in PROSE
     shares = {name: found["of_matrix_product"] for name, found in measured("train").items()}
     share, limit = f"{shares['ours']:.0%}".replace("%", " %"), times(1 / shares["nanogpt"])
-    assert f"{share} of what a matrix product reaches there; all of it would be {limit}" in PROSE
+    assert f"{share} of what a matrix product reaches there (attention" in PROSE
+    assert f"all of it would be {limit} nanoGPT's speed" in PROSE
+    memory = measured("train")["nanogpt"]["memory_ratio"]
+    assert f"takes {times(memory)} nanoGPT's memory" in PROSE
 
 
 def test_memory_is_told_as_it_was_measured():
