@@ -84,8 +84,8 @@ class Candidate:
 
 
 ADAMW = Candidate(
-    "AdamW as in nanoGPT, cosine to a tenth",
-    {},
+    "AdamW as nanoGPT has it for small models, cosine to a tenth",
+    {"optim.beta2": 0.99, "optim.warmup_steps": 100},  # its config/train_shakespeare_char.py
     "optim.learning_rate",
     (5e-4, 1e-3, 2e-3),
     floor=0.1,
