@@ -291,14 +291,15 @@ def read_merges(path: Path) -> list[str]:
 def read_tokenizer(path: Path) -> tuple[dict[str, object], list[str]]:
     """(ids, merges) of a tokenizer.json. Raises UserError if it works in another way than GPT-2's.
 
-    <|endoftext|> may be among its added tokens only.
+    <|endoftext|> may be among its added tokens only. Older files, those of OpenAI's models among
+    them, don't tell the model's type: it is BPE if it has merges.
     """
     content = read_json(path)
     try:
         model = content["model"]
         ids = {**model["vocab"], **{t["content"]: t["id"] for t in content.get("added_tokens", [])}}
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        kinds = (model["type"], content.get("normalizer"), content["pre_tokenizer"]["type"])
+        kinds = (model.get("type", "BPE"), content.get("normalizer"), content["pre_tokenizer"]["type"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} doesn't cut and merge as GPT-2 does: {error!r}") from error
     if kinds != ("BPE", None, "ByteLevel"):

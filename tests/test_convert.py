@@ -33,6 +33,32 @@ def exported(trained, tmp_path_factory):
 
 
 @pytest.fixture
+def published(exported, tmp_path):
+    """`exported` in the form that OpenAI's weights have on the Hub.
+
+    openai-community/gpt2: names without a prefix, float masks, old settings, and a tokenizer.json
+    from before its parts told their "type".
+    """
+    folder = tmp_path / "published"
+    shutil.copytree(exported, folder)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("dtype", "scale_attn_weights", "tie_word_embeddings", "add_cross_attention"):
+        config.pop(key)
+    config |= {"n_ctx": config["n_positions"], "initializer_range": 0.02, "summary_activation": None}
+    config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": 50}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 32}')
+    as_tokenizer_json(folder)
+    tensors = load_file(folder / MODEL)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    for block in range(config["n_layer"]):
+        tensors[f"h.{block}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
 def changed(exported, tmp_path):
     """A copy of `exported`, with changes to its config: changed(n_inner=7)."""
 
@@ -133,22 +159,60 @@ def test_a_folder_without_vocabulary_is_taken_for_gpt2s(call, tmp_path):
 
 
 def as_tokenizer_json(folder: Path, **changes: object) -> None:
-    """Turn vocab.json and merges.txt into what transformers 5 writes, tokenizer.json."""
+    """Add vocab.json and merges.txt once more as openai-community/gpt2 has them, tokenizer.json."""
     vocabulary = json.loads((folder / "vocab.json").read_text())
     merges = (folder / "merges.txt").read_text().splitlines()[1:]
-    model = {"type": "BPE", "vocab": vocabulary, "merges": [line.split(" ") for line in merges]}
-    content = {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}, "model": model}
-    (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    end = {"id": len(vocabulary) - 1, "special": True, "content": "<|endoftext|>"}
+    by_byte = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{**end, "single_word": False, "lstrip": False, "normalized": True}],
+        "normalizer": None,
+        "pre_tokenizer": {**by_byte, "add_prefix_space": False},
+        "post_processor": {**by_byte, "trim_offsets": False},
+        "decoder": by_byte,
+        "model": {
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+    for key, value in changes.items():
+        content[key] = {**content[key], **value} if isinstance(content[key], dict) else value
+    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
-def test_a_vocabulary_is_read_from_tokenizer_json_too(call, changed, trained, tmp_path):
+def in_newer_form(folder: Path) -> None:
+    """Add tokenizer.json as transformers 5 writes it: its model's type told, merges as pairs."""
+    merges = [line.split(" ") for line in (folder / "merges.txt").read_text().splitlines()[1:]]
+    as_tokenizer_json(folder, model={"type": "BPE", "merges": merges, "ignore_merges": False})
+
+
+@pytest.mark.parametrize("write", [as_tokenizer_json, in_newer_form])
+def test_a_vocabulary_is_read_from_tokenizer_json_too(call, changed, trained, tmp_path, write):
     folder, out = changed(), tmp_path / "out"
-    as_tokenizer_json(folder)
+    write(folder)
     for name in ("vocab.json", "merges.txt"):
         (folder / name).unlink()
     assert call("convert", "from-hf", folder, "--out", out).status == 0
     expected = find_checkpoint(str(trained)).meta.tokenizer
     assert find_checkpoint(str(out)).meta.tokenizer == expected
+
+
+def test_weights_are_read_as_openai_published_them(call, published, trained, tmp_path):
+    result = call("convert", "from-hf", published, "--out", tmp_path / "out")
+    assert result.status == 0, result.err
+    before, after = (find_checkpoint(str(path)) for path in (trained, tmp_path / "out"))
+    assert after.meta.tokenizer == before.meta.tokenizer
+    ours, theirs = (load_file(found.path / MODEL) for found in (before, after))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
@@ -159,7 +223,7 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
 
     as_tokenizer_json(folder, normalizer={"type": "Lowercase"})
     assert "tokenizer.json doesn't cut and merge as GPT-2 does" in complaint()
-    as_tokenizer_json(folder, model={"type": "BPE", "vocab": []})
+    as_tokenizer_json(folder, model={"vocab": []})
     assert "tokenizer.json doesn't cut and merge as GPT-2 does" in complaint()
     as_tokenizer_json(folder)
     content = (folder / "vocab.json").read_text()
@@ -342,9 +406,9 @@ def test_nothing_is_overwritten(call, exported, trained, tmp_path):
 
 
 @pytest.fixture
-def hub(exported, tmp_path, monkeypatch):
-    """A Hub with the exported model, as openai-community/gpt2."""
-    files = {path.name: path.read_bytes() for path in exported.iterdir()}
+def hub(published, tmp_path, monkeypatch):
+    """A Hub with the exported model, in the form of openai-community/gpt2."""
+    files = {path.name: path.read_bytes() for path in published.iterdir()}
     files |= {"README.md": b"about", "pytorch_model.bin": b"a pickle", "onnx/model.onnx": b"large"}
     hub = FakeHub("openai-community/gpt2", {COMMIT: files}, kind="models")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -365,6 +429,7 @@ def test_a_model_on_the_hub_is_a_checkpoint(call, hub, on_hub, trained):
         "config.json",
         "vocab.json",
         "merges.txt",
+        "tokenizer.json",
         MODEL,
     }
     (kept,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(MODEL)
