@@ -298,15 +298,10 @@ def holds_checkpoints(folder: Path) -> bool:
 
 
 def find_checkpoint(name: str) -> Checkpoint:
-    """The checkpoint that a user means, to use its model: a checkpoint folder, a run's newest, or
-    a model on the Hub (gpt2, owner/name), which is fetched and converted if it hasn't been yet.
+    """A folder's checkpoint, to use its model: the folder is one, or a run's, of its newest.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none. `huggingface.find_model` knows the Hub's names, too.
     """
-    from convert import cached, is_hub_name  # which imports this module
-
-    if is_hub_name(name):
-        name = str(cached(name))
     try:
         path = Path(name).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, an impossible name

@@ -4,9 +4,7 @@
     python convert.py from-hf DIR --out out/theirs          a folder that transformers saved
     python convert.py to-hf out/demo --out exported         AutoModelForCausalLM loads it
 
-Both name parameters as OpenAI did, so little is to be done: transformers keeps a layer's weights as
-(in, out) and we as (out, in), and it writes each byte of a token as a character that can be seen.
-Only safetensors are read: a pickle could run anything.
+What lies between the two formats: huggingface.py.
 """
 
 from __future__ import annotations
@@ -15,11 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, hub_errors, one_line, run_script
-
-# OpenAI's four models. Every other name is a repository of the Hub, owner/name[@revision].
-NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large")}
-NAMES["gpt2-xl"] = "openai-community/gpt2-xl"
+from errors import Parser, UserError, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +21,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Convert weights from Hugging Face's format and to it.")
     ways = parser.add_subparsers(dest="way", required=True)
     theirs = ways.add_parser("from-hf", help="make a checkpoint")
-    theirs.add_argument("source", help=f"{', '.join(NAMES)}, owner/name[@revision], or a folder")
+    theirs.add_argument(
+        "source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name[@revision], or a folder"
+    )
     ours = ways.add_parser("to-hf", help="make a folder for transformers")
     ours.add_argument("source", help="a checkpoint or run folder, such as out/demo")
     for way in (theirs, ours):
@@ -40,300 +36,33 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 
 import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
-from checkpoint import META, MODEL, Meta, find_checkpoint, write_meta
-from model import GPT, GPTConfig
-from shards import VOCABULARY, TokenizerRecord, is_there
-from tokenizer import (
-    END_OF_TEXT,
-    MAX_VOCAB_SIZE,
-    gpt2_encoding,
-    make_encoding,
-    merge,
-    save_vocabulary,
-    vocabulary_of,
+from checkpoint import MODEL
+from huggingface import (
+    CONFIG,
+    EXPECTED,
+    MERGES,
+    NAMES,
+    PREFIX,
+    TRANSPOSED,
+    VOCAB,
+    byte_characters,
+    download,
+    find_model,
+    from_hf,
+    is_hub_name,
+    spelled_merges,
+    whole,
 )
-
-CONFIG, VOCAB, MERGES, INDEX = "config.json", "vocab.json", "merges.txt", f"{MODEL}.index.json"
-TOKENIZER = "tokenizer.json"  # both vocabulary and merges, as transformers writes it since 5.0
-WANTED = [CONFIG, VOCAB, MERGES, TOKENIZER, MODEL, "model-*.safetensors", INDEX]  # of a repository
-PREFIX = "transformer."
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")  # older files hold the causal mask of every block
-
-# What a config.json must say to be GPT-2's architecture; the first is transformers' default.
-EXPECTED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-
-
-# The sizes that a config.json tells, and the largest that is believed.
-SIZES = {"vocab_size": MAX_VOCAB_SIZE, "n_positions": 1 << 20, "n_layer": 1000, "n_head": 1 << 12}
-SIZES["n_embd"] = 1 << 16
-
-
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` if all goes well; else nothing is left of it.
-
-    Raises UserError if it can't be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as folder:
-            new = Path(folder, "new")
-            new.mkdir()
-            yield new
-            new.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"can't write {out}: {one_line(error)}") from error
-
-
-# From Hugging Face
-
-
-def from_hf(folder: Path, out: Path) -> None:
-    """Turn a folder as transformers saves it into a checkpoint folder.
-
-    Raises UserError, naming the file or the value, for what is not GPT-2.
-    """
-    config = read_config(folder)
-    tensors = rename(read_weights(folder), folder)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    check_shapes(tensors, shapes, folder)
-    encoding = make_encoding(read_vocabulary(folder, config.vocab_size))
-    with whole(out) as new:
-        save_file(tensors, new / MODEL)
-        sha256 = save_vocabulary(encoding, new / VOCABULARY)
-        meta = Meta(
-            step=0,
-            model=config,
-            tokenizer=TokenizerRecord(encoding.name, encoding.n_vocab, sha256),
-            config={},
-            val_loss=None,
-            best_val_loss=None,
-            scaler=None,
-            data="",
-        )
-        write_meta(new, meta, files=(MODEL,))
-
-
-def read_config(folder: Path) -> GPTConfig:
-    """The model's shape. Raises UserError for one that our model can't have."""
-    content = read_json(folder / CONFIG)
-    for key, allowed in EXPECTED.items():
-        if content.get(key, allowed[0]) not in allowed:
-            raise UserError(
-                f"{folder / CONFIG} has {key} = {content[key]!r}, GPT-2 has {allowed[0]!r}"
-            )
-    for key, most in SIZES.items():
-        size = content.get(key)
-        if type(size) is not int or not 1 <= size <= most:
-            raise UserError(
-                f"{folder / CONFIG} has {key} = {size!r:.40}, expected a whole number from 1 to "
-                f"{most:,}"
-            )
-    n_embd, block_size = content["n_embd"], content["n_positions"]
-    if content.get("n_inner") not in (None, 4 * n_embd):
-        raise UserError(
-            f"{folder / CONFIG} has n_inner = {content['n_inner']}, GPT-2 has {4 * n_embd}"
-        )
-    try:
-        return GPTConfig(
-            content["vocab_size"], block_size, content["n_layer"], content["n_head"], n_embd
-        )
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is no configuration of GPT-2: {error!r}") from error
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that its index names.
-
-    Raises UserError for what is no safetensors file, and for a tensor that two files have.
-    """
-    files = [MODEL]
-    if (folder / INDEX).exists() and not (folder / MODEL).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        named = isinstance(weight_map, dict) and weight_map.values()
-        if not named or not all(isinstance(name, str) for name in named):
-            raise UserError(f'{folder / INDEX}: expected a "weight_map" of tensors to files')
-        files = sorted(set(named))
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        if Path(name).name != name:
-            raise UserError(f"{folder / INDEX} names the file {name!r}, expected a plain name")
-        try:
-            more = load_file(folder / name)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} has no {name}: only safetensors are read, because loading a pickle "
-                "(pytorch_model.bin) can run any code"
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} is no safetensors file: {error}") from error
-        for twice in sorted(tensors.keys() & more.keys()):
-            raise UserError(f"{folder / name} has {twice}, which a file before it has, too")
-        tensors |= more
-    return tensors
-
-
-def rename(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Their tensors by our names, float32 and (out, in).
-
-    Raises UserError for an untied head, and for a tensor that is there twice or holds no numbers.
-    """
-    ours: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix(PREFIX)
-        if name.endswith(MASKS):
-            continue
-        if name in ours:
-            raise UserError(f"{folder} has {name} twice, with and without {PREFIX!r} before it")
-        if not tensor.is_floating_point():
-            raise UserError(f"{folder}: {name} is of {tensor.dtype}, expected floating-point")
-        tensor = tensor.T if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
-        ours[name] = tensor.float().contiguous()
-        if not ours[name].isfinite().all():
-            raise UserError(f"{folder}: {name} holds numbers that are not finite")
-    head = ours.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, ours.get("wte.weight", torch.empty(0))):
-        raise UserError(f"{folder}: lm_head.weight differs from wte.weight, GPT-2 has one for both")
-    return ours
-
-
-def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], folder: Path) -> None:
-    """Raises UserError, naming the first tensor that is missing, too many, or of another shape."""
-    for name in sorted(shapes.keys() - tensors.keys()):
-        raise UserError(f"{folder} has no {name}, which GPT-2 needs")
-    for name in sorted(tensors.keys() - shapes.keys()):
-        raise UserError(f"{folder} has {name}, which GPT-2 doesn't know")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise UserError(
-                f"{folder}: {name} has the shape {tuple(tensors[name].shape)} here, by "
-                f"{CONFIG} it would be {tuple(shape)} (weights as (out, in))"
-            )
-
-
-def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
-    """`{token's bytes: id}` without <|endoftext|>, which must be the last of `vocab_size` ids.
-
-    A folder without vocab.json and tokenizer.json is taken to have GPT-2's. Raises UserError if the
-    files don't agree, or if the merges are not those that the ids tell.
-    """
-    found, merges = {}, {}
-    if (folder / VOCAB).exists():
-        found[VOCAB] = tokens_of(read_json(folder / VOCAB), vocab_size, folder / VOCAB)
-    if (folder / MERGES).exists():
-        merges[MERGES] = read_merges(folder / MERGES)
-    if (folder / TOKENIZER).exists():
-        ids, merges[TOKENIZER] = read_tokenizer(folder / TOKENIZER)
-        found[TOKENIZER] = tokens_of(ids, vocab_size, folder / TOKENIZER)
-    if not found and gpt2_encoding().n_vocab != vocab_size:
-        raise UserError(f"{folder} has no {VOCAB}, and {vocab_size:,} tokens are not GPT-2's")
-    vocabulary, *other = found.values() or [vocabulary_of(gpt2_encoding())]
-    if other not in ([], [vocabulary]):
-        raise UserError(f"{folder}: {VOCAB} and {TOKENIZER} hold different vocabularies")
-    expected = merges and spelled_merges(vocabulary)
-    for name, lines in merges.items():
-        if lines != expected:
-            raise UserError(f"{folder / name}: its merges are not those of the vocabulary")
-    return vocabulary
-
-
-def tokens_of(ids: dict[str, object], vocab_size: int, path: Path) -> dict[bytes, int]:
-    """The tokens' bytes in the order of their ids, from tokens as they are spelled in a file."""
-    ids, bytes_of = dict(ids), {text: byte for byte, text in byte_characters().items()}
-    last = ids.pop(END_OF_TEXT, None)
-    whole_numbers = all(type(number) is int for number in (last, *ids.values()))
-    if not whole_numbers or [*sorted(ids.values()), last] != [*range(vocab_size)]:
-        raise UserError(
-            f"{path}: expected the ids 0 to {vocab_size - 1:,}, {END_OF_TEXT} as the last"
-        )
-    try:
-        tokens = {bytes(bytes_of[character] for character in text): ids[text] for text in ids}
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]!r} stands for no byte") from error
-    if b"" in tokens:
-        raise UserError(f"{path} has an empty token")
-    for byte in range(256):
-        if bytes([byte]) not in tokens:
-            raise UserError(f"{path} has no token for the byte {byte}")
-    return dict(sorted(tokens.items(), key=lambda item: item[1]))
-
-
-def read_merges(path: Path) -> list[str]:
-    """The lines of a merges.txt but for its first, the version. Raises UserError if unreadable."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path}: {one_line(error)}") from error
-    return [line for line in lines if line and not line.startswith("#version")]
-
-
-def read_tokenizer(path: Path) -> tuple[dict[str, object], list[str]]:
-    """(ids, merges) of a tokenizer.json. Raises UserError if it works in another way than GPT-2's.
-
-    <|endoftext|> may be among its added tokens only. Older files, those of OpenAI's models among
-    them, don't tell the model's type: it is BPE if it has merges.
-    """
-    content = read_json(path)
-    try:
-        model = content["model"]
-        ids = {**model["vocab"], **{t["content"]: t["id"] for t in content.get("added_tokens", [])}}
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        kinds = (model.get("type", "BPE"), content.get("normalizer"), content["pre_tokenizer"]["type"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} doesn't cut and merge as GPT-2 does: {error!r}") from error
-    if kinds != ("BPE", None, "ByteLevel"):
-        raise UserError(f"{path} doesn't cut and merge as GPT-2 does: {kinds!r:.200}")
-    return ids, merges
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError if it can't be read or is something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
-
-
-def byte_characters() -> dict[int, str]:
-    """The character that stands for each byte in vocab.json: itself where it can be seen.
-
-    The others take the characters from 256 on, in order. Source: openai/gpt-2 `src/encoder.py`.
-    """
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return {byte: chr(byte if byte in seen else 256 + unseen.index(byte)) for byte in range(256)}
-
-
-# To Hugging Face
+from shards import is_there
+from tokenizer import END_OF_TEXT, vocabulary_of
 
 
 def to_hf(checkpoint: str, out: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
-    found = find_checkpoint(checkpoint)
+    found = find_model(checkpoint)
     config, encoding = found.meta.model, found.encoding()
     model = found.make_model()
     tensors = {
@@ -371,95 +100,9 @@ def write_tokenizer(ranks: dict[bytes, int], block_size: int, out: Path) -> None
     write_json(out / "tokenizer_config.json", settings)
 
 
-def spelled_merges(ranks: dict[bytes, int]) -> list[str]:
-    """The lines of merges.txt."""
-    characters = byte_characters()
-    return [
-        " ".join("".join(characters[byte] for byte in part) for part in pair)
-        for pair in merges_of(ranks)
-    ]
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token of several bytes was merged from, in the order of learning.
-
-    A token's own bytes, merged by what was learned before it, end as that pair.
-    """
-    pairs = []
-    for token in ranks:
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            neighbours = [left + right for left, right in zip(parts, parts[1:])]
-            parts = merge(parts, min(neighbours, key=lambda pair: ranks.get(pair, MAX_VOCAB_SIZE)))
-        if len(parts) == 2:
-            pairs.append((parts[0], parts[1]))
-    return pairs
-
-
 def write_json(path: Path, content: dict[str, object]) -> None:
     """Write an object, readable by people."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# From the Hub
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a name is one of the Hub's, rather than a path here that isn't there (yet).
-
-    Raises UserError for a name that nothing can have, and if it can't be known what is here.
-    """
-    if "\0" in name:
-        raise UserError(f"{name!r:.80}: neither a path nor a name of the Hub has a zero byte")
-    if name in NAMES:
-        return not is_there(Path(name))
-    looks_so = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
-    return looks_so and not is_there(Path(name).parent)
-
-
-def download(name: str) -> Path:
-    """A model's files from the Hub, in its own cache; a download that broke off goes on.
-
-    Raises UserError if they can't be had.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    repository, _, revision = NAMES.get(name, name).partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{repository} is gated: accept its terms on the Hub, then `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"{name}: neither a checkpoint here nor a model on the Hub") from error
-    except hub_errors() as error:
-        raise UserError(f"{repository} can't be had from the Hub: {one_line(error)}") from error
-
-
-def cached(name: str) -> Path:
-    """The checkpoint folder of a model on the Hub: converted once, then kept in XDG_CACHE_HOME, by
-    default ~/.cache.
-
-    Raises UserError if it can't be had, is no GPT-2, or can't be kept.
-    """
-    files = download(name)  # …/models--owner--name/snapshots/<commit>
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gpt2-from-scratch")
-    final = cache / files.parent.parent.name / files.name
-    if not is_there(final / META):
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=final.parent) as folder:
-                from_hf(files, Path(folder, "new"))
-                shutil.rmtree(final, ignore_errors=True)
-                Path(folder, "new").replace(final)
-        except OSError as error:
-            raise UserError(
-                f"can't keep {name} in {cache}: {one_line(error)}; XDG_CACHE_HOME may name another "
-                "folder to keep it in"
-            ) from error
-    return final
 
 
 def main(arguments: argparse.Namespace) -> None:

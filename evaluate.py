@@ -89,8 +89,9 @@ import numpy as np
 import tiktoken
 import torch
 
-from checkpoint import Checkpoint, find_checkpoint
+from checkpoint import Checkpoint
 from distributed import Ranks, device_name, process_group
+from huggingface import find_model
 from records import strict
 from scoring import Estimate, Scorer, evaluating, validate
 from shards import TokenStream
@@ -218,7 +219,7 @@ def write_report(
 
 def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Have all data ready, then measure task by task, and tell what was found."""
-    checkpoint = ranks.in_turn(lambda: find_checkpoint(arguments.checkpoint))
+    checkpoint = ranks.in_turn(lambda: find_model(arguments.checkpoint))
     model = checkpoint.make_model()
     scorer = Scorer(model.to(ranks.device), checkpoint.encoding(), ranks)
     tasks = [look_up(name, arguments, checkpoint, scorer) for name in asked(arguments)]

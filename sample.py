@@ -77,9 +77,9 @@ from functools import partial
 import tiktoken
 import torch
 
-from checkpoint import find_checkpoint
 from decoding import pack_weights
 from distributed import choose_device, choose_dtype, memory_errors
+from huggingface import find_model
 from model import GPT
 
 
@@ -252,7 +252,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Load the checkpoint and continue the prompts."""
     if any(not stop for stop in arguments.stop):
         raise UserError("--stop is empty: give the text to stop before")
-    checkpoint = find_checkpoint(arguments.checkpoint)
+    checkpoint = find_model(arguments.checkpoint)
     encoding = checkpoint.encoding()
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)

@@ -37,7 +37,6 @@ from checkpoint import (
     ScalerMemory,
     check_can_save,
     checkpoints_in,
-    find_checkpoint,
     holds_checkpoints,
     newest_checkpoint,
     read_checkpoint,
@@ -48,6 +47,7 @@ from checkpoint import (
 from data import BatchShape, step_windows
 from distributed import Ranks, device_name, memory_errors, process_group
 from guard import StopRequest
+from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
 from model import GPT, GPTConfig
 from optim import last_at_peak
@@ -204,7 +204,7 @@ class Trainer:
 
     def _begin_with(self, name: str, data: Path) -> None:
         """Take the weights of another run's checkpoint, to train them further on other text."""
-        checkpoint = self.ranks.in_turn(lambda: find_checkpoint(name))
+        checkpoint = self.ranks.in_turn(lambda: find_model(name))
         self.ranks.check_same("the checkpoint to begin with", checkpoint.description())
         with self.ranks.together():
             checkpoint.check_vocabulary(data)

@@ -15,7 +15,7 @@ from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 
 from checkpoint import MODEL, find_checkpoint
-from convert import byte_characters, is_hub_name, merges_of
+from huggingface import byte_characters, is_hub_name, merges_of
 from model import GPT
 from tokenizer import GPT2_SHA256, gpt2_encoding, vocabulary_of
 
@@ -45,7 +45,11 @@ def published(exported, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for key in ("dtype", "scale_attn_weights", "tie_word_embeddings", "add_cross_attention"):
         config.pop(key)
-    config |= {"n_ctx": config["n_positions"], "initializer_range": 0.02, "summary_activation": None}
+    config |= {
+        "n_ctx": config["n_positions"],
+        "initializer_range": 0.02,
+        "summary_activation": None,
+    }
     config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": 50}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 32}')
@@ -388,8 +392,8 @@ def test_what_cannot_be_written_leaves_nothing(call, exported, trained, tmp_path
     (tmp_path / "file").touch()
     error = call("convert", way, source, "--out", tmp_path / "file" / "out").error()
     assert "can't write" in error
-    for last in ("write_meta", "write_tokenizer"):
-        monkeypatch.setattr("convert." + last, full)
+    for last in ("huggingface.write_meta", "convert.write_tokenizer"):
+        monkeypatch.setattr(last, full)
     error = call("convert", way, source, "--out", tmp_path / "out").error()
     assert "No space left on device" in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,35 @@ def test_on_a_gpu_float32_equals_the_cpu(runs, tiny, shards, tmp_path):
         assert result.status == 0, result.err
     for ours, theirs in zip(lines_of(tmp_path / "cuda")[:20], lines_of(tmp_path / "cpu")[:20]):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+# How the files hang together
+
+
+def imports() -> dict[str, set[str]]:
+    """{source file: those of ours that it imports anywhere}, by their names without .py."""
+    paths, found = {path.stem: path for path in ROOT.glob("*.py")}, {}
+    for name, path in paths.items():
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        named = {
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        }
+        named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        found[name] = named & paths.keys()
+    return found
+
+
+def test_a_module_never_imports_a_script():
+    imported = imports()
+    scripts = {
+        name for name in imported if '__name__ == "__main__"' in (ROOT / f"{name}.py").read_text()
+    }
+    assert {"convert", "evaluate", "train"} <= scripts
+    for name in imported.keys() - scripts:
+        assert not imported[name] & scripts, name
+
+
+def test_no_two_files_import_each_other():
+    imported = imports()
+    imported["model"].remove("decoding")  # the faster decoding of a model, in generate()
+    assert len([*TopologicalSorter(imported).static_order()]) == len(imported)
