@@ -184,19 +184,20 @@ class Scorer:
     def request(self, context: str, ending: str) -> Request:
         """Guess `ending` after `context`, encoded as one text.
 
-        Blanks at the context's end belong to the ending's first token. Where nothing comes before,
-        <|endoftext|> does.
+        Blanks at the context's end belong to the ending's first token.
         """
         kept = context.rstrip()
         before = self.encoding.encode_ordinary(kept)
         whole = self.encoding.encode_ordinary(context + ending)
-        return self.cut(before or [self.encoding.eot_token], whole[len(before) :])
+        return self.cut(before, whole[len(before) :])
 
     def cut(self, before: list[int], ending: list[int]) -> Request:
         """Guess `ending` after as much of `before` as the context holds.
 
-        Raises UserError if there is no room for the ending.
+        Where nothing comes before, <|endoftext|> does. Raises UserError if there is no room for the
+        ending.
         """
+        before = before or [self.encoding.eot_token]
         room = self.model.config.block_size + 1
         if not 0 < len(ending) < room:
             raise UserError(

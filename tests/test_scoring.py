@@ -89,7 +89,7 @@ def test_a_request_is_the_context_and_its_ending(model):
     scorer = Scorer(model, BYTES, ALONE)
     assert scorer.request("ab", " c") == Request([*b"ab c"], 2)
     assert scorer.request("ab  ", "c") == Request([*b"ab  c"], 3)  # blanks are the ending's
-    assert scorer.request("", "c") == Request([256, *b"c"], 1)
+    assert scorer.request("", "c") == scorer.cut([], [*b"c"]) == Request([256, *b"c"], 1)
     long = scorer.request("x" * 100, "y" * 24)
     assert long == Request([*b"x", *b"y" * 24], 24)
     for ending in ("y" * 25, ""):

@@ -79,6 +79,18 @@ def test_hellaswag_takes_the_likeliest_ending_by_each_convention(scorer):
     assert len({tuple(chosen) for chosen in expected.values()}) > 1  # the conventions differ
 
 
+def test_a_question_without_a_context_begins_a_text(scorer):
+    end, encode = scorer.encoding.eot_token, scorer.encoding.encode_ordinary
+    _, plain = tasks.hellaswag_requests([swag(ctx="")], scorer)
+    assert [request.ids[0] for request in plain] == [end] * 4
+    expected = []
+    for ending in swag()["endings"]:
+        ids = [end, *encode(f" {ending}")]
+        logs = scorer.model(torch.tensor([ids[:-1]]))[0].log_softmax(dim=-1)
+        expected.append(sum(row[i].item() for row, i in zip(logs, ids[1:])))
+    np.testing.assert_allclose(scorer.score(plain, "test")[0], expected, rtol=1e-5)
+
+
 def test_acc_norm_divides_by_characters_whatever_their_bytes(scorer, monkeypatch):
     """As lm-eval 0.4.13 does it: `completion_len` in lm_eval/api/task.py is Python's len().
 
