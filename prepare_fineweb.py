@@ -101,11 +101,12 @@ from shards import (
     check_contents,
     read_manifest,
 )
-from sources import PIECE_CHARACTERS, Batch, Source, batches, estimated_tokens, find_source
+from sources import Batch, Source, batches, estimated_tokens, find_source
 from tokenizer import (
     gpt2_encoding,
     load_vocabulary,
     make_encoding,
+    safe_pieces,
     save_vocabulary,
     train_bpe,
     vocabulary_sha256,
@@ -120,25 +121,6 @@ Item = TypeVar("Item")
 
 
 # Encoding, in worker processes
-
-
-def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """Cut a long text so that encoding its pieces one by one gives the tokens of the whole.
-
-    The cut is before a blank or a line end that follows something else: there a word of
-    tokenizer.WORD_PATTERN always ends, whatever comes before and after. Only where PIECE_CHARACTERS
-    have no such place, a cut may divide a word: no text is like that, and memory stays bounded.
-    """
-    rest = ""
-    for piece in pieces:
-        rest += piece
-        if len(rest) >= PIECE_CHARACTERS:
-            places = range(len(rest) - 1, 0, -1)
-            safe = (at for at in places if rest[at] in " \n" and not rest[at - 1].isspace())
-            cut = next(safe, len(rest))
-            yield rest[:cut]
-            rest = rest[cut:]
-    yield rest
 
 
 def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> Iterator[np.ndarray]:

@@ -24,6 +24,7 @@ from distributed import Ranks
 from errors import UserError
 from model import GPT
 from shards import TokenStream
+from tokenizer import encode_long
 
 Job = TypeVar("Job")
 ROWS = 2048  # positions whose logits are in memory at once: 0.4 GB in float32
@@ -187,8 +188,8 @@ class Scorer:
         Blanks at the context's end belong to the ending's first token.
         """
         kept = context.rstrip()
-        before = self.encoding.encode_ordinary(kept)
-        whole = self.encoding.encode_ordinary(context + ending)
+        before = encode_long(self.encoding, kept)
+        whole = encode_long(self.encoding, context + ending)
         return self.cut(before, whole[len(before) :])
 
     def cut(self, before: list[int], ending: list[int]) -> Request:

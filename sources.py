@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import UserError, hub_errors, one_line
-from tokenizer import well_formed
+from tokenizer import PIECE_CHARACTERS, well_formed
 
 HUB_NAMES = {
     "fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-10BT",
@@ -42,9 +42,6 @@ SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind)
 BATCH_BYTES = 4 << 20  # of a JSON-lines file, per batch
 PARQUET_BUFFER = 8 << 20  # bytes of a column that are in memory at once, however long it is
 PARQUET_ROWS = 32
-# Longer texts are handed out in pieces, so that memory stays bounded. It also keeps tiktoken alive:
-# its regular expressions give up on a run of a million blanks.
-PIECE_CHARACTERS = 1 << 18
 
 Document = Iterable[str]  # a text, in one or several pieces
 Batch = Callable[[], Iterator[Document]]

@@ -15,14 +15,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from errors import UserError, hub_errors, one_line
 from scoring import Estimate, Request, Scorer
+from tokenizer import encode_long
 
 Rows = list[dict[str, object]]
+KINDS = {str: "text", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def hellaswag_choices(rows: Rows, scorer: Scorer) -> dict[str, np.ndarray]:
 def hellaswag_requests(rows: Rows, scorer: Scorer) -> tuple[list[Request], list[Request]]:
     """What is asked, as the harness and as llm.c do it: four requests a row in each list."""
     harness, plain = [], []
-    encode = scorer.encoding.encode_ordinary
+    encode = partial(encode_long, scorer.encoding)
     for number, row in enumerate(rows, 1):
         start = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
         before = encode(row["ctx"])
@@ -122,9 +125,11 @@ def check_endings(row: dict[str, object], where: str) -> None:
     endings, label = row["endings"], row.get("label")
     if len(endings) != 4 or not all(isinstance(ending, str) for ending in endings):
         raise UserError(f"{where}: expected four endings, found {endings!r:.60}")
+    for ending in endings:
+        check_text(ending, f"{where}: an ending")
     if str(label) not in ("0", "1", "2", "3"):
         raise UserError(
-            f"{where}: the label is {label!r}, expected 0 to 3 (the test split has none)"
+            f"{where}: the label is {label!r:.40}, expected 0 to 3 (the test split has none)"
         )
 
 
@@ -150,6 +155,12 @@ def lambada(rows: Rows, scorer: Scorer, _: int) -> dict[str, Estimate]:
     }
 
 
+def check_word(row: dict[str, object], where: str) -> None:
+    """Raises UserError for a text without anything to guess."""
+    if not row["text"]:
+        raise UserError(f"{where}: the text is empty, expected one that ends with a word")
+
+
 def lambada_requests(rows: Rows, scorer: Scorer) -> list[Request]:
     """A request per row, for its last word and the blank before it."""
     requests = []
@@ -172,7 +183,7 @@ def wikitext(rows: Rows, scorer: Scorer, stride: int) -> dict[str, Estimate]:
     pages = [str(row["page"]) for row in rows]
     requests, owners = [], []
     for number, page in enumerate(pages):
-        ids = scorer.encoding.encode_ordinary(joined(page))
+        ids = encode_long(scorer.encoding, joined(page))
         some = windows(ids, scorer.encoding.eot_token, scorer.model.config.block_size, stride)
         requests += some
         owners += [number] * len(some)
@@ -186,6 +197,12 @@ def wikitext(rows: Rows, scorer: Scorer, stride: int) -> dict[str, Estimate]:
         "word_perplexity": Estimate.of(nats, words).exponential(),
         "bits_per_byte": Estimate.of(nats, text_bytes).scaled(1 / np.log(2)),
     }
+
+
+def check_page(row: dict[str, object], where: str) -> None:
+    """Raises UserError for a page without anything to guess: of no tokens there is no mean."""
+    if not row["page"]:
+        raise UserError(f"{where}: the page is empty, expected a text")
 
 
 def windows(ids: list[int], start: int, block_size: int, stride: int) -> list[Request]:
@@ -243,10 +260,11 @@ TASKS = {
         "test",
         {"text": str},
         lambada,
+        check_word,
         check_lengths=lambada_requests,
     ),
-    "wikitext2": Task(WIKI, "wikitext-2-raw-v1", "test", {"page": str}, wikitext),
-    "wikitext103": Task(WIKI, "wikitext-103-raw-v1", "test", {"page": str}, wikitext),
+    "wikitext2": Task(WIKI, "wikitext-2-raw-v1", "test", {"page": str}, wikitext, check_page),
+    "wikitext103": Task(WIKI, "wikitext-103-raw-v1", "test", {"page": str}, wikitext, check_page),
 }
 
 
@@ -265,10 +283,22 @@ def load_questions(name: str, file: Path | None = None) -> Questions:
     for number, row in enumerate(rows, 1):
         where = f"{data}, row {number}"
         for column, kind in task.columns.items():
-            if not isinstance(row.get(column), kind):
-                raise UserError(f"{where}: {column!r} is {row.get(column)!r:.60}, not {kind}")
+            value = row.get(column)
+            if not isinstance(value, kind):
+                raise UserError(f"{where}: {column!r} is {value!r:.60}, expected {KINDS[kind]}")
+            if kind is str:
+                check_text(value, f"{where}: {column!r}")
         task.check(row, where)
     return Questions(name, rows, data, revision)
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises UserError for a text that has no bytes in UTF-8 to count. JSON can spell such a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise UserError(f"{what} holds {half!r}, half of a character (a lone surrogate)") from error
 
 
 def read_file(path: Path) -> tuple[Rows, str, str]:
@@ -281,7 +311,7 @@ def read_file(path: Path) -> tuple[Rows, str, str]:
             rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
         else:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these, too
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's are of these, too
         raise UserError(f"can't read {path}: {one_line(error)}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected an object in each line")

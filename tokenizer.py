@@ -17,7 +17,7 @@ import binascii
 import hashlib
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +39,9 @@ GPT2_VOCAB_SIZE = 50_257  # 256 bytes + 50,000 merges + <|endoftext|>
 # in tiktoken_ext/openai_public.py.
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 MAX_VOCAB_SIZE = 65_536  # ids are stored as uint16
+# Longer texts are encoded in pieces, so that memory stays bounded. It also keeps tiktoken alive:
+# its regular expressions give up on a run of a million blanks.
+PIECE_CHARACTERS = 1 << 18
 MAX_TRAINING_BYTES = 2_000_000  # of different words, to learn from: keeps train_bpe within 1 GB
 
 
@@ -168,6 +171,31 @@ def make_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: len(ranks)},
     )
+
+
+def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """Cut a long text so that encoding its pieces one by one gives the tokens of the whole.
+
+    The cut is before a blank or a line end that follows something else: there a word of
+    tokenizer.WORD_PATTERN always ends, whatever comes before and after. Only where PIECE_CHARACTERS
+    have no such place, a cut may divide a word: no text is like that, and memory stays bounded.
+    """
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        if len(rest) >= PIECE_CHARACTERS:
+            places = range(len(rest) - 1, 0, -1)
+            safe = (at for at in places if rest[at] in " \n" and not rest[at - 1].isspace())
+            cut = next(safe, len(rest))
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
+def encode_long(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """The ids of a text of any length. Memory is no concern here, a run of a million blanks is."""
+    pieces = (text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS))
+    return [token for piece in safe_pieces(pieces) for token in encoding.encode_ordinary(piece)]
 
 
 def gpt2_encoding() -> tiktoken.Encoding:

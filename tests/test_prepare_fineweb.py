@@ -20,12 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import prepare_fineweb
 from errors import UserError
-from prepare_fineweb import encode_batch, safe_pieces, training_texts
+from prepare_fineweb import encode_batch, training_texts
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, read_manifest
 from sources import batches, find_source
 from tests.conftest import ROOT, TEXT, run
@@ -313,39 +311,6 @@ def test_memory_stays_bounded_however_large_a_row_group_is(tmp_path):
 
 
 # Documents to tokens
-
-
-@pytest.mark.parametrize("limit", [1, 3, 10])
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_encoding_a_text_in_pieces_gives_the_tokens_of_the_whole(limit, data):
-    """Of texts that have a place to cut at least every few characters."""
-    words = data.draw(st.lists(st.text("ab'sé1.-\t\x1c\u3000", max_size=6), max_size=12))
-    text = "".join(
-        word + data.draw(st.sampled_from(["x ", "x\n", ". ", "'\n", "x    ", ".\n\n \n"]))
-        for word in words
-    )
-    encoding = make_encoding(train_bpe(["an ab ba's sa. -- a    b  x\n\n \n"], 266))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_fineweb, "PIECE_CHARACTERS", 20 * limit)
-        safe = list(safe_pieces(pieces))
-    assert "".join(safe) == text
-    ids = [token for piece in safe for token in encoding.encode_ordinary(piece)]
-    assert ids == encoding.encode_ordinary(text)
-
-
-@pytest.mark.parametrize("text", ["word and  word\n\nis 'tis. " * 40_000, TEXT * 9_000])
-def test_a_long_text_is_cut_and_still_gives_the_tokens_of_the_whole(text):
-    encoding = gpt2_encoding()
-    pieces = list(
-        safe_pieces([text[start : start + 100_000] for start in range(0, len(text), 100_000)])
-    )
-    assert len(pieces) > 2
-    assert max(map(len, pieces)) < 400_000
-    ids = [token for piece in pieces for token in encoding.encode_ordinary(piece)]
-    assert ids == encoding.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("text", [" " * 3_000_000 + "x", "\n" * 2_500_000, "a" * 2_500_000])

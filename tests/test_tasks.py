@@ -188,6 +188,11 @@ def swag(**changes: object) -> dict:
         (swag(ctx=None), "row 2: 'ctx' is None"),
         ({"text": "x"}, "row 2: 'activity_label' is None"),
         (["no", "object"], "expected an object in each line"),
+        (swag(ctx="\ud800"), r"row 2: 'ctx' holds '\\ud800', half of a character"),
+        (swag(endings=["a", "b", "c", "\udc00"]), "row 2: an ending holds .* half of a character"),
+        (swag(ctx=5), "row 2: 'ctx' is 5, expected text$"),
+        (swag(endings=None), "row 2: 'endings' is None, expected a list$"),
+        (swag(label="4" * 5000), "the label is '4{39}, expected 0 to 3"),
     ],
 )
 def test_a_row_that_is_not_as_it_should_be_is_named(row, complaint, tmp_path):
@@ -209,6 +214,40 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "some.parquet").write_bytes(b"PAR")
     with pytest.raises(UserError, match="can't read .*some.parquet"):
         tasks.load_questions("lambada", tmp_path / "some.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "complaint"),
+    [
+        ("wikitext2", {"page": ""}, "row 2: the page is empty"),
+        ("wikitext2", {"page": "a \ud800"}, "row 2: 'page' holds .*, half of a character"),
+        ("lambada", {"text": ""}, "row 2: the text is empty, expected one that ends with a word"),
+        ("lambada", {"text": "a \ud800"}, "row 2: 'text' holds .*, half of a character"),
+    ],
+)
+def test_a_text_that_cannot_be_asked_about_is_named(name, row, complaint, tmp_path):
+    path, (column,) = tmp_path / "some.jsonl", row
+    path.write_text("".join(json.dumps(one) + "\n" for one in ({column: "two words"}, row)))
+    with pytest.raises(UserError, match=f"some.jsonl, {complaint}"):
+        tasks.load_questions(name, path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"text": ' + "[" * 100_000])
+def test_a_file_that_is_nested_too_deeply_is_one_line(tmp_path, text):
+    path = tmp_path / "some.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="can't read .*some.jsonl: "):
+        tasks.load_questions("lambada", path)
+
+
+@pytest.mark.parametrize(("name", "column"), [("lambada", "text"), ("wikitext2", "page")])
+def test_a_text_of_a_million_blanks_is_measured(call, tmp_path, name, column):
+    """tiktoken's regular expressions give up on them."""
+    path = tmp_path / "blanks.jsonl"
+    path.write_text(json.dumps({column: f"Return{' ' * 1_200_000}the end"}) + "\n")
+    result = call("evaluate", "--checkpoint", KEPT, "--tasks", name, "--file", path)
+    assert result.status == 0, result.err
+    assert f"{name:<16}1 of {path}\n" in result.out
 
 
 def test_a_file_is_told_by_its_hash():

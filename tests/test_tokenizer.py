@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from conftest import TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,9 +19,11 @@ from tokenizer import (
     END_OF_TEXT,
     GPT2_SHA256,
     encode_from_scratch,
+    encode_long,
     gpt2_encoding,
     load_vocabulary,
     make_encoding,
+    safe_pieces,
     save_vocabulary,
     token_byte_lengths,
     train_bpe,
@@ -325,3 +328,51 @@ def test_encoding_into_numpy_is_encode_ordinary(gpt2, trained):
             array = encoding.encode_to_numpy(text, disallowed_special=())
             assert array.dtype == np.uint32
             assert array.tolist() == encoding.encode_ordinary(text)
+
+
+# In pieces
+
+
+@pytest.mark.parametrize("limit", [1, 3, 10])
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_encoding_a_text_in_pieces_gives_the_tokens_of_the_whole(limit, data):
+    """Of texts that have a place to cut at least every few characters."""
+    words = data.draw(st.lists(st.text("ab'sé1.-\t\x1c\u3000", max_size=6), max_size=12))
+    text = "".join(
+        word + data.draw(st.sampled_from(["x ", "x\n", ". ", "'\n", "x    ", ".\n\n \n"]))
+        for word in words
+    )
+    encoding = make_encoding(train_bpe(["an ab ba's sa. -- a    b  x\n\n \n"], 266))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "PIECE_CHARACTERS", 20 * limit)
+        safe = list(safe_pieces(pieces))
+    assert "".join(safe) == text
+    ids = [token for piece in safe for token in encoding.encode_ordinary(piece)]
+    assert ids == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", ["word and  word\n\nis 'tis. " * 40_000, TEXT * 9_000])
+def test_a_long_text_is_cut_and_still_gives_the_tokens_of_the_whole(text):
+    encoding = gpt2_encoding()
+    pieces = list(
+        safe_pieces([text[start : start + 100_000] for start in range(0, len(text), 100_000)])
+    )
+    assert len(pieces) > 2
+    assert max(map(len, pieces)) < 400_000
+    ids = [token for piece in pieces for token in encoding.encode_ordinary(piece)]
+    assert ids == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", ["", "a b", TEXT * 9_000])
+def test_a_text_of_any_length_is_encoded(text):
+    encoding = gpt2_encoding()
+    assert encode_long(encoding, text) == encoding.encode_ordinary(text)
+
+
+def test_millions_of_blanks_are_encoded():
+    """tiktoken itself panics."""
+    text, encoding = "a" + " " * 1_200_000 + "b\n", gpt2_encoding()
+    assert encoding.decode(encode_long(encoding, text)) == text
