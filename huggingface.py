@@ -7,7 +7,6 @@ that can be seen. Only safetensors are read: a pickle could run anything.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, write_meta
 from errors import UserError, hub_errors, one_line
 from model import GPT, GPTConfig
+from records import read_json
 from shards import VOCABULARY, TokenizerRecord, is_there
 from tokenizer import (
     END_OF_TEXT,
@@ -41,7 +41,9 @@ NAMES["gpt2-xl"] = "openai-community/gpt2-xl"
 
 CONFIG, VOCAB, MERGES, INDEX = "config.json", "vocab.json", "merges.txt", f"{MODEL}.index.json"
 TOKENIZER = "tokenizer.json"  # both vocabulary and merges, as transformers writes it since 5.0
-WANTED = [CONFIG, VOCAB, MERGES, TOKENIZER, MODEL, "model-*.safetensors", INDEX]  # of a repository
+TOKENIZER_CONFIG = "tokenizer_config.json"
+WANTED = [CONFIG, VOCAB, MERGES, TOKENIZER, TOKENIZER_CONFIG]  # of a repository
+WANTED += [MODEL, "model-*.safetensors", INDEX]
 PREFIX = "transformer."
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")  # older files hold the causal mask of every block
@@ -57,6 +59,22 @@ EXPECTED = {
     "tie_word_embeddings": (True,),
 }
 
+
+# What a tokenizer.json must say to cut and merge as GPT-2 does, in the same way.
+WORKINGS = {
+    "pre_tokenizer": {
+        "type": ("ByteLevel",),
+        "add_prefix_space": (False,),
+        "use_regex": (True,),
+    },
+    "model": {
+        "type": ("BPE",),
+        "dropout": (None, 0),
+        "ignore_merges": (False,),
+        "continuing_subword_prefix": (None, ""),
+        "end_of_word_suffix": (None, ""),
+    },
+}
 
 # The sizes that a config.json tells, and the largest that is believed.
 SIZES = {"vocab_size": MAX_VOCAB_SIZE, "n_positions": 1 << 20, "n_layer": 1000, "n_head": 1 << 12}
@@ -165,30 +183,31 @@ def from_hf(folder: Path, out: Path) -> None:
 
 def read_config(folder: Path) -> GPTConfig:
     """The model's shape. Raises UserError for one that our model can't have."""
-    content = read_json(folder / CONFIG)
-    for key, allowed in EXPECTED.items():
-        if content.get(key, allowed[0]) not in allowed:
-            raise UserError(
-                f"{folder / CONFIG} has {key} = {content[key]!r}, GPT-2 has {allowed[0]!r}"
-            )
+    path = folder / CONFIG
+    content = read_object(path)
+    check_settings(content, EXPECTED, f"{path}")
     for key, most in SIZES.items():
         size = content.get(key)
         if type(size) is not int or not 1 <= size <= most:
             raise UserError(
-                f"{folder / CONFIG} has {key} = {size!r:.40}, expected a whole number from 1 to "
-                f"{most:,}"
+                f"{path} has {key} = {size!r:.40}, expected a whole number from 1 to {most:,}"
             )
     n_embd, block_size = content["n_embd"], content["n_positions"]
     if content.get("n_inner") not in (None, 4 * n_embd):
-        raise UserError(
-            f"{folder / CONFIG} has n_inner = {content['n_inner']}, GPT-2 has {4 * n_embd}"
-        )
+        raise UserError(f"{path} has n_inner = {content['n_inner']!r:.40}, GPT-2 has {4 * n_embd}")
     try:
         return GPTConfig(
             content["vocab_size"], block_size, content["n_layer"], content["n_head"], n_embd
         )
     except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is no configuration of GPT-2: {error!r}") from error
+        raise UserError(f"{path} is no configuration of GPT-2: {error!r}") from error
+
+
+def check_settings(content: dict, expected: dict[str, tuple], where: str) -> None:
+    """Raises UserError for a setting that isn't as expected; one that is absent is the first."""
+    for key, allowed in expected.items():
+        if content.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{where} has {key} = {content[key]!r:.40}, GPT-2 has {allowed[0]!r}")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -198,28 +217,42 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     files = [MODEL]
     if (folder / INDEX).exists() and not (folder / MODEL).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        named = isinstance(weight_map, dict) and weight_map.values()
-        if not named or not all(isinstance(name, str) for name in named):
-            raise UserError(f'{folder / INDEX}: expected a "weight_map" of tensors to files')
-        files = sorted(set(named))
+        files = read_index(folder / INDEX)
     tensors: dict[str, Tensor] = {}
     for name in files:
-        if Path(name).name != name:
-            raise UserError(f"{folder / INDEX} names the file {name!r}, expected a plain name")
-        try:
-            more = load_file(folder / name)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} has no {name}: only safetensors are read, because loading a pickle "
-                "(pytorch_model.bin) can run any code"
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} is no safetensors file: {error}") from error
+        more = read_tensors(folder, name)
         for twice in sorted(tensors.keys() & more.keys()):
-            raise UserError(f"{folder / name} has {twice}, which a file before it has, too")
+            raise UserError(f"{folder}: {name!r:.80} has {twice!r:.80}, which a file before it has")
         tensors |= more
     return tensors
+
+
+def read_index(path: Path) -> list[str]:
+    """The files in which a large model's tensors are. Raises UserError for what can't be a name."""
+    weight_map = read_object(path).get("weight_map")
+    named = isinstance(weight_map, dict) and weight_map.values()
+    if not named or not all(isinstance(name, str) for name in named):
+        raise UserError(f'{path}: expected a "weight_map" of tensors to files')
+    for name in named:
+        if name in ("", "..") or Path(name).name != name:
+            raise UserError(f"{path} names the file {name!r:.80}, expected a plain name")
+    return sorted(set(named))
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file. Raises UserError if it isn't there or is no safetensors file."""
+    path, shown = folder / name, f"{name!r:.80}"
+    if os.path.isdir(path):
+        raise UserError(f"{folder}: {shown} is a folder, expected a file of weights")
+    try:
+        return load_file(path)
+    except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(
+            f"{folder} has no {shown}: only safetensors are read, because loading a pickle "
+            "(pytorch_model.bin) can run any code"
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: {shown} is no safetensors file: {one_line(error)}") from error
 
 
 def rename(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -233,13 +266,13 @@ def rename(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         if name.endswith(MASKS):
             continue
         if name in ours:
-            raise UserError(f"{folder} has {name} twice, with and without {PREFIX!r} before it")
+            raise UserError(f"{folder} has {name!r:.80} twice, with and without {PREFIX!r}")
         if not tensor.is_floating_point():
-            raise UserError(f"{folder}: {name} is of {tensor.dtype}, expected floating-point")
+            raise UserError(f"{folder}: {name!r:.80} is of {tensor.dtype}, expected floating-point")
         tensor = tensor.T if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
         ours[name] = tensor.float().contiguous()
         if not ours[name].isfinite().all():
-            raise UserError(f"{folder}: {name} holds numbers that are not finite")
+            raise UserError(f"{folder}: {name!r:.80} holds numbers that are not finite")
     head = ours.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, ours.get("wte.weight", torch.empty(0))):
         raise UserError(f"{folder}: lm_head.weight differs from wte.weight, GPT-2 has one for both")
@@ -251,7 +284,7 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], fold
     for name in sorted(shapes.keys() - tensors.keys()):
         raise UserError(f"{folder} has no {name}, which GPT-2 needs")
     for name in sorted(tensors.keys() - shapes.keys()):
-        raise UserError(f"{folder} has {name}, which GPT-2 doesn't know")
+        raise UserError(f"{folder} has {name!r:.80}, which GPT-2 doesn't know")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UserError(
@@ -266,9 +299,12 @@ def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
     A folder without vocab.json and tokenizer.json is taken to have GPT-2's. Raises UserError if the
     files don't agree, or if the merges are not those that the ids tell.
     """
+    if (folder / TOKENIZER_CONFIG).exists():  # its word counts more than that of tokenizer.json
+        told = read_object(folder / TOKENIZER_CONFIG)
+        check_settings(told, {"add_prefix_space": (False,)}, f"{folder / TOKENIZER_CONFIG}")
     found, merges = {}, {}
     if (folder / VOCAB).exists():
-        found[VOCAB] = tokens_of(read_json(folder / VOCAB), vocab_size, folder / VOCAB)
+        found[VOCAB] = tokens_of(read_object(folder / VOCAB), vocab_size, folder / VOCAB)
     if (folder / MERGES).exists():
         merges[MERGES] = read_merges(folder / MERGES)
     if (folder / TOKENIZER).exists():
@@ -279,7 +315,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
     vocabulary, *other = found.values() or [vocabulary_of(gpt2_encoding())]
     if other not in ([], [vocabulary]):
         raise UserError(f"{folder}: {VOCAB} and {TOKENIZER} hold different vocabularies")
-    expected = merges and spelled_merges(vocabulary)
+    expected = found and spelled_merges(vocabulary)
     for name, lines in merges.items():
         if lines != expected:
             raise UserError(f"{folder / name}: its merges are not those of the vocabulary")
@@ -322,32 +358,27 @@ def read_tokenizer(path: Path) -> tuple[dict[str, object], list[str]]:
     <|endoftext|> may be among its added tokens only. Older files, those of OpenAI's models among
     them, don't tell the model's type: it is BPE if it has merges.
     """
-    content = read_json(path)
+    content = read_object(path)
+    check_settings(content, {"normalizer": (None,)}, f"{path}")
+    for part, expected in WORKINGS.items():
+        if not isinstance(content.get(part), dict):
+            raise UserError(f"{path} has no {part}, GPT-2's has one")
+        check_settings(content[part], expected, f"{path}: its {part}")
+    model = content["model"]
     try:
-        model = content["model"]
-        ids = {**model["vocab"], **{t["content"]: t["id"] for t in content.get("added_tokens", [])}}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        kinds = (
-            model.get("type", "BPE"),
-            content.get("normalizer"),
-            content["pre_tokenizer"]["type"],
-        )
+        return {**model["vocab"], **added}, merges
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} doesn't cut and merge as GPT-2 does: {error!r}") from error
-    if kinds != ("BPE", None, "ByteLevel"):
-        raise UserError(f"{path} doesn't cut and merge as GPT-2 does: {kinds!r:.200}")
-    return ids, merges
+        raise UserError(f"{path} holds no vocabulary with merges: {error!r:.80}") from error
 
 
-def read_json(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """A JSON object. Raises UserError if it can't be read or is something else."""
     try:
-        content = json.loads(path.read_bytes())
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+        raise UserError(f"can't read {path}: {one_line(error)}") from error
 
 
 def byte_characters() -> dict[int, str]:
@@ -372,14 +403,21 @@ def spelled_merges(ranks: dict[bytes, int]) -> list[str]:
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair that each token of several bytes was merged from, in the order of learning.
 
-    A token's own bytes, merged by what was learned before it, end as that pair.
+    A token's own bytes, merged by what was learned before it, end as that pair. Raises UserError if
+    they don't: transformers would never make that token, and tiktoken only of a whole word.
     """
     pairs = []
     for token in ranks:
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             neighbours = [left + right for left, right in zip(parts, parts[1:])]
-            parts = merge(parts, min(neighbours, key=lambda pair: ranks.get(pair, MAX_VOCAB_SIZE)))
+            first = min(neighbours, key=lambda pair: ranks.get(pair, MAX_VOCAB_SIZE))
+            if first not in ranks:
+                raise UserError(
+                    f"{token.decode(errors='replace')!r:.80} is a token of the vocabulary that no "
+                    "merge of two others makes: transformers can't have it"
+                )
+            parts = merge(parts, first)
         if len(parts) == 2:
             pairs.append((parts[0], parts[1]))
     return pairs

@@ -293,7 +293,7 @@ def load_questions(name: str, file: Path | None = None) -> Questions:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises UserError for a text that has no bytes in UTF-8 to count. JSON can spell such a text."""
+    """Raises UserError for a text that JSON can spell and UTF-8 can't: it has no bytes to count."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

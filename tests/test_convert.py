@@ -188,7 +188,7 @@ def as_tokenizer_json(folder: Path, **changes: object) -> None:
         },
     }
     for key, value in changes.items():
-        content[key] = {**content[key], **value} if isinstance(content[key], dict) else value
+        content[key] = {**content[key], **value} if content[key] and value else value
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
@@ -225,10 +225,8 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
     def complaint() -> str:
         return call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
 
-    as_tokenizer_json(folder, normalizer={"type": "Lowercase"})
-    assert "tokenizer.json doesn't cut and merge as GPT-2 does" in complaint()
     as_tokenizer_json(folder, model={"vocab": []})
-    assert "tokenizer.json doesn't cut and merge as GPT-2 does" in complaint()
+    assert "tokenizer.json holds no vocabulary with merges" in complaint()
     as_tokenizer_json(folder)
     content = (folder / "vocab.json").read_text()
     vocabulary = json.loads(content)
@@ -239,6 +237,40 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
     version, first, second, *rest = (folder / "merges.txt").read_text().splitlines()
     (folder / "merges.txt").write_text("\n".join((version, second, first, *rest)))
     assert "merges.txt: its merges are not those of the vocabulary" in complaint()
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "complaint"),
+    [
+        (
+            "normalizer",
+            {"type": "Lowercase"},
+            "has normalizer = {'type': 'Lowercase'}, GPT-2 has None",
+        ),
+        ("pre_tokenizer", None, "tokenizer.json has no pre_tokenizer"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "type = 'Whitespace', GPT-2 has 'ByteLevel'"),
+        ("pre_tokenizer", {"add_prefix_space": True}, "add_prefix_space = True, GPT-2 has False"),
+        ("pre_tokenizer", {"use_regex": False}, "use_regex = False, GPT-2 has True"),
+        ("model", {"type": "Unigram"}, "tokenizer.json: its model has type = 'Unigram'"),
+        ("model", {"dropout": 0.1}, "dropout = 0.1, GPT-2 has None"),
+        ("model", {"ignore_merges": True}, "ignore_merges = True, GPT-2 has False"),
+        ("model", {"continuing_subword_prefix": "##"}, "continuing_subword_prefix = '##'"),
+        ("model", {"end_of_word_suffix": "</w>"}, "end_of_word_suffix = '</w>'"),
+    ],
+)
+def test_a_tokenizer_that_works_in_another_way_is_one_line(
+    call, changed, tmp_path, part, settings, complaint
+):
+    folder = changed()
+    as_tokenizer_json(folder, **{part: settings})
+    assert complaint in call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+
+
+def test_a_tokenizer_config_that_adds_a_blank_is_one_line(call, changed, tmp_path):
+    folder = changed()
+    (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+    assert "tokenizer_config.json has add_prefix_space = True, GPT-2 has False" in error
 
 
 # What is refused
@@ -256,7 +288,7 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
         ({"n_inner": 7}, "n_inner = 7, GPT-2 has 128"),
         ({"n_layer": 3}, "has no h.2.attn.c_attn.bias, which GPT-2 needs"),
-        ({"n_layer": 1}, "has h.1.attn.c_attn.bias, which GPT-2 doesn't know"),
+        ({"n_layer": 1}, "has 'h.1.attn.c_attn.bias', which GPT-2 doesn't know"),
         ({"n_positions": 64}, "wpe.weight has the shape (32, 32) here"),
         ({"vocab_size": 301}, "wte.weight has the shape (300, 32) here"),
         ({"n_embd": "many"}, "n_embd = 'many', expected a whole number"),
@@ -266,6 +298,8 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
         ({"n_layer": 10**9}, "n_layer = 1000000000, expected a whole number from 1 to"),
         ({"n_positions": 10**30}, "expected a whole number from 1 to"),
         ({"n_embd": 0}, "n_embd = 0, expected a whole number from 1 to"),
+        ({"model_type": "x" * 5000}, f"model_type = '{'x' * 39}, GPT-2 has 'gpt2'"),
+        ({"n_inner": "x" * 5000}, f"n_inner = '{'x' * 39}, GPT-2 has 128"),
     ],
 )
 def test_a_model_that_is_not_gpt2s_is_one_line(call, changed, tmp_path, settings, complaint):
@@ -333,7 +367,7 @@ def test_a_tensor_that_two_files_have_is_one_line(call, changed, tmp_path):
     folder, out = changed(), tmp_path / "out"
     _, second = in_two_files(folder, in_both=("transformer.ln_f.bias",))
     error = call("convert", "from-hf", folder, "--out", out).error()
-    assert f"{second} has transformer.ln_f.bias, which a file before it has, too" in error
+    assert f"{second!r} has 'transformer.ln_f.bias', which a file before it has" in error
 
 
 @pytest.mark.parametrize("weight_map", ["absent", None, [], {"a": 1}, {}])
@@ -344,6 +378,50 @@ def test_an_index_that_is_none_is_one_line(call, changed, tmp_path, weight_map):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
     assert 'expected a "weight_map" of tensors to files' in error
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("", "names the file '', expected a plain name"),
+        ("..", "names the file '..', expected a plain name"),
+        ("\ud800", r"has no '\ud800'"),
+        ("a\nb", r"has no 'a\nb': only safetensors are read"),
+        ("a" * 5000, f"has no '{'a' * 79}: only safetensors are read"),
+    ],
+)
+def test_a_file_that_an_index_cannot_mean_is_one_line(call, changed, tmp_path, name, complaint):
+    folder = changed()
+    (folder / MODEL).unlink()
+    index = {"weight_map": {"wte.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+    assert complaint in error
+    assert len(error) < 400
+
+
+def test_a_folder_in_the_place_of_weights_is_one_line(call, changed, tmp_path):
+    folder = changed()
+    (folder / MODEL).unlink()
+    (folder / MODEL).mkdir()
+    error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+    assert f"{folder}: 'model.safetensors' is a folder, expected a file of weights" in error
+
+
+DEEP = '{"a": ' + "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "vocab.json", "tokenizer.json", "model.safetensors.index.json"],
+)
+def test_a_file_that_is_nested_too_deeply_is_one_line(call, changed, tmp_path, name):
+    folder = changed()
+    if "index" in name:
+        (folder / MODEL).unlink()
+    (folder / name).write_text(DEEP)
+    error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+    assert f"can't read {folder / name}: it is nested too deeply" in error
 
 
 def renamed(vocabulary: dict, old: str, new: str) -> dict:
@@ -358,6 +436,7 @@ def renamed(vocabulary: dict, old: str, new: str) -> dict:
         (lambda ids: ids | {"!": None}, "expected the ids 0 to 299"),
         (lambda ids: renamed(ids, "!", "!!"), "has no token for the byte 33"),
         (lambda ids: renamed(ids, next(t for t in ids if len(t) > 1), ""), "an empty token"),
+        (lambda ids: renamed(ids, next(t for t in ids if len(t) > 1), "zqxj"), "'zqxj' is a token"),
     ],
 )
 def test_a_vocabulary_that_is_none_is_one_line(call, changed, tmp_path, change, complaint):
@@ -371,9 +450,12 @@ def test_a_vocabulary_that_is_none_is_one_line(call, changed, tmp_path, change, 
     ("name", "tensor", "complaint"),
     [
         ("transformer.ln_f.bias", torch.zeros(32, dtype=torch.int64), "is of torch.int64"),
-        ("transformer.ln_f.bias", torch.full((32,), math.nan), "ln_f.bias holds numbers that are"),
-        ("transformer.ln_f.bias", torch.full((32,), math.inf), "ln_f.bias holds numbers that are"),
-        ("ln_f.bias", torch.zeros(32), "ln_f.bias twice, with and without"),
+        ("transformer.ln_f.bias", torch.full((32,), math.nan), "'ln_f.bias' holds numbers that"),
+        ("transformer.ln_f.bias", torch.full((32,), math.inf), "'ln_f.bias' holds numbers that"),
+        ("ln_f.bias", torch.zeros(32), "'ln_f.bias' twice, with and without"),
+        ("a\nb", torch.zeros(32), r"has 'a\nb', which GPT-2 doesn't know"),
+        ("a\nb", torch.full((32,), math.inf), r"'a\nb' holds numbers that are not finite"),
+        ("a\nb", torch.zeros(32, dtype=torch.int64), r"'a\nb' is of torch.int64"),
         ("transformer.h.0.mlp.c_fc.weight", torch.zeros(2, 3, 4), "has the shape (2, 3, 4)"),
     ],
 )
@@ -434,6 +516,7 @@ def test_a_model_on_the_hub_is_a_checkpoint(call, hub, on_hub, trained):
         "vocab.json",
         "merges.txt",
         "tokenizer.json",
+        "tokenizer_config.json",
         MODEL,
     }
     (kept,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(MODEL)
@@ -556,5 +639,9 @@ def test_a_name_that_nothing_can_have_is_one_line(call, trained, tmp_path, name)
     call("convert", "from-hf", name, "--out", tmp_path / "out").error()
 
 
-def test_a_folder_that_nothing_can_be_is_one_line(call, trained):
-    assert "File name too long" in call("convert", "to-hf", trained, "--out", LONG).error()
+@pytest.mark.parametrize(
+    ("out", "complaint"), [(LONG, "File name too long"), ("a\0b", "null byte")]
+)
+def test_a_folder_that_nothing_can_be_is_one_line(call, trained, exported, out, complaint):
+    assert complaint in call("convert", "to-hf", trained, "--out", out).error()
+    assert complaint in call("convert", "from-hf", exported, "--out", out).error()
