@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT, TEXT, run
+from test_tokenizer import AWKWARD
 
 import prepare_fineweb
 from errors import UserError
 from prepare_fineweb import encode_batch, training_texts
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, read_manifest
 from sources import batches, find_source
-from tests.conftest import ROOT, TEXT, run
-from tests.test_tokenizer import AWKWARD
 from tokenizer import (
     gpt2_encoding,
     make_encoding,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,6 @@ from shards import (
     shard_header,
     tokenizer_of,
 )
-from tests.conftest import ROOT
 from tokenizer import GPT2_SHA256
 from writing import ShardWriter
 

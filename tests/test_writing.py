@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
 from shards import check_contents, open_shard
-from tests.conftest import ROOT
 from writing import ShardWriter, locked, write_atomically
 
 
