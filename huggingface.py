@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, write_meta
-from errors import UserError, hub_errors, one_line
+from errors import UserError, check_gated, hub_errors, one_line
 from model import GPT, GPTConfig
 from records import read_json
 from shards import VOCABULARY, TokenizerRecord, is_there
@@ -112,18 +112,15 @@ def download(name: str) -> Path:
     Raises UserError if they can't be had.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     repository, _, revision = NAMES.get(name, name).partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{repository} is gated: accept its terms on the Hub, then `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"{name}: neither a checkpoint here nor a model on the Hub") from error
     except hub_errors() as error:
+        check_gated(repository, error)
+        if isinstance(error, RepositoryNotFoundError):
+            raise UserError(f"{name}: neither a checkpoint here nor a model on the Hub") from error
         raise UserError(f"{repository} can't be had from the Hub: {one_line(error)}") from error
 
 

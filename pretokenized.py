@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UserError, hub_errors, one_line
+from errors import UserError, check_gated, hub_errors, one_line
 from shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -89,6 +89,7 @@ def look_up(repository: str, commit: str | None) -> tuple[str, list[Published]]:
         commit = commit or HfApi().dataset_info(repository).sha
         entries = [*HfApi().list_repo_tree(repository, repo_type="dataset", revision=commit)]
     except hub_errors() as error:
+        check_gated(repository, error)
         raise UserError(f"{repository} can't be had from the Hub: {one_line(error)}") from error
     shards = [
         Published(entry.path, (entry.size - HEADER_BYTES) // 2, entry.lfs and entry.lfs.sha256)
@@ -133,12 +134,19 @@ def download(repository: str, commit: str, shard: Published, folder: Path) -> Sh
             repository, shard.file, repo_type="dataset", revision=commit, local_dir=folder
         )
     except hub_errors() as error:
+        check_gated(repository, error)
         raise UserError(
             f"{shard.file} of {repository} can't be had from the Hub: {one_line(error)}; give the "
             "same command again to go on"
         ) from error
-    tokens, sha256 = len(open_shard(path)), file_sha256(path)
+    tokens, sha256 = open_shard(path), file_sha256(path)
     if shard.sha256 not in (None, sha256):
         path.unlink()
         raise UserError(f"{path} was not what the Hub says it is: give the same command again")
-    return ShardRecord(shard.file, shard.split, tokens, sha256)
+    largest = int(tokens.max(initial=0))
+    if largest >= GPT2_VOCAB_SIZE:
+        raise UserError(
+            f"{shard.file} of {repository} has a token {largest:,}, GPT-2's vocabulary only "
+            f"{GPT2_VOCAB_SIZE:,}: choose another dataset, and another --out"
+        )
+    return ShardRecord(shard.file, shard.split, len(tokens), sha256)

@@ -26,7 +26,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from errors import UserError, hub_errors, one_line
+from errors import UserError, check_gated, hub_errors, one_line
 from tokenizer import PIECE_CHARACTERS, well_formed
 
 HUB_NAMES = {
@@ -131,6 +131,7 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
         files = tuple(builder.config.data_files["train"])
         sizes = tuple(HfFileSystem().size(file) for file in files)
     except (*hub_errors(), KeyError) as error:
+        check_gated(repository, error)
         raise UserError(
             f"--source {name}: there is no such file, and it can't be had from the Hub: "
             f"{one_line(error)}"
@@ -166,6 +167,7 @@ def named_errors(file: str) -> Iterator[None]:
     try:
         yield
     except (*hub_errors(), pa.ArrowException) as error:
+        check_gated(file, error)
         raise UserError(f"can't read {file}: {one_line(error)}") from error
 
 

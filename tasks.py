@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, hub_errors, one_line
+from errors import UserError, check_gated, hub_errors, one_line
 from scoring import Estimate, Request, Scorer
 from tokenizer import encode_long
 
@@ -331,6 +331,7 @@ def read_hub(task: Task) -> tuple[Rows, str, str]:
         builder.download_and_prepare()
         rows = builder.as_dataset(task.split).to_list()
     except (*hub_errors(), DatasetsError, KeyError) as error:
+        check_gated(task.repository, error)
         raise UserError(
             f"{task.repository} can't be had from the Hub: {one_line(error)}; evaluate.py --file "
             "takes a local copy"

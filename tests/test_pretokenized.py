@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import run
 from fake_hub import FakeHub
 
+import pretokenized
 from errors import UserError
-from pretokenized import Published, choose
+from pretokenized import Published, choose, download
 from shards import MANIFEST, PROGRESS, TokenStream, read_manifest, shard_header
 
 COMMIT, NEWER = "a" * 40, "b" * 40
@@ -88,6 +92,51 @@ def test_what_cannot_be_is_one_line(fetch, hub):
     assert "nobody/nothing can't be had from the Hub" in fetch("nobody/nothing").error()
     hub.commits[COMMIT].pop("fineweb_val_000000.bin")
     assert "holds no shards in llm.c's layout" in fetch().error()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_dataset_is_said_to_be_gated(fetch, hub, status):
+    hub.gated = status
+    error = fetch().error()
+    assert "kjj0/fineweb10B-gpt2 is gated: accept its terms on the Hub" in error
+    assert "same command" not in error
+
+
+def test_a_token_that_is_not_gpt2s_is_one_line(fetch, hub, tmp_path):
+    lost = "fineweb_train_000002.bin"
+    hub.commits[COMMIT][lost] = shard(np.array([1, 50_257], dtype="<u2"))
+    error = fetch().error()
+    assert f"{lost} of kjj0/fineweb10B-gpt2 has a token 50,257, GPT-2's vocabulary only" in error
+    assert not (tmp_path / "data" / MANIFEST).exists()
+    hub.commits[COMMIT][lost] = shard(np.array([1, 50_256], dtype="<u2"))  # its last
+    assert fetch("--out", tmp_path / "other").status == 0
+
+
+def test_a_shard_that_is_not_what_the_hub_says_is_one_line(tmp_path, monkeypatch):
+    """The client checks sizes only."""
+    file, told, came = tmp_path / "f_val_0.bin", shard(TOKENS[:100]), shard(TOKENS[1:101])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: file.write_bytes(came))
+    published = Published(file.name, 100, hashlib.sha256(told).hexdigest())
+    with pytest.raises(UserError, match="f_val_0.bin was not what the Hub says it is"):
+        download("some/data", COMMIT, published, tmp_path)
+    assert not file.exists()
+    published = Published(file.name, 100, hashlib.sha256(came).hexdigest())
+    assert download("some/data", COMMIT, published, tmp_path).sha256 == published.sha256
+
+
+def test_a_disk_without_room_is_found_before_anything_is_fetched(tmp_path, monkeypatch):
+    """What is there already needs no more room."""
+    splits = ("val_0", "train_1", "train_2")
+    shards = [Published(f"f_{split}.bin", 10 * n, None) for n, split in enumerate(splits, 1)]
+    monkeypatch.setattr(pretokenized, "look_up", lambda *_: (COMMIT, shards))
+
+    def full(folder: Path, tokens: int) -> None:
+        raise UserError(f"{tokens} tokens have no room")
+
+    for tokens, there in ((60, "f_train_2.bin"), (30, "f_val_0.bin"), (20, "f_train_1.bin")):
+        with pytest.raises(UserError, match=f"^{tokens} tokens have no room"):
+            pretokenized.fetch("some/data", tmp_path / "data", None, full)
+        (tmp_path / "data" / there).touch()
 
 
 def test_a_closed_port_is_one_line(monkeypatch, tmp_path):

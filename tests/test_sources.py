@@ -11,13 +11,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import run
+from fake_hub import FakeHub
 
 import sources
 from errors import UserError
 from shards import MANIFEST, PROGRESS, TokenStream, encoding_of, read_manifest
 from sources import batches, estimated_tokens, find_source
-from tests.conftest import run
-from tests.fake_hub import FakeHub
 
 TEXTS = ["The first.\n", "zweiter Text, größer — 日本語 🙂", "", "fourth\r\nwith\tall  kinds \n\n"]
 
@@ -404,6 +404,19 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, on_hub):
     for (name, complaint), line in list(zip(names.items(), lines))[2:]:
         assert line.startswith(f"--source {name}: ")
         assert complaint in line.removeprefix(f"--source {name}: ")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("card", [True, False])  # looked at first, if there is one
+def test_a_gated_dataset_is_said_to_be_gated(hub, on_hub, tmp_path, status, card):
+    hub.name, hub.gated = "some/data", status
+    hub.commits = {NEW: {"data/train.parquet": parquet(["a"])}}
+    if card:
+        hub.commits[NEW]["README.md"] = b"---\n---\n"
+    error = on_hub(hub, "prepare_fineweb.py", "--source", hub.name, "--out", tmp_path / "o").error()
+    assert "some/data" in error
+    assert "is gated: accept its terms on the Hub" in error
+    assert "no such file" not in error
 
 
 def test_a_hub_that_cannot_be_reached_is_refused_in_one_line(monkeypatch, tmp_path):

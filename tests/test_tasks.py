@@ -338,8 +338,8 @@ def test_questions_that_were_fetched_before_need_no_network(on_hub, hub, monkeyp
 
 
 def test_questions_that_the_hub_does_not_give_are_one_line(on_hub, hub):
-    hub.gated = 403
-    assert "Rowan/hellaswag can't be had from the Hub" in on_hub(hub, *EVALUATE).error()
+    for hub.gated in (401, 403):
+        assert "Rowan/hellaswag is gated: accept its terms" in on_hub(hub, *EVALUATE).error()
     hub.name = "somebody/else"
     assert "Rowan/hellaswag can't be had from the Hub" in on_hub(hub, *EVALUATE).error()
 
