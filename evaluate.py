@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 import sys
 from pathlib import Path
 
 from config import EXAMINATIONS, task_names
-from errors import Parser, UserError, positive, run_script
+from errors import Parser, UserError, one_line, positive, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,17 +58,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises UserError for what doesn't go together, and for an --output that can't be a file."""
-    names, output = asked(arguments), arguments.output
+    names = asked(arguments)
     if not names:
         raise UserError("--tasks is empty: no task is named")
     if arguments.file and (len(names) != 1 or names == ["val"]):
         raise UserError(f"--file holds one examination's questions, --tasks is {arguments.tasks}")
     if arguments.stride and not any(name.startswith("wikitext") for name in names):
         raise UserError(f"--stride is wikitext's, --tasks is {arguments.tasks}")
-    if output and not os.path.isdir(output.parent):
-        raise UserError(f"--output {output}: there is no folder {output.parent}")
-    if output and os.path.isdir(output):
-        raise UserError(f"--output {output} is a folder, expected the name of a file")
+    if arguments.output:
+        check_output(arguments.output)
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError for a name that no file can have, or that something else has."""
+    named = f"--output {str(output)!r:.300}"
+    if not os.path.isdir(output.parent):
+        raise UserError(f"{named}: there is no folder {str(output.parent)!r:.300}")
+    try:
+        mode = os.stat(output).st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{named}: {one_line(error)}") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{named} is a folder or a device, expected the name of a file")
 
 
 def asked(arguments: argparse.Namespace) -> list[str]:
@@ -97,6 +111,7 @@ from scoring import Estimate, Scorer, evaluating, validate
 from shards import TokenStream
 from tasks import Questions, load_questions
 from tokenizer import token_byte_lengths
+from writing import check_can_write, write_atomically
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
 TIMEOUT = 600  # seconds that ranks wait for one another
@@ -212,13 +227,16 @@ def write_report(
         "results": results,
     }
     try:
-        arguments.output.write_text(json.dumps(strict(report), indent=1) + "\n", encoding="utf-8")
+        write_atomically(arguments.output, json.dumps(strict(report), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"can't write {arguments.output}: {error.strerror}") from error
 
 
 def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Have all data ready, then measure task by task, and tell what was found."""
+    with ranks.together():
+        if arguments.output and ranks.is_first:
+            check_can_write(arguments.output)
     checkpoint = ranks.in_turn(lambda: find_model(arguments.checkpoint))
     model = checkpoint.make_model()
     scorer = Scorer(model.to(ranks.device), checkpoint.encoding(), ranks)

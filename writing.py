@@ -25,13 +25,29 @@ LOCK = "lock"  # names the process that is at work in a folder
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by new text, so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.unlink(missing_ok=True)
+    temporary = _partial(path)
     with temporary.open("x", encoding="utf-8") as file:  # "w" would follow a planted link
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def check_can_write(path: Path) -> None:
+    """See that `write_atomically` can begin, ahead of long work. Raises UserError if it can't."""
+    try:
+        temporary = _partial(path)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it gets its name; what an earlier write left there goes."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.unlink(missing_ok=True)
+    return temporary
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -138,11 +139,44 @@ def test_wrong_input_is_one_line(call, tmp_path):
         *kept, "--tasks", "lambada", "--file", ITEMS / "wikitext.jsonl"
     )
     nowhere = complaint(*examine("lambada", "--output", tmp_path / "no" / "found.json"))
-    assert f"there is no folder {tmp_path / 'no'}" in nowhere
-    (tmp_path / "folder").mkdir()
-    folder = complaint("--checkpoint", tmp_path, "--output", tmp_path / "folder")
-    assert f"--output {tmp_path / 'folder'} is a folder" in folder  # before it looks for the model
+    assert f"there is no folder '{tmp_path / 'no'}'" in nowhere
     assert "is no checkpoint" in complaint("--checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("folder", "is a folder or a device"),
+        ("/dev/full", "'/dev/full' is a folder or a device, expected the name of a file"),
+        ("a\0b", "null byte"),
+        ("a\0b/c", "there is no folder"),
+        ("a" * 300, "File name too long"),
+    ],
+)
+def test_a_report_that_cannot_be_a_file_is_one_line_before_a_model_is_looked_for(
+    call, tmp_path, name, complaint
+):
+    (tmp_path / "folder").mkdir()
+    error = call("evaluate", "--checkpoint", tmp_path, "--output", tmp_path / name).error()
+    assert error.startswith("error: --output ")
+    assert complaint in error
+
+
+def test_a_report_that_cannot_be_written_is_one_line_before_anything_is_measured(call, tmp_path):
+    output = tmp_path / ("a" * 250)  # a name of 255 bytes is the longest, and .partial comes after
+    result = call("evaluate", *examine("lambada", "--output", output))
+    assert f"can't write {output}: File name too long" in result.error()
+    assert result.out == ""
+
+
+def test_a_report_takes_the_place_of_an_old_one_when_it_is_whole(call, tmp_path):
+    output, old = tmp_path / "found.json", tmp_path / "old.json"
+    output.write_text("old")
+    os.link(output, old)  # another name of what is there now
+    assert call("evaluate", *examine("lambada", "--output", output)).status == 0
+    assert json.loads(output.read_text())["results"]
+    assert old.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"found.json", "old.json"}
 
 
 def test_a_model_from_elsewhere_has_to_be_told_its_text(call, trained, shards, tmp_path):
