@@ -107,7 +107,7 @@ from checkpoint import Checkpoint
 from distributed import Ranks, device_name, process_group
 from huggingface import find_model
 from records import strict
-from scoring import Estimate, Scorer, evaluating, validate
+from scoring import Estimate, Scorer, evaluating, validate, window_losses
 from shards import TokenStream
 from tasks import Questions, load_questions
 from tokenizer import token_byte_lengths
@@ -142,7 +142,7 @@ def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer) -> Found:
     """The loss on validation shards."""
     model, encoding = scorer.model, scorer.encoding
     result = validate(
-        model,
+        partial(window_losses, model),
         stream,
         model.config.block_size,
         batch_size=16,

@@ -141,24 +141,46 @@ def validate(
 ) -> Validation:
     """The mean loss on the stream's first windows, up to `max_tokens`, shared out over the ranks.
 
-    `loss_of(inputs, targets)`, each (B, T), gives a mean loss; `byte_lengths` (V,) says how many
-    bytes each id stands for. Raises BrokenOff on all ranks if one was asked to stop.
+    `loss_of(inputs, targets)`, each (B, T), gives the mean loss of each window (B,), or one for all
+    of them (), and then the estimate's error means nothing. `byte_lengths` (V,) says how many bytes
+    each id stands for. Raises BrokenOff on all ranks if one was asked to stop.
     """
     count = min(stream.num_windows(block_size), max(1, max_tokens // block_size))
     batches = [range(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
-    table = torch.zeros(len(batches), 3, dtype=torch.float64)  # nats, tokens, bytes
+    table = torch.zeros(count, 3, dtype=torch.float64)  # nats, tokens, bytes of each window
     mine = range(ranks.rank, len(batches), ranks.world_size)
     bar = tqdm(mine, desc="val", leave=False, disable=not ranks.is_first)
     for number in unless_asked_to_stop(bar, ranks, asked_to_stop):
         inputs, targets = load_windows(stream, batches[number], block_size)
+        rows = table[batches[number].start : batches[number].stop]  # (B, 3)
+        losses = loss_of(inputs.to(ranks.device), targets.to(ranks.device))
+        rows[:, 0] = losses.cpu().double() * block_size
+        rows[:, 1] = block_size
         if byte_lengths is not None:
-            table[number, 2] = int(byte_lengths[targets.numpy()].sum())
-        loss = loss_of(inputs.to(ranks.device), targets.to(ranks.device))
-        table[number, 0] = loss.item() * targets.numel()
-        table[number, 1] = targets.numel()
+            rows[:, 2] = torch.from_numpy(byte_lengths[targets.numpy()].sum(axis=1))
     nats, tokens, text_bytes = ranks.merge(table).unbind(dim=1)
     estimate = Estimate.of(nats.tolist(), tokens.tolist())
     return Validation(estimate, int(tokens.sum()), int(text_bytes.sum()) or None)
+
+
+def window_losses(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss of each window, in nats, (B,) of inputs and targets (B, T)."""
+    hidden = model.hidden_states(inputs).flatten(0, 1)  # (B·T, C)
+    logs, _ = log_probabilities(model, hidden, targets.flatten())
+    return -logs.view_as(targets).mean(dim=1)
+
+
+def log_probabilities(model: GPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) in nats, float32 (N), and whether none was likelier, bool (N).
+
+    hidden (N, C), targets (N).
+    """
+    logs, hits = [], []
+    for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS)):
+        logits = model.logits(rows).float()  # (≤ ROWS, V)
+        hits.append(logits.argmax(dim=-1) == wanted)
+        logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None]).squeeze(1))
+    return torch.cat(logs), torch.cat(hits)
 
 
 # A few tokens after others
@@ -246,12 +268,8 @@ class Scorer:
         targets = torch.tensor([id for r in batch for id in r.ids[-r.guessed :]])  # (N)
         hidden = self.model.hidden_states(ids.to(device))  # (n, T, C)
         chosen = hidden[owners.to(device), columns.to(device)]  # (N, C)
-        logs, hits = [], []
-        for rows, wanted in zip(chosen.split(ROWS), targets.to(device).split(ROWS)):
-            logits = self.model.logits(rows).float()  # (≤ ROWS, V)
-            hits.append(logits.argmax(dim=-1) == wanted)
-            logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None]).squeeze(1))
+        logs, hits = log_probabilities(self.model, chosen, targets.to(device))
         sums, missed = torch.zeros(2, len(batch), dtype=torch.float64)
-        sums.index_add_(0, owners, torch.cat(logs).cpu().double())
-        missed.index_add_(0, owners, (~torch.cat(hits)).cpu().double())
+        sums.index_add_(0, owners, logs.cpu().double())
+        missed.index_add_(0, owners, (~hits).cpu().double())
         return torch.stack((sums, (missed == 0).double()), dim=1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import statistics
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from conftest import ROOT, Result, ranks, run
 from safetensors.torch import load_file, save_file
 
 import evaluate
-from checkpoint import MODEL
+from checkpoint import MODEL, find_checkpoint
 from distributed import Ranks
 from scoring import validate
 from shards import TokenStream, shard_header
@@ -78,6 +80,27 @@ def test_a_perplexity_beyond_all_floats_is_inf_here_and_null_in_the_report(call,
     (found,) = json.loads(output.read_text(), parse_constant=refuse)["results"]
     assert found["metrics"]["perplexity"] == {"value": None, "error": None}
     assert found["metrics"]["acc"]["value"] is not None
+
+
+def test_the_error_of_val_is_that_of_its_windows(call, trained, shards, tmp_path):
+    """It was that of batches of 16: too rough, and none where all windows are in one."""
+    output, block_size = tmp_path / "found.json", 32
+    stream, model = TokenStream(shards, "val"), find_checkpoint(str(trained)).make_model().eval()
+    losses = []
+    for at in range(0, 576, block_size):
+        ids = torch.from_numpy(stream.read(at, block_size + 1).astype(np.int64))[None]
+        with torch.no_grad():
+            losses.append(model(ids[:, :-1], ids[:, 1:]).item())
+    for windows in (2, 16, 18):
+        tokens = windows * block_size
+        words = ("--checkpoint", trained, "--tokens", tokens, "--output", output)
+        assert call("evaluate", *words).status == 0
+        (found,) = json.loads(output.read_text())["results"]
+        assert found["count"] == tokens
+        error = statistics.stdev(losses[:windows]) / math.sqrt(windows)
+        assert found["metrics"]["loss"]["error"] == pytest.approx(error, rel=1e-4)
+        mean = statistics.mean(losses[:windows])
+        assert found["metrics"]["loss"]["value"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_a_bar_shows_how_far_val_has_come(call, trained):
