@@ -103,6 +103,28 @@ def test_acc_norm_divides_by_characters_whatever_their_bytes(scorer, monkeypatch
     assert tasks.hellaswag_choices([row], scorer)["acc_norm"].tolist() == [1]
 
 
+def test_the_harness_tells_the_subject_and_tidies_all(scorer):
+    marked = swag(activity_label="Tea [title] Green", ctx_a="[header] Boil.", ctx_b="the CUP is")
+    harness, plain = tasks.hellaswag_requests([marked | {"endings": ["[step] a  b."] * 4}], scorer)
+    assert harness == [scorer.request("Tea. Green: Boil. The cup is", "  a b.")] * 4
+    encode = scorer.encoding.encode_ordinary
+    assert plain == [scorer.cut(encode(marked["ctx"]), encode(" [step] a  b."))] * 4
+
+
+def test_an_ending_of_marks_alone_counts_as_one_character(scorer, monkeypatch):
+    row = swag(endings=["[step]", "abc", "abc", "abc"])
+    scores = {name: np.array([-2.0, -9, -9, -9]) for name in ("hellaswag", "hellaswag, as llm.c")}
+    monkeypatch.setattr(Scorer, "score", lambda self, requests, title: (scores[title], None))
+    assert tasks.hellaswag_choices([row], scorer)["acc_norm"].tolist() == [0]
+
+
+def test_lambada_takes_what_follows_the_last_blank_for_the_word(scorer):
+    """As the harness does: `text.split(" ")[-1]`."""
+    assert tasks.lambada_requests([{"text": "one two "}], scorer) == [
+        scorer.request("one two", " ")
+    ]
+
+
 def test_lambada_asks_for_the_last_word(scorer):
     rows = [*rows_of("lambada"), {"text": "Return a list of the number"}, {"text": "word"}]
     found = tasks.lambada(rows, scorer, 0)
@@ -158,6 +180,38 @@ def test_windows_guess_every_token_once_from_as_much_as_the_context_holds(count,
     assert guessed == ids
     assert all(request.guessed == stride for request in requests[1:-1])
     assert tasks.windows(ids, -1, block_size, block_size)[:1] == requests[:1] or not count
+
+
+@pytest.mark.parametrize(
+    ("spaced", "right"),
+    [
+        ("the dogs ' day", "the dogs' day"),
+        ("well @-@ known", "well-known"),
+        ("1 @,@ 000", "1,000"),
+        ("3 @.@ 14", "3.14"),
+        ("a : b", "a: b"),
+        ("a ; b", "a; b"),
+        ("a . b", "a. b"),
+        ("a ! b", "a! b"),
+        ("a ? b", "a? b"),
+        ("a , b", "a, b"),
+        ("( a )", "(a)"),
+        ("[ a ]", "[a]"),
+        ("{ a }", "{a}"),
+        ('" a "', '"a"'),
+        ("' a '", "'a'"),
+        ("= = = = a", "==== a"),
+        ("= = = a", "=== a"),
+        ("= = a", "== a"),
+        ("20 ° C", "20°C"),
+        ("a \nb", "a\nb"),
+        ("a\n b", "a\nb"),
+        ("a N b", "a 1 b"),
+        ("It 's", "It's"),
+    ],
+)
+def test_each_rule_of_joining_puts_one_thing_right(spaced, right):
+    assert tasks.joined(spaced) == right
 
 
 def test_texts_are_put_right():
