@@ -26,6 +26,8 @@ from pathlib import Path
 from config import EXAMINATIONS, task_names
 from errors import Parser, UserError, one_line, positive, run_script
 
+TOKENS = 10_485_760  # of the validation split: 20 of llm.c's batches of 524,288
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -41,8 +43,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--tokens",
         type=positive,
-        default=10_485_760,
-        help="val: how many, from the start (10,485,760)",
+        default=TOKENS,
+        help=f"val: how many, from the start ({TOKENS:,})",
     )
     add("--file", type=Path, help="questions of the one task asked for (the Hub's dataset)")
     add("--stride", type=positive, help="wikitext: tokens between windows (the whole context)")
@@ -65,6 +67,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(f"--file holds one examination's questions, --tasks is {arguments.tasks}")
     if arguments.stride and not any(name.startswith("wikitext") for name in names):
         raise UserError(f"--stride is wikitext's, --tasks is {arguments.tasks}")
+    for option, given in (("data", arguments.data), ("tokens", arguments.tokens != TOKENS)):
+        if given and "val" not in names:
+            raise UserError(f"--{option} is val's, --tasks is {arguments.tasks}")
     if arguments.output:
         check_output(arguments.output)
 

@@ -90,7 +90,14 @@ def find_model(name: str) -> Checkpoint:
 
     Raises UserError if there is none.
     """
-    return find_checkpoint(str(cached(name)) if is_hub_name(name) else name)
+    if not is_hub_name(name):
+        return find_checkpoint(name)
+    folder = cached(name)
+    try:
+        return find_checkpoint(str(folder))
+    except UserError as error:
+        way_out = f"delete the folder {folder}: {name} is converted again then"
+        raise UserError(f"{error}; {way_out}") from error
 
 
 def is_hub_name(name: str) -> bool:
@@ -121,7 +128,10 @@ def download(name: str) -> Path:
         check_gated(repository, error)
         if isinstance(error, RepositoryNotFoundError):
             raise UserError(f"{name}: neither a checkpoint here nor a model on the Hub") from error
-        raise UserError(f"{repository} can't be had from the Hub: {one_line(error)}") from error
+        raise UserError(
+            f"there is no folder {name} here, and {repository} can't be had from the Hub: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def cached(name: str) -> Path:

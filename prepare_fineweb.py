@@ -29,6 +29,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Turn text into token shards for train.py.",
         epilog="A run that was interrupted goes on where it stopped: give the same command again.",
     )
+    add_what(parser)
+    add_how_much(parser)
+    workers = min(8, os.cpu_count() or 1)  # about 140 MB each
+    parser.add_argument(
+        "--workers", type=positive, default=workers, help="processes (one per core, at most 8)"
+    )
+    return parser.parse_args(arguments)
+
+
+def add_what(parser: argparse.ArgumentParser) -> None:
+    """The options that name what is read and written."""
     add = parser.add_argument
     add(
         "--source",
@@ -44,7 +55,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="gpt2",
         help="gpt2 (the default), a vocabulary FILE, or bpe:N to learn one of N tokens here",
     )
-    hundred_million = 100_000_000
+    add(
+        "--pretokenized",
+        nargs="?",
+        const="kjj0/fineweb10B-gpt2",
+        metavar="OWNER/DATASET",
+        help="fetch shards that are GPT-2's tokens already, as many as hold --max-tokens "
+        "(kjj0/fineweb10B-gpt2, from FineWeb)",
+    )
+
+
+def add_how_much(parser: argparse.ArgumentParser) -> None:
+    """The options that count tokens."""
+    add, hundred_million = parser.add_argument, 100_000_000
     add(
         "--shard-tokens",
         type=positive,
@@ -58,17 +81,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="tokens for validation, from the source's beginning (100,000,000)",
     )
     add("--max-tokens", type=positive, help="stop after so many tokens (all)")
-    add(
-        "--pretokenized",
-        nargs="?",
-        const="kjj0/fineweb10B-gpt2",
-        metavar="OWNER/DATASET",
-        help="fetch shards that are GPT-2's tokens already, as many as hold --max-tokens "
-        "(kjj0/fineweb10B-gpt2, from FineWeb)",
-    )
-    workers = min(8, os.cpu_count() or 1)  # about 140 MB each
-    add("--workers", type=positive, default=workers, help="processes (one per core, at most 8)")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -402,10 +414,13 @@ def finish(source: Source, progress: Progress, arguments: argparse.Namespace) ->
 
 def fetch(arguments: argparse.Namespace) -> Manifest:
     """Fetch shards that are tokens already. Raises UserError for what asks to make some."""
-    if (arguments.source, arguments.tokenizer) != ("fineweb-edu", "gpt2"):
+    usual = parse_arguments(["--out", "."])
+    names = ("source", "tokenizer", "shard_tokens", "val_tokens", "workers")
+    given = [name for name in names if getattr(arguments, name) != getattr(usual, name)]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UserError(
-            "--pretokenized fetches shards as they are, of GPT-2's vocabulary: leave --source and "
-            "--tokenizer out"
+            f"--pretokenized fetches shards as they are, of GPT-2's vocabulary: leave {options} out"
         )
     return pretokenized.fetch(
         arguments.pretokenized, arguments.out, arguments.max_tokens, check_disk

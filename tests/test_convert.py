@@ -589,9 +589,22 @@ def test_without_a_network_what_was_fetched_before_still_works(hub, on_hub, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert sampled(on_hub, hub).out == first.out
     assert "can't be had from the Hub" in sampled(on_hub, hub, "gpt2-medium").error()
+    error = sampled(on_hub, hub, "outt/demo").error()  # a typo, most likely
+    assert "there is no folder outt/demo here, and outt/demo can't be had from the Hub" in error
     monkeypatch.delenv("HF_HUB_OFFLINE")
     hub.name = "somebody/else"  # reached, but it has nothing
     assert sampled(on_hub, hub, "gpt2-medium").status == 2
+
+
+def test_a_damaged_conversion_in_the_cache_is_named_with_its_folder(hub, on_hub):
+    assert sampled(on_hub, hub).status == 0
+    (kept,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(MODEL)
+    kept.write_bytes(b"damaged")
+    error = sampled(on_hub, hub).error()
+    assert f"{MODEL} is damaged" in error
+    assert f"delete the folder {kept.parent}: gpt2 is converted again then" in error
+    shutil.rmtree(kept.parent)
+    assert sampled(on_hub, hub).status == 0
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(hub, on_hub, tmp_path, monkeypatch):

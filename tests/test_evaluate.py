@@ -158,6 +158,9 @@ def test_wrong_input_is_one_line(call, tmp_path):
     both = complaint(*kept, "--tasks", "lambada,hellaswag", "--file", ITEMS / "lambada.jsonl")
     assert "--file holds one examination's questions" in both
     assert "can't read" in complaint(*kept, "--tasks", "lambada", "--file", tmp_path / "none")
+    for option in (("--data", tmp_path), ("--tokens", 512)):
+        error = complaint(*kept, "--tasks", "lambada", *option)
+        assert f"{option[0]} is val's, --tasks is lambada" in error
     assert "'text' is None" in complaint(
         *kept, "--tasks", "lambada", "--file", ITEMS / "wikitext.jsonl"
     )

@@ -88,7 +88,11 @@ def test_what_is_no_shard_is_one_line(fetch, hub, tmp_path):
 
 def test_what_cannot_be_is_one_line(fetch, hub):
     assert "the validation shard alone has 100" in fetch("--max-tokens", 100).error()
-    assert "leave --source and --tokenizer out" in fetch("--tokenizer", "bpe:300").error()
+    assert "leave --tokenizer out" in fetch("--tokenizer", "bpe:300").error()
+    options = ("--source", "fineweb", "--val-tokens", 9, "--shard-tokens", 9, "--workers", 99)
+    for name, value in zip(options[::2], options[1::2]):
+        assert f"of GPT-2's vocabulary: leave {name} out" in fetch(name, value).error()
+    assert "leave --source, --shard-tokens, --val-tokens, --workers out" in fetch(*options).error()
     assert "nobody/nothing can't be had from the Hub" in fetch("nobody/nothing").error()
     hub.commits[COMMIT].pop("fineweb_val_000000.bin")
     assert "holds no shards in llm.c's layout" in fetch().error()
