@@ -17,12 +17,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, Result
+from conftest import ROOT, Result, run
 from test_pretokenized import published
+from test_tasks import hellaswag_hub
 
 from config import Config, load_config
 from metrics import estimated_memory
 from model import GPT, GPTConfig
+from tokenizer import gpt2_encoding
 from visuals import KEPT, diagrams
 from visuals.story import attention_rows, chapters, load_story
 
@@ -162,9 +164,11 @@ def processes(torchrun: list[str]) -> int:
 
 
 def quick() -> list[str]:
-    """The commands that need only a model; tests/test_sample.py talks with the interactive one."""
+    """The commands that need only a model. The interactive one: tests/test_sample.py; the others
+    that are left out are tried further down.
+    """
     scripts = ("sample.py", "python -m visuals", "evaluate.py")
-    more = ("--interactive", "--checkpoint gpt2", "--data ", "out/and_back")  # tried further down
+    more = ("--interactive", "--checkpoint gpt2", "--data ", "out/and_back", "torchrun")
     return [
         command
         for command in commands()
@@ -309,9 +313,44 @@ def test_the_story_is_what_the_kept_model_says(chapter):
     check_shown(f"{chapters(load_story())[chapter]}\n")
 
 
+def test_what_several_processes_find_is_kept_as_shown(tmp_path):
+    (command,) = (c for c in commands() if c.startswith("torchrun") and "--output" in c)
+    words = shlex.split(command)
+    words[-1] = str(tmp_path / "found.json")
+    result = run("-m", "torch.distributed.run", *words[1:])
+    assert result.status == 0, result.err
+    (shown,) = (json.loads(block) for language, block in BLOCKS if language == "json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    for own in ("date", "torch"):
+        assert shown.pop(own)
+        del found[own]
+    found["hardware"] = shown["hardware"]  # a GPU, if there is one
+    (ours,), (theirs,) = shown.pop("results"), found.pop("results")
+    assert shown == found
+    for name, metric in ours.pop("metrics").items():
+        assert metric == pytest.approx(theirs["metrics"][name], rel=1e-4), name
+    del theirs["metrics"]
+    assert ours == theirs
+
+
+def test_a_run_tells_of_its_examinations_as_shown(on_hub, shards, tmp_path):
+    """Numbers aside: a run of three steps instead of 1,500."""
+    (command,) = (c for c in commands() if "--log.eval_tasks " in c)
+    few = ("--log.eval_tasks_every", 1, "--train.max_steps", 3, "--train.device", "cpu")
+    own = ("--data.dir", shards, "--train.out", tmp_path / "run", *few)
+    result = on_hub(hellaswag_hub(), *shlex.split(command)[1:], *own)
+    assert result.status == 0, result.err
+    told = [line for line in result.err.splitlines() if ": hellaswag acc" in line]
+    (shown,) = (block for _, block in BLOCKS if ": hellaswag acc" in block)
+    kinds = [re.sub(r"[\d.,]+(?: ± [\d.]+)?,?", "#", line) for line in (*told, *shown.splitlines())]
+    assert len(kinds) == 6
+    assert len(set(kinds)) == 1
+
+
 def test_the_examinations_are_shown_as_they_are_told(call, monkeypatch):
     monkeypatch.chdir(ROOT)
-    asked = [c for c in commands() if "--checkpoint visuals/model --tasks" in c]
+    kept = "python evaluate.py --checkpoint visuals/model --tasks"
+    asked = [command for command in commands() if command.startswith(kept)]
     check_shown("".join(call("evaluate", *shlex.split(command)[2:]).out for command in asked))
 
 
@@ -675,6 +714,16 @@ def test_the_length_is_that_of_one_long_sitting():
     text = re.sub(not_read, "", TEXT, flags=re.MULTILINE)
     words = [word for word in text.split() if re.search(r"\w", word)]  # a table's bar is none
     assert 5_000 <= len(words) <= 7_000
+
+
+def test_the_epochs_of_fine_tuning_are_those_that_its_config_tells():
+    path = ROOT / "configs" / "finetune.toml"
+    told, settings = path.read_text(encoding="utf-8"), load_config([str(path)]).train
+    tokens = len(gpt2_encoding().encode_ordinary(README)) - 2000  # --val-tokens
+    epochs = settings.max_steps * settings.tokens_per_step / tokens
+    assert epochs == pytest.approx(150, rel=0.07) and "# 150 epochs;" in told
+    fewer = re.search(r"tokens_per_step (\d+) --train.max_steps (\d+) make four", told)
+    assert int(fewer[1]) * int(fewer[2]) / tokens == pytest.approx(4, rel=0.1)
 
 
 def test_the_plan_for_more_gpus_is_what_bench_prints(call):

@@ -333,11 +333,15 @@ VALIDATION, TRAIN = (f"data/{split}-00000-of-00001.parquet" for split in ("valid
 LONG = [swag(endings=["a", "b", "c", "d"]), swag(endings=["a", "b", "c", "d " * 200])]
 
 
-@pytest.fixture
-def hub() -> FakeHub:
+def hellaswag_hub() -> FakeHub:
     """HellaSwag's dataset: its files by split, as on the Hub."""
     files = {name: parquet("hellaswag") for name in (VALIDATION, TRAIN)}
     return FakeHub("Rowan/hellaswag", {COMMIT: {**files, "README.md": b"---\n---\n"}})
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    return hellaswag_hub()
 
 
 WIKITEXT = "wikitext_document_level"
