@@ -308,7 +308,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
     """
     if (folder / TOKENIZER_CONFIG).exists():  # its word counts more than that of tokenizer.json
         told = read_object(folder / TOKENIZER_CONFIG)
-        check_settings(told, {"add_prefix_space": (False,)}, f"{folder / TOKENIZER_CONFIG}")
+        check_settings(told, {"add_prefix_space": (False, None)}, f"{folder / TOKENIZER_CONFIG}")
     found, merges = {}, {}
     if (folder / VOCAB).exists():
         found[VOCAB] = tokens_of(read_object(folder / VOCAB), vocab_size, folder / VOCAB)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from shards import check_contents, open_shard
-from writing import ShardWriter, locked, write_atomically
+from writing import ShardWriter, check_can_write, locked, write_atomically
 
 
 @settings(max_examples=60, deadline=None)
@@ -125,3 +125,14 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
         with locked(folder):
             pass
     assert victim.read_text() == "precious"
+
+
+def test_that_a_write_can_begin_is_found_out_without_a_trace(tmp_path):
+    (tmp_path / "outside").write_text("kept")
+    (tmp_path / "a.partial").symlink_to(tmp_path / "outside")  # planted, or left by a crash
+    check_can_write(tmp_path / "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"outside"}
+    assert (tmp_path / "outside").read_text() == "kept"
+    for path in (tmp_path / ("a" * 250), tmp_path / "none" / "a", tmp_path / "outside" / "a"):
+        with pytest.raises(UserError, match=f"can't write {path}: "):
+            check_can_write(path)
