@@ -97,7 +97,7 @@ class KVCache:
         self.capacity = min(config.block_size, -(-tokens // 128) * 128)
         self.length = 0  # tokens stored in every layer
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # the same, on the device
-        self.slots = torch.arange(self.capacity, device=device)  # (capacity)
+        self.slots = torch.arange(self.capacity, device=device)  # (slots)
         head_size = config.n_embd // config.n_head
         shape = (batch_size, config.n_head, self.capacity, head_size)
         self.layers = [LayerCache(shape, self.position, dtype) for _ in range(config.n_layer)]
