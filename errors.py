@@ -11,9 +11,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 
 class UserError(Exception):
@@ -27,6 +28,39 @@ class Stopped(Exception):
         """`number` is the signal's; the exit status is 128 more, as shells have it."""
         super().__init__(message)
         self.status = 128 + number
+
+
+class Expendable:
+    """A stream of text for a script that goes on without a reader.
+
+    `tee` ends on the Ctrl-C that was meant for the script, `head` after ten lines, a terminal with
+    its connection. What is written from then on is lost, and nothing else.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream does, as long as somebody is there."""
+        with self._let_go():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As `write`."""
+        with self._let_go():
+            self.stream.flush()
+
+    @contextmanager
+    def _let_go(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # a broken pipe, or no terminal
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -121,13 +155,13 @@ def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: 
         main(*arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {where}{error}", file=sys.stderr)
+        print(f"error: {where}{error}", file=Expendable(sys.stderr))
         return 2
     except Stopped as stopped:
-        print(f"{where}{stopped}", file=sys.stderr)
+        print(f"{where}{stopped}", file=Expendable(sys.stderr))
         return stopped.status
     except KeyboardInterrupt:
-        print(f"{where}interrupted", file=sys.stderr)
+        print(f"{where}interrupted", file=Expendable(sys.stderr))
         return 130
     except BrokenPipeError:  # whoever read our output is gone, as `head` goes after ten lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 
 from config import Config, load_config, task_names
-from errors import Stopped, UserError, run_script
+from errors import Expendable, Stopped, UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     CONFIG = load_config()
@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -621,7 +621,11 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
 
 def train(config: Config) -> None:
     """Train as `config` says, together with the other processes if torchrun started several."""
-    with process_group(config.train.device, config.train.timeout_seconds) as ranks:
+    with (
+        redirect_stdout(Expendable(sys.stdout)),
+        redirect_stderr(Expendable(sys.stderr)),
+        process_group(config.train.device, config.train.timeout_seconds) as ranks,
+    ):
         if config.train.reduction == "canonical":
             torch.set_num_threads(1)  # of a CPU; more of them add up in another order
         with memory_errors("the model and its optimizer don't fit; make the model smaller"):

@@ -223,6 +223,38 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_up_fo
     assert weights_of(out) == weights_of(alone)
 
 
+@pytest.mark.parametrize(("then", "status"), [("SIGINT", 130), ("nothing", 0)])
+def test_a_run_whose_reader_has_gone_goes_on_and_stops_only_as_asked(
+    tiny, shards, alone, tmp_path, monkeypatch, then, status
+):
+    """`train.py … 2>&1 | tee log`: Ctrl-C ends tee as well. `head` goes by itself."""
+    monkeypatch.setenv("FAULT", "slow")
+    monkeypatch.setenv("AT", "8")
+    out, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.DEVNULL) as reader:
+        job = without_torchrun(1, [str(word) for word in words], pipe)
+        try:
+            until(lambda: steps_told(out) >= 3, job)
+            reader.send_signal(signal.SIGINT)
+            reader.wait()
+            if then == "SIGINT":
+                os.kill(job.workers()[0], signal.SIGINT)
+            until(lambda: False, job)
+        finally:
+            reader.kill()
+            job.kill_all()
+    assert job.status() == status
+    monkeypatch.setenv("FAULT", "none")
+    if then == "SIGINT":
+        (saved,) = (out / "checkpoints").iterdir()
+        assert saved.name == f"step_{len(lines_of(out, 'train')):06d}"
+        assert run(*words).status == 0
+    assert lines_of(out) == lines_of(alone)
+    assert weights_of(out) == weights_of(alone)
+
+
 # Bad numbers
 
 
