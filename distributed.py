@@ -359,7 +359,9 @@ def _begin_roll_call(ranks: Ranks, attempt: str, timeout_seconds: int) -> RollCa
     A connection is busy while somebody waits for a key.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.PrefixStore(f"{attempt} roll call", dist.TCPStore(host, port, is_master=False))
+    timeout = timedelta(seconds=timeout_seconds + GRACE)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f"{attempt} roll call", store)
     roll_call = RollCall(store, ranks.rank, ranks.world_size, timeout_seconds)
     ranks.wait_for_all()  # so that it finds all of them there
     roll_call.watch()

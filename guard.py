@@ -7,6 +7,7 @@ step, and nobody waits for it. And a rank that stands still is noticed by the ot
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import sys
@@ -27,7 +28,9 @@ from errors import Stopped, UserError
 # together, as a terminal does on Ctrl-C, and torchrun then hands the signal on to its workers.
 ECHO_SECONDS = 2
 
-RANK_0_IS_GONE = "rank 0 has ended, or its machine can't be reached"  # and the store with it
+# The store is torchrun's, or else rank 0's, and on that machine.
+STORE_IS_GONE = "torchrun or rank 0 has ended, or its machine can't be reached"
+ANSWER_SECONDS = 10  # that the store has for an answer; fewer than distributed.GRACE
 
 WINDOW = 128  # steps whose gradient norms a spike is told from
 
@@ -183,7 +186,7 @@ class RollCall:
                 return None
             return f"{self.store.get('failed').decode()} can't go on, see there"
         except RuntimeError:
-            return RANK_0_IS_GONE
+            return STORE_IS_GONE
 
     def _tell(self) -> None:
         self.store.set(str(self.rank), f"{self.arrived[0]} {socket.gethostname()}")
@@ -202,10 +205,9 @@ class RollCall:
         waited = time.monotonic() - since
         if waited <= self.timeout_seconds:
             return None
-        try:
-            told = [self.store.get(str(rank)).decode().split() for rank in range(self.world_size)]
-        except RuntimeError:
-            return RANK_0_IS_GONE
+        told = self._told()
+        if told is None:
+            return STORE_IS_GONE
         missing = [
             f"rank {rank} on {host}"
             for rank, (theirs, host) in enumerate(told)
@@ -217,6 +219,27 @@ class RollCall:
             f"{', '.join(missing)} kept the others waiting for {waited:.0f} s "
             "(train.timeout_seconds): see to it, then give the same command again"
         )
+
+    def _told(self) -> list[list[str]] | None:
+        """What each rank has told last: [how often it came, host]; None if there is no answer.
+
+        The store's own timeout doesn't help: after it, a request waits for the store to confirm
+        that it has been called off. So it is made by a thread that can be left to wait.
+        """
+        answers: queue.SimpleQueue[list[list[str]] | None] = queue.SimpleQueue()
+
+        def ask() -> None:
+            ranks = range(self.world_size)
+            try:
+                answers.put([self.store.get(str(rank)).decode().split() for rank in ranks])
+            except RuntimeError:
+                answers.put(None)
+
+        threading.Thread(target=ask, daemon=True, name="question").start()
+        try:
+            return answers.get(timeout=ANSWER_SECONDS)
+        except queue.Empty:
+            return None
 
     def _watch(self) -> None:
         while not self.closed.wait(min(1.0, self.timeout_seconds / 4)):

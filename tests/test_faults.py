@@ -29,6 +29,8 @@ from soak import (
 from test_checkpoint import rewrite_meta
 from torch.testing import assert_close
 
+from guard import STORE_IS_GONE
+
 CANONICAL = ("--train.reduction", "canonical")
 
 
@@ -335,7 +337,7 @@ def test_when_one_rank_cannot_go_on_the_other_says_so_in_one_line(
     assert (results[rank].status, last in results[rank].err) == (status, True)
     host, error = socket.gethostname(), results[1 - rank].error()
     reasons = [f"rank {rank} on {host} can't go on, see there"]
-    reasons += ["rank 0 has ended, or its machine can't be reached"] * (rank == 0)  # store and all
+    reasons += [STORE_IS_GONE] * (rank == 0)  # store and all
     assert error in [f"error: [rank {1 - rank} on {host}] {reason}" for reason in reasons]
 
 
@@ -450,6 +452,35 @@ def in_namespaces() -> Iterator[list[Host]]:
     finally:
         for name in names:
             ip("netns", "delete", name)
+
+
+def test_both_sides_of_a_cut_cable_end_and_say_why(tiny, shards, tmp_path, monkeypatch):
+    """Nobody tells rank 1 that its connections lead nowhere: no answer has to be one, too."""
+    for name, value in {"FAULT": "slow", "AT": "40", "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    out, logs = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
+    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out]
+    words = [str(word) for word in (*words, "--train.timeout_seconds", 5)]
+    place = ("MASTER_ADDR=10.77.0.1", "MASTER_PORT=29401", "WORLD_SIZE=2", "LOCAL_RANK=0")
+    with in_namespaces() as hosts:
+        jobs = [
+            start_agent([], words, log, (), (*host.inside, *place, f"RANK={rank}"))
+            for rank, (host, log) in enumerate(zip(hosts, logs))
+        ]
+        try:
+            until(lambda: steps_told(out) >= 3, jobs[0])
+            cut = [*hosts[1].inside[:4], "ip", "link", "set", "cable", "down"]
+            subprocess.run(cut, check=True)
+            then = time.monotonic()
+            while None in [job.status() for job in jobs] and time.monotonic() - then < 60:
+                time.sleep(0.1)
+            assert [job.status() for job in jobs] == [1, 1]
+        finally:
+            for job in jobs:
+                job.kill_all()
+    host = socket.gethostname()
+    assert f"error: [rank 0 on {host}] rank 1 on {host} kept the others" in logs[0].read_text()
+    assert f"error: [rank 1 on {host}] {STORE_IS_GONE}\n" in logs[1].read_text()
 
 
 def two_agents(words: list[str], out: Path, hosts: list[Host]) -> tuple[int, list[str]]:

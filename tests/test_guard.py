@@ -15,7 +15,7 @@ from conftest import ROOT
 from torch.distributed import DistNetworkError, HashStore
 
 from errors import Stopped, UserError
-from guard import ECHO_SECONDS, WINDOW, RollCall, SpikeFilter, StopRequest
+from guard import ECHO_SECONDS, STORE_IS_GONE, WINDOW, RollCall, SpikeFilter, StopRequest
 
 
 def normal_norms(count: int) -> list[float]:
@@ -150,7 +150,24 @@ def test_a_store_that_is_gone_is_told():
 
     first, _ = roll_calls(LostStore())
     time.sleep(0.1)
-    assert first.complaint() == "rank 0 has ended, or its machine can't be reached"
+    assert first.complaint() == STORE_IS_GONE
+    assert STORE_IS_GONE.startswith("torchrun or rank 0 has ended")  # rank 0 may be who says it
+
+
+def test_a_store_that_does_not_answer_is_told_too(monkeypatch):
+    """As one beyond a cable that was cut: the connection stands, and nothing comes."""
+
+    class MuteStore(HashStore):
+        def get(self, key: str) -> bytes:
+            time.sleep(20)
+            return super().get(key)
+
+    monkeypatch.setattr("guard.ANSWER_SECONDS", 0.1)
+    first, _ = roll_calls(MuteStore())
+    time.sleep(0.1)
+    asked = time.monotonic()
+    assert first.complaint() == STORE_IS_GONE
+    assert time.monotonic() - asked < 10
 
 
 # Who was asked to stop, and who has failed
