@@ -36,20 +36,19 @@ WINDOW = 128  # steps whose gradient norms a spike is told from
 
 
 class StopRequest:
-    """Whether this process was asked to end: SIGTERM, as schedulers send it, or Ctrl-C.
+    """Whether this process was asked to end: SIGTERM, as schedulers send it, Ctrl-C, or SIGHUP, as
+    a terminal sends it that closes.
 
     The first request is granted after a step, with a checkpoint. The same signal once more, later
     than `ECHO_SECONDS`, is the end at once. Signals are taken by a thread: the main one may be deep
     in torch, or wait for others, and would learn of the two together.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self) -> None:
         self.number = 0  # of the signal that came
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, _nothing) for number in self.SIGNALS}
+        self.before = {number: signal.signal(number, _nothing) for number in _requests()}
         ear, self.mouth = socket.socketpair()
         self.mouth.setblocking(False)
         self.fd_before = signal.set_wakeup_fd(self.mouth.fileno())
@@ -68,9 +67,9 @@ class StopRequest:
         with ear:
             while told := ear.recv(1):
                 number, now = told[0], time.monotonic()
-                if number in self.SIGNALS and now - came.setdefault(number, now) > ECHO_SECONDS:
+                if number in self.before and now - came.setdefault(number, now) > ECHO_SECONDS:
                     os._exit(128 + number)
-                if number in self.SIGNALS and not self.number:
+                if number in self.before and not self.number:
                     self.number = number
                     print(
                         f"\n{signal.Signals(number).name}: stopping after this step; once more, "
@@ -78,6 +77,13 @@ class StopRequest:
                         file=sys.stderr,
                         flush=True,
                     )
+
+
+def _requests() -> list[signal.Signals]:
+    """The signals that ask for the end. nohup sees to it that SIGHUP is ignored: it stays so."""
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    heard = hang_up and signal.getsignal(hang_up) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([hang_up] if heard else [])]
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

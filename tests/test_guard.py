@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -56,7 +57,7 @@ def test_a_filter_goes_on_from_its_memory(at):
     assert torch.equal(again.norms, whole.norms)
 
 
-@pytest.fixture(params=["SIGTERM", "SIGINT"])
+@pytest.fixture(params=["SIGTERM", "SIGINT", "SIGHUP"])
 def asked_to_stop(request):
     """(a process that was sent a signal and has noticed, the signal)."""
     number = getattr(signal, request.param)
@@ -108,6 +109,18 @@ def test_a_signal_is_what_it_was_when_nobody_listens_any_more():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert not stop.number
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # Who keeps the others waiting
