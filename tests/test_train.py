@@ -398,7 +398,6 @@ def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
     assert (memory.norms[:4], memory.count) == ((*norms, 0), 3)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
 def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_path):
     """With the same losses as if it had been planned so long from the beginning."""
     fall = ("--optim.schedule", "linear", "--optim.decay_steps", 6, "--log.eval_every", 0)
@@ -420,6 +419,7 @@ def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_
     assert losses[1] == losses[0][6:]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
 def test_metrics_that_find_no_room_are_one_line(configure):
     trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
     with trainer.own_folder():
