@@ -34,6 +34,7 @@ from model import GPT, GPTConfig
 from records import as_record, read_json
 from shards import VOCABULARY, TokenizerRecord, find_encoding, is_there, own_file, tokenizer_of
 from tokenizer import gpt2_encoding
+from writing import sync
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
@@ -451,14 +452,3 @@ def _fingerprint(path: Path) -> dict[str, object]:
 def _checksum(content: dict[str, object]) -> str:
     """The SHA-256 of meta.json's own content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on the disk before going on."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

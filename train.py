@@ -42,7 +42,6 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
     step_name,
-    sync,
 )
 from data import BatchShape, step_windows
 from distributed import Ranks, device_name, memory_errors, process_group
@@ -56,7 +55,7 @@ from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokeniz
 from step import SAMPLE, Stepper, StepResult, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
-from writing import locked, write_atomically
+from writing import locked, sync, write_atomically
 
 SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
 FREE = ("dropout", "recompute")  # [model] settings that the weights don't depend on

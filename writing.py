@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,17 @@ from shards import PROGRESS, ShardRecord, TokenizerRecord, file_sha256, is_there
 LOCK = "lock"  # names the process that is at work in a folder
 
 
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk before going on."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by new text, so that a crash leaves the old one or the new one."""
     temporary = _partial(path)
@@ -31,6 +42,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync(path.parent)
 
 
 def check_can_write(path: Path) -> None:
@@ -85,7 +97,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            file.truncate(0)
+            with suppress(OSError):  # of a disk that has gone; whoever wrote there has said so
+                file.truncate(0)
 
 
 @dataclass

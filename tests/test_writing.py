@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import socket
@@ -76,6 +78,40 @@ def test_a_crash_while_writing_atomically_leaves_the_old_file(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_the_new_name_is_on_the_disk_too_when_a_file_was_replaced(tmp_path, monkeypatch):
+    """If the power failed, the old one would be there again, after what the new one told of."""
+    done, fsync, replace = [], os.fsync, Path.replace
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(os.fstat(descriptor).st_ino)
+
+    def note_replace(self: Path, target: Path) -> Path:
+        done.append("replaced")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    write_atomically(tmp_path / "file", "new")
+    assert done == [(tmp_path / "file").stat().st_ino, "replaced", tmp_path.stat().st_ino]
+
+
+def test_a_lock_that_cannot_be_given_back_hides_no_error(tmp_path, monkeypatch):
+    """The disk has gone: the run's own error says so, and how to go on."""
+
+    class Lost(io.FileIO):
+        def truncate(self, size: int | None = None) -> int:
+            if gone:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().truncate(size)
+
+    gone = False
+    monkeypatch.setattr("writing.open", lambda file, *_, **__: Lost(file, "rb+"), raising=False)
+    with pytest.raises(UserError, match="^the disk has gone$"), locked(tmp_path):
+        gone = True
+        raise UserError("the disk has gone")
 
 
 def test_a_lock_keeps_other_processes_out_until_its_owner_is_gone(tmp_path):
