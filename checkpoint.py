@@ -34,7 +34,7 @@ from model import GPT, GPTConfig
 from records import as_record, read_json
 from shards import VOCABULARY, TokenizerRecord, find_encoding, is_there, own_file, tokenizer_of
 from tokenizer import gpt2_encoding
-from writing import sync
+from writing import sync, write_atomically
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
@@ -219,6 +219,31 @@ def save_checkpoint(
     return final
 
 
+def add_losses(
+    path: Path,
+    val_loss: float | None,
+    best_val_loss: float | None,
+    keep: int,
+    keep_until: int = 0,
+) -> None:
+    """Tell a checkpoint of a validation that came after it was saved, then remove old ones, as
+    `save_checkpoint` would have done.
+
+    A crash leaves the old meta.json or the new one. Raises UserError if it can't be written.
+    """
+    try:
+        content = _read_meta(path)
+        del content["checksum"]
+        content |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
+        write_atomically(path / META, _with_checksum(content))
+    except OSError as error:
+        raise UserError(
+            f"can't write {path / META}: {error.strerror}; make room or mend the disk, then give "
+            "the same command again"
+        ) from error
+    _remove_old(path.parent, path, keep, keep_until)
+
+
 def check_can_save(folder: Path) -> None:
     """Make the folder of a run's checkpoints, and see that a save can begin there.
 
@@ -267,8 +292,12 @@ def write_meta(folder: Path, meta: Meta, files: tuple[str, ...]) -> None:
         "format_version": FORMAT_VERSION,
         "files": {name: _fingerprint(folder / name) for name in files},
     }
-    content["checksum"] = _checksum(content)
-    (folder / META).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / META).write_text(_with_checksum(content), encoding="utf-8")
+
+
+def _with_checksum(content: dict[str, object]) -> str:
+    """The text of a meta.json."""
+    return json.dumps(content | {"checksum": _checksum(content)}, indent=1)
 
 
 def newest_checkpoint(

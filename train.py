@@ -35,6 +35,7 @@ from checkpoint import (
     Checkpoint,
     Meta,
     ScalerMemory,
+    add_losses,
     check_can_save,
     checkpoints_in,
     holds_checkpoints,
@@ -50,6 +51,7 @@ from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
 from model import GPT, GPTConfig
 from optim import last_at_peak
+from records import strict
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
 from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
 from step import SAMPLE, Stepper, StepResult, draw_seed
@@ -274,9 +276,9 @@ class Trainer:
     # Now and then
 
     def validate(self) -> Validation:
-        """The loss on the validation split, shared out over the ranks."""
+        """The loss on the validation split, shared out over the ranks; the best is remembered."""
         with evaluating(self.stepper.wrapped):
-            return validate(
+            result = validate(
                 self.stepper.loss_of,
                 self.val_stream,
                 self.config.model.block_size,
@@ -286,6 +288,8 @@ class Trainer:
                 self.byte_lengths,
                 self._asked_to_stop,
             )
+        self.best_val_loss = min(self.best_val_loss, result.loss)
+        return result
 
     def examine(self, names: list[str], metrics: Metrics | None) -> None:
         """Put the model to those examinations, shared out over the ranks, and tell what it got."""
@@ -348,18 +352,31 @@ class Trainer:
             model=self.model.config,
             tokenizer=self.tokenizer,
             config=asdict(self.config),
-            val_loss=val_loss if math.isfinite(val_loss or 0) else None,
-            best_val_loss=self.best_val_loss if math.isfinite(self.best_val_loss) else None,
+            **self._losses(val_loss),
             scaler=ScalerMemory(**scaler) if scaler else None,
             data=self.data,
             skipped=self.skipped,
             spikes=spikes.memory() if spikes.limit else None,
         )
+        save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, **self._kept())
+
+    def _losses(self, val_loss: float | None) -> dict[str, float | None]:
+        """What a checkpoint tells of validations; what is not finite is none."""
+        return strict({"val_loss": val_loss, "best_val_loss": self.best_val_loss})
+
+    def _kept(self) -> dict[str, int]:
+        """Which checkpoints stay, as `save_checkpoint` takes it."""
         train, optim = self.config.train, self.config.optim
         # From the last checkpoint before the rate falls, another, longer run can go on.
         level = last_at_peak(optim, train.max_steps) + 1 if optim.decay_steps else 0
-        folder, keep = self.out / "checkpoints", train.keep_checkpoints
-        save_checkpoint(folder, meta, self.model, optimizer, keep, keep_until=level)
+        return {"keep": train.keep_checkpoints, "keep_until": level}
+
+    def _add_to_checkpoint(self, val_loss: float) -> None:
+        """Tell the checkpoint of the present step (rank 0) what it was saved without."""
+        with self.ranks.together():
+            if self.ranks.is_first:
+                path = self.out / "checkpoints" / step_name(self.step)
+                add_losses(path, **self._losses(val_loss), **self._kept())
 
     # The whole run
 
@@ -512,7 +529,9 @@ class Trainer:
         due, val_loss, saved = self._evaluations_due(), None, False
         try:
             if "val" in due and not stop:
-                val_loss = self._report_validation(metrics)
+                result = self.validate()
+                val_loss = result.loss
+                self._report_validation(result, metrics)
             if self._is_due(self.config.train.checkpoint_every):
                 self.save(val_loss)
                 saved = True
@@ -542,7 +561,9 @@ class Trainer:
         """
         try:
             if "val" in missing:
-                self._report_validation(metrics)
+                result = self.validate()
+                self._add_to_checkpoint(result.loss)  # first: by its line it is known to be done
+                self._report_validation(result, metrics)
             self.examine(missing, metrics)
         except BrokenOff:
             return True
@@ -583,16 +604,13 @@ class Trainer:
             f"MFU {'n/a' if mfu is None else f'{mfu:.0%}'}"
         )
 
-    def _report_validation(self, metrics: Metrics | None) -> float:
-        """Validate, tell, and remember the best; returns the loss. For all ranks to call."""
-        result = self.validate()
-        self.best_val_loss = min(self.best_val_loss, result.loss)
+    def _report_validation(self, result: Validation, metrics: Metrics | None) -> None:
+        """One line into the metrics, and one for the user."""
         if metrics:
             bits = result.bits_per_byte and result.bits_per_byte.value
             metrics.write("val", self.step, {"loss": result.loss, "bits_per_byte": bits})
             per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
             say(f"step {self.step:,}: validation loss {result.loss:.4f}{per_byte}")
-        return result.loss
 
 
 def shared_settings(config: Config) -> dict[str, dict]:

@@ -25,6 +25,8 @@ from checkpoint import (
     OPTIMIZER,
     Meta,
     ScalerMemory,
+    add_losses,
+    check_can_save,
     find_checkpoint,
     holds_checkpoints,
     newest_checkpoint,
@@ -331,6 +333,29 @@ def test_an_error_at_any_operation_of_a_save_is_told_and_harms_nothing(three_sav
         shutil.copytree(before, folder)
     assert outcomes.count("not saved") >= 12
     assert outcomes.count("saved") == 5  # 4 removals of an old one, and nothing refused
+
+
+@pytest.mark.parametrize("operation", ["unlink", "fsync", "replace"])
+def test_an_error_while_a_checkpoint_is_told_its_loss_is_told_and_harms_nothing(
+    tmp_path, monkeypatch, operation
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, refuse)
+        with pytest.raises(UserError, match="can't write .*meta.json: No space left on device"):
+            add_losses(path, 2.0, 1.0, keep=1)
+    assert read_checkpoint(path).meta.val_loss is None
+    add_losses(path, 2.0, 1.0, keep=1)
+    assert read_checkpoint(path).meta == replace(META_1, val_loss=2.0, best_val_loss=1.0)
+
+
+def test_what_is_tried_before_the_first_step_leaves_an_empty_folder(tmp_path):
+    for _ in range(2):
+        check_can_save(tmp_path / "checkpoints")
+        assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_copy_that_a_user_made_of_a_checkpoint_is_let_be(tmp_path):

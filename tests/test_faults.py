@@ -46,6 +46,15 @@ def weights_of(folder: Path, step: int = 40) -> bytes:
     return (folder / "checkpoints" / f"step_{step:06d}" / "model.safetensors").read_bytes()
 
 
+def losses_of(folder: Path) -> dict[str, tuple]:
+    """What each checkpoint tells of validations, by its name."""
+    found = {}
+    for path in (folder / "checkpoints").iterdir():
+        meta = json.loads((path / "meta.json").read_text())
+        found[path.name] = meta["val_loss"], meta["best_val_loss"]
+    return found
+
+
 @pytest.fixture
 def train(tiny, shards, monkeypatch):
     """train(out, world_size, *settings, fault=…, at=…): a run of `tiny`, perhaps with a fault."""
@@ -222,6 +231,7 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_up_fo
     monkeypatch.setenv("FAULT", "none")
     assert run(*words).status == 0
     assert lines_of(out) == lines_of(alone)
+    assert losses_of(out) == losses_of(alone)
     assert weights_of(out) == weights_of(alone)
 
 

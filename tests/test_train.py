@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,15 @@ from conftest import ROOT, Result
 from safetensors.torch import load_file
 
 import train
-from checkpoint import MODEL, OPTIMIZER, newest_checkpoint
+from checkpoint import MODEL, OPTIMIZER, newest_checkpoint, read_checkpoint
 from config import load_config
 from data import load_windows, step_windows
 from distributed import Ranks
-from metrics import estimated_memory
+from metrics import Metrics, estimated_memory
 from model import GPT, GPTConfig
-from scoring import Scorer
+from scoring import Estimate, Scorer, Validation
 from shards import TokenStream, encoding_of
+from step import Stepper, StepResult
 from tasks import load_questions
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -98,8 +100,6 @@ def test_the_speed_that_is_told_is_that_of_the_step_it_is_told_for(configure, mo
 
 
 def test_validation_loss_and_bits_per_byte_are_what_the_model_says(trained, shards):
-    from checkpoint import read_checkpoint
-
     checkpoint = read_checkpoint(trained / "checkpoints" / "step_000040")
     model = GPT(checkpoint.meta.model).eval()
     checkpoint.load_model(model)
@@ -230,6 +230,72 @@ def test_an_examination_that_is_broken_off_is_made_up_for(configure, tmp_path, m
     before = saved.path.stat().st_mtime_ns, files_of(saved.path)
     assert finish(start("run")) == finish(start("undisturbed"))
     assert (saved.path.stat().st_mtime_ns, files_of(saved.path)) == before  # not saved once more
+
+
+def checkpoints_of(run: Path) -> dict[str, tuple]:
+    """What a run has kept: (losses, the weights) by name."""
+    kept = {path.name: read_checkpoint(path) for path in (run / "checkpoints").iterdir()}
+    return {
+        name: (saved.meta.val_loss, saved.meta.best_val_loss, saved.model_sha256())
+        for name, saved in kept.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("stopped", "best"), [("before", 4), ("in", 4), ("in", 6), ("in, then killed", 6)]
+)
+def test_a_checkpoint_is_told_the_validation_that_was_made_up_for(
+    configure, tmp_path, monkeypatch, stopped, best
+):
+    """Or the best would be taken for one without a loss, and removed in time."""
+    settings = ("--train.max_steps", 6, "--log.eval_every", 2, "--train.checkpoint_every", 2)
+    settings += ("--train.keep_checkpoints", 1)
+    real_step, real_validate, real_write = Stepper.take, train.validate, Metrics.write
+    stop_at = None
+
+    def take(stepper: Stepper, step: int, asked_to_stop: bool) -> StepResult:
+        return real_step(stepper, step, asked_to_stop or (step + 1, "before") == stop_at)
+
+    def validate(*arguments: object) -> Validation:
+        """The real thing, but for its result: it gets better until step `best`, then worse."""
+        if (trainer.step, "in") == stop_at:
+            trainer.stop.number = signal.SIGTERM
+        found = real_validate(*arguments)
+        return replace(found, estimate=Estimate(1.5 + abs(best - trainer.step), None))
+
+    def write(metrics: Metrics, kind: str, step: int, values: dict) -> None:
+        if (kind, "in, then killed") == ("val", stop_at):
+            raise KeyboardInterrupt
+        real_write(metrics, kind, step, values)
+
+    def start(out: str) -> train.Trainer:
+        return train.Trainer(configure(*settings, "--train.out", tmp_path / out), ALONE)
+
+    def finish() -> None:
+        with trainer.own_folder():
+            trainer.run()
+
+    monkeypatch.setattr(Stepper, "take", take)
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(Metrics, "write", write)
+    trainer = start("undisturbed")
+    finish()
+    trainer, stop_at = start("run"), (best, stopped.partition(",")[0])
+    with pytest.raises(train.Stopped, match=f"stopped after step {best};"):
+        finish()
+    assert checkpoints_of(trainer.out)[f"step_{best:06d}"][:2] == (None, 1.5 + 2)
+    if stopped == "in, then killed":
+        trainer, stop_at = start("run"), stopped
+        with pytest.raises(KeyboardInterrupt):
+            finish()
+    trainer, stop_at = start("run"), None
+    finish()
+    kept = checkpoints_of(trainer.out)
+    assert kept == checkpoints_of(tmp_path / "undisturbed")
+    assert kept[f"step_{best:06d}"][:2] == (1.5, 1.5)
+    assert kept["step_000006"][1] == 1.5
+    lines = [metrics_of(tmp_path / out, "val") for out in ("run", "undisturbed")]
+    assert lines[0] == lines[1]
 
 
 def test_tensorboard_shows_the_metrics(call, tiny, shards, tmp_path):
