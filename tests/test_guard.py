@@ -203,6 +203,23 @@ def test_a_rank_that_cannot_reach_another_names_the_one_that_failed(error):
             raise RuntimeError("Connection closed by peer")
 
 
+def test_a_rank_that_fails_by_itself_says_so_though_another_has_failed():
+    first, second = roll_calls(HashStore())
+    for rank in (second, first):
+        with pytest.raises(UserError, match="^its own$"), rank.telling_failures():
+            raise UserError("its own")
+
+
+def test_a_rank_that_cannot_reach_the_store_either_says_so():
+    class LostStore(HashStore):
+        def check(self, keys: list[str]) -> bool:
+            raise DistNetworkError("Connection reset by peer")
+
+    first, _ = roll_calls(LostStore())
+    with pytest.raises(UserError, match=f"^{STORE_IS_GONE}$"), first.telling_failures():
+        raise RuntimeError("Connection closed by peer")
+
+
 def test_a_rank_that_stops_as_asked_has_not_failed():
     first, second = roll_calls(HashStore())
     with pytest.raises(Stopped), second.telling_failures():

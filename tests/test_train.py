@@ -232,6 +232,15 @@ def test_an_examination_that_is_broken_off_is_made_up_for(configure, tmp_path, m
     assert (saved.path.stat().st_mtime_ns, files_of(saved.path)) == before  # not saved once more
 
 
+def test_a_run_that_is_to_stop_in_its_last_step_is_done(configure, capfd):
+    trainer = train.Trainer(configure("--train.max_steps", 1, "--log.eval_every", 0), ALONE)
+    trainer.stop.number = signal.SIGTERM
+    with trainer.own_folder():
+        trainer.run()
+    assert newest_checkpoint(trainer.out / "checkpoints").meta.step == 1
+    assert "done: python sample.py" in capfd.readouterr().err
+
+
 def checkpoints_of(run: Path) -> dict[str, tuple]:
     """What a run has kept: (losses, the weights) by name."""
     kept = {path.name: read_checkpoint(path) for path in (run / "checkpoints").iterdir()}
@@ -242,31 +251,46 @@ def checkpoints_of(run: Path) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize(
-    ("stopped", "best"), [("before", 4), ("in", 4), ("in", 6), ("in, then killed", 6)]
+    ("stopped", "killed", "step", "best"),
+    [
+        ("before", "", 4, 4),
+        ("before", "", 4, 2),
+        ("in", "", 4, 4),
+        ("in", "", 6, 6),
+        ("in", "before the line", 6, 6),
+        ("in", "after the line", 6, 6),
+    ],
 )
 def test_a_checkpoint_is_told_the_validation_that_was_made_up_for(
-    configure, tmp_path, monkeypatch, stopped, best
+    configure, tmp_path, monkeypatch, stopped, killed, step, best
 ):
-    """Or the best would be taken for one without a loss, and removed in time."""
+    """Or the best would be taken for one without a loss, and removed in time.
+
+    The run is stopped before or in the validation after `step`, and perhaps killed when it makes
+    up for it, before or after its line in metrics.jsonl.
+    """
     settings = ("--train.max_steps", 6, "--log.eval_every", 2, "--train.checkpoint_every", 2)
     settings += ("--train.keep_checkpoints", 1)
-    real_step, real_validate, real_write = Stepper.take, train.validate, Metrics.write
-    stop_at = None
+    real_take, real_validate, real_write = Stepper.take, train.validate, Metrics.write
+    fault = ""
 
-    def take(stepper: Stepper, step: int, asked_to_stop: bool) -> StepResult:
-        return real_step(stepper, step, asked_to_stop or (step + 1, "before") == stop_at)
+    def take(stepper: Stepper, number: int, asked_to_stop: bool) -> StepResult:
+        asked_to_stop |= (number + 1, "before") == (step, fault)
+        return real_take(stepper, number, asked_to_stop)
 
     def validate(*arguments: object) -> Validation:
         """The real thing, but for its result: it gets better until step `best`, then worse."""
-        if (trainer.step, "in") == stop_at:
+        if (trainer.step, "in") == (step, fault):
             trainer.stop.number = signal.SIGTERM
         found = real_validate(*arguments)
         return replace(found, estimate=Estimate(1.5 + abs(best - trainer.step), None))
 
-    def write(metrics: Metrics, kind: str, step: int, values: dict) -> None:
-        if (kind, "in, then killed") == ("val", stop_at):
+    def write(metrics: Metrics, kind: str, number: int, values: dict) -> None:
+        if (kind, "before the line") == ("val", fault):
             raise KeyboardInterrupt
-        real_write(metrics, kind, step, values)
+        real_write(metrics, kind, number, values)
+        if (kind, "after the line") == ("val", fault):
+            raise KeyboardInterrupt
 
     def start(out: str) -> train.Trainer:
         return train.Trainer(configure(*settings, "--train.out", tmp_path / out), ALONE)
@@ -280,15 +304,15 @@ def test_a_checkpoint_is_told_the_validation_that_was_made_up_for(
     monkeypatch.setattr(Metrics, "write", write)
     trainer = start("undisturbed")
     finish()
-    trainer, stop_at = start("run"), (best, stopped.partition(",")[0])
-    with pytest.raises(train.Stopped, match=f"stopped after step {best};"):
+    trainer, fault = start("run"), stopped
+    with pytest.raises(train.Stopped, match=f"stopped after step {step};"):
         finish()
-    assert checkpoints_of(trainer.out)[f"step_{best:06d}"][:2] == (None, 1.5 + 2)
-    if stopped == "in, then killed":
-        trainer, stop_at = start("run"), stopped
+    assert checkpoints_of(trainer.out)[f"step_{step:06d}"][0] is None
+    if killed:
+        trainer, fault = start("run"), killed
         with pytest.raises(KeyboardInterrupt):
             finish()
-    trainer, stop_at = start("run"), None
+    trainer, fault = start("run"), ""
     finish()
     kept = checkpoints_of(trainer.out)
     assert kept == checkpoints_of(tmp_path / "undisturbed")
