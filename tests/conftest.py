@@ -30,6 +30,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
 CORPUS = ROOT.parent / "shared" / "data" / "corpus"  # real text; tests that use it skip without it
 
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Twice as many as cores: tests of real processes wait for them half of the time."""
+    return 2 * (os.cpu_count() or 1)
+
+
 TEXT = (
     "The quick brown fox jumps over the lazy dog. It's 3 o'clock, and nobody knows why.\n"
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich — 日本語も少し。 🙂\n\n"
