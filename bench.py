@@ -45,7 +45,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def add_task(name: str, meaning: str) -> Parser:
         task = tasks.add_parser(name, help=meaning, description=meaning)
         add = task.add_argument
-        add("--config", type=Path, default=Path("configs/gpt2_124m.toml"), help="the model")
+        task.set_defaults(config=Path("configs/gpt2_124m.toml"))
+        if name != "tokenize":  # which has no model
+            add("--config", type=Path, help="the model (configs/gpt2_124m.toml)")
         add("--output", type=Path, metavar="FILE.json", help="write all that was found")
         if name != "plan":
             add("--rounds", type=positive, default=5, help="turns that each contestant takes (5)")

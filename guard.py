@@ -178,7 +178,7 @@ class RollCall:
             yield
         except Stopped:  # as all have
             raise
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the others are told, and it goes on
             if isinstance(error, RuntimeError) and (failed := self._failed()):
                 raise UserError(failed) from error
             with suppress(RuntimeError):

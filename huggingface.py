@@ -36,8 +36,8 @@ from tokenizer import (
 )
 
 # OpenAI's four models. Every other name is a repository of the Hub, owner/name[@revision].
-NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large")}
-NAMES["gpt2-xl"] = "openai-community/gpt2-xl"
+SUFFIXES = ("", "-medium", "-large", "-xl")
+NAMES = {f"gpt2{suffix}": f"openai-community/gpt2{suffix}" for suffix in SUFFIXES}
 
 CONFIG, VOCAB, MERGES, INDEX = "config.json", "vocab.json", "merges.txt", f"{MODEL}.index.json"
 TOKENIZER = "tokenizer.json"  # both vocabulary and merges, as transformers writes it since 5.0
@@ -58,7 +58,6 @@ EXPECTED = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-
 
 # What a tokenizer.json must say to cut and merge as GPT-2 does, in the same way.
 WORKINGS = {

@@ -67,8 +67,6 @@ class Candidate:
     tuned: str  # the learning rate that is tried out
     rates: tuple[float, ...]
     floor: float = 0.0  # the last step's learning rate, as a share of the peak
-    length: float = 1.0  # share of the config's steps
-    like: str = ""  # the candidate whose rate it takes over, instead of a tuning of its own
 
     def values(self, config: Path, rate: float, seed: int) -> dict[str, dict]:
         """The settings of one training, section by section."""
@@ -79,7 +77,6 @@ class Candidate:
             values.setdefault(section, {})[key] = value
         peak = values["optim"]["learning_rate"]
         values["optim"]["min_learning_rate"] = self.floor * peak
-        values["train"]["max_steps"] = round(values["train"]["max_steps"] * self.length)
         return values
 
 
@@ -150,7 +147,6 @@ class Found:
 
 def best_rate(found: Found, name: str) -> float:
     """The learning rate with which a candidate's first seed ended lowest."""
-    name = CANDIDATES[name].like or name
     rates = CANDIDATES[name].rates
     return min(rates, key=lambda rate: found.run(name, rate, SEEDS[0])["losses"][-1])
 
@@ -277,14 +273,7 @@ def main(arguments: argparse.Namespace) -> None:
                 told = f"{run['candidate']}, rate {run['rate']:g}, seed {run['seed']}"
                 print(f"{told}: {run['losses'][-1]:.4f}", file=sys.stderr, flush=True)
 
-    do(
-        [
-            (name, rate, SEEDS[0])
-            for name in names
-            if not CANDIDATES[name].like
-            for rate in CANDIDATES[name].rates
-        ]
-    )
+    do([(name, rate, SEEDS[0]) for name in names for rate in CANDIDATES[name].rates])
     do([(name, best_rate(found, name), seed) for seed in SEEDS for name in names])
     found.content["step_seconds"] |= measure_steps(names, arguments.config)
     found.content |= {"config": read_toml(arguments.config)}

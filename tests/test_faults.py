@@ -19,6 +19,7 @@ from conftest import ROOT, machines, ranks, run
 from safetensors.torch import load_file
 from soak import (
     TORCHRUN,
+    Job,
     start_agent,
     steps_told,
     survive,
@@ -72,6 +73,34 @@ def train(tiny, shards, monkeypatch):
         return ranks(world_size, *arguments, script=script)
 
     return start
+
+
+@pytest.fixture
+def faulty(tiny, shards, tmp_path, monkeypatch):
+    """faulty(fault, at): the words that start a run in tmp_path / "run", with that fault or none.
+
+    Under torchrun the script's folder is the only one that is looked into: so PYTHONPATH.
+    """
+
+    def words(fault: str = "none", at: int = 0, *settings: object, rank: int = 0) -> list[str]:
+        changes = {"FAULT": fault, "AT": at, "FAULTY_RANK": rank, "PYTHONPATH": ROOT}
+        for name, value in changes.items():
+            monkeypatch.setenv(name, str(value))
+        arguments = (tiny, "--data.dir", shards, "--train.out", tmp_path / "run", *settings)
+        return ["tests/faulty_train.py", *map(str, arguments)]
+
+    return words
+
+
+@contextmanager
+def in_hand(job: Job) -> Iterator[Job]:
+    """A run that a test interferes with: inside to its end, or it is killed."""
+    try:
+        yield job
+        until(lambda: False, job)
+    finally:
+        if job.status() is None:
+            job.kill_all()
 
 
 @pytest.fixture(scope="module")
@@ -174,62 +203,42 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_lost(
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_to_torchrun_and_its_workers_together_stops_with_a_checkpoint(
-    tiny, shards, alone, tmp_path, monkeypatch, name
+    faulty, alone, tmp_path, name
 ):
     """SLURM and systemd do that, and a terminal; each worker gets it from torchrun once more."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("FAULT", "slow")
-    monkeypatch.setenv("AT", "40")
     out, log = tmp_path / "run", tmp_path / "log"
-    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
-    job = under_torchrun(2, [str(word) for word in words], log)
-    try:
+    with in_hand(under_torchrun(2, faulty("slow", 40, *CANONICAL), log)) as job:
         until(lambda: steps_told(out) >= 3, job)
         for pid in (*job.workers(), job.agent):
             os.kill(pid, getattr(signal, name))
-        until(lambda: False, job)
-    finally:
-        if job.status() is None:
-            job.kill_all()
     (saved,) = (out / "checkpoints").iterdir()
     assert saved.name == f"step_{len(lines_of(out, 'train')):06d}"
     assert f"{name}: stopping after this step" in log.read_text()
-    monkeypatch.setenv("FAULT", "none")
-    assert run(*words).status == 0
+    assert run(*faulty("none", 0, *CANONICAL)).status == 0
     assert lines_of(out) == lines_of(alone)
     assert weights_of(out) == weights_of(alone)
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "one process"])
 def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_up_for_it(
-    tiny, shards, alone, tmp_path, monkeypatch, whom
+    faulty, alone, tmp_path, whom
 ):
     """torchrun gives its processes 30 s; an evaluation may take hours."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("FAULT", "slow evaluation")
-    monkeypatch.setenv("AT", "1")
     out, log = tmp_path / "run", tmp_path / "log"
-    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
     start = under_torchrun if whom == "torchrun" else without_torchrun
-    job = start(2, [str(word) for word in words], log)
-    try:
-        until((out / "evaluated by 0").exists, job)
+    with in_hand(start(2, faulty("slow evaluation", 1, *CANONICAL), log)) as job:
+        until(lambda: all((out / f"evaluated by {rank}").exists() for rank in range(2)), job)
         os.kill(job.agent or job.workers()[1], signal.SIGTERM)
         asked = time.monotonic()
         while job.workers() and time.monotonic() - asked < 15:
             time.sleep(0.05)
         assert not job.workers()
-        until(lambda: False, job)
-    finally:
-        if job.status() is None:
-            job.kill_all()
     assert log.read_text().count("stopped after step 20; the same command goes on from there") == 2
     batches = [len((out / f"evaluated by {rank}").read_text()) for rank in range(2)]
     assert max(batches) < 4  # of the eight
     assert lines_of(out) == lines_of(alone, "train")[:20]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000020"]
-    monkeypatch.setenv("FAULT", "none")
-    assert run(*words).status == 0
+    assert run(*faulty("none", 0, *CANONICAL)).status == 0
     assert lines_of(out) == lines_of(alone)
     assert losses_of(out) == losses_of(alone)
     assert weights_of(out) == weights_of(alone)
@@ -237,32 +246,26 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_up_fo
 
 @pytest.mark.parametrize(("then", "status"), [("SIGINT", 130), ("nothing", 0)])
 def test_a_run_whose_reader_has_gone_goes_on_and_stops_only_as_asked(
-    tiny, shards, alone, tmp_path, monkeypatch, then, status
+    faulty, alone, tmp_path, then, status
 ):
     """`train.py … 2>&1 | tee log`: Ctrl-C ends tee as well. `head` goes by itself."""
-    monkeypatch.setenv("FAULT", "slow")
-    monkeypatch.setenv("AT", "8")
     out, pipe = tmp_path / "run", tmp_path / "pipe"
     os.mkfifo(pipe)
-    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", out, *CANONICAL]
     with subprocess.Popen(["cat", pipe], stdout=subprocess.DEVNULL) as reader:
-        job = without_torchrun(1, [str(word) for word in words], pipe)
         try:
-            until(lambda: steps_told(out) >= 3, job)
-            reader.send_signal(signal.SIGINT)
-            reader.wait()
-            if then == "SIGINT":
-                os.kill(job.workers()[0], signal.SIGINT)
-            until(lambda: False, job)
+            with in_hand(without_torchrun(1, faulty("slow", 8, *CANONICAL), pipe)) as job:
+                until(lambda: steps_told(out) >= 3, job)
+                reader.send_signal(signal.SIGINT)
+                reader.wait()
+                if then == "SIGINT":
+                    os.kill(job.workers()[0], signal.SIGINT)
         finally:
             reader.kill()
-            job.kill_all()
     assert job.status() == status
-    monkeypatch.setenv("FAULT", "none")
     if then == "SIGINT":
         (saved,) = (out / "checkpoints").iterdir()
         assert saved.name == f"step_{len(lines_of(out, 'train')):06d}"
-        assert run(*words).status == 0
+        assert run(*faulty("none", 0, *CANONICAL)).status == 0
     assert lines_of(out) == lines_of(alone)
     assert weights_of(out) == weights_of(alone)
 
@@ -317,15 +320,11 @@ def test_a_spike_is_passed_over_once_there_is_something_to_compare_with(train, t
 @pytest.mark.parametrize(
     ("fault", "steps"), [("stall", 6), ("stall in the rehearsal", 0), ("stall at the start", 0)]
 )
-def test_a_rank_that_stands_still_is_named_with_its_machine(
-    tiny, shards, tmp_path, monkeypatch, fault, steps
-):
-    for name, value in {"FAULT": fault, "AT": "7", "FAULTY_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    words = ["tests/faulty_train.py", tiny, "--data.dir", shards, "--train.out", tmp_path / "run"]
-    words += ["--train.timeout_seconds", 10, "--train.tokens_per_step", 128]  # one micro-batch each
-    job = without_torchrun(2, [str(word) for word in words], tmp_path / "log")
-    until(lambda: False, job)
+def test_a_rank_that_stands_still_is_named_with_its_machine(faulty, tmp_path, fault, steps):
+    settings = ("--train.timeout_seconds", 10, "--train.tokens_per_step", 128)  # a micro-batch each
+    words = faulty(fault, 7, *settings, rank=1)
+    with in_hand(without_torchrun(2, words, tmp_path / "log")):
+        pass
     lines = (tmp_path / "log").read_text().splitlines()
     error = next(line for line in lines if line.startswith("error: [rank 0 "))
     host = socket.gethostname()
