@@ -1,7 +1,7 @@
 """Which way of training learns most from the same text? Many small trainings, side by side.
 
-    python prepare_fineweb.py --source texts --out data/recipe --tokenizer bpe:4096
-    python recipe.py --jobs 2                      (make recipe TEXTS=texts does both)
+    make recipe TEXTS=texts JOBS=2         prepares the Parquet files in texts/, and then does
+    python recipe.py --jobs 2              this, on what lies in data/recipe
 
 All of them train the model of configs/recipe.toml. A candidate is a set of changes to it. Three
 learning rates are tried for each with the first seed; the best is then trained with two more seeds,
