@@ -32,7 +32,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     is_quick = choose_dtype("auto", matrices.device) == torch.bfloat16
     x = matrices.bfloat16() if is_quick else matrices.float()
     is_tall = x.size(-2) > x.size(-1)
-    x = x.mT if is_tall else x
+    x = x.mT.contiguous() if is_tall else x  # a view would take kernels that round otherwise
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
     for _ in range(ITERATIONS):
         squares = x @ x.mT  # (n, rows, rows)

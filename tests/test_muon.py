@@ -51,6 +51,20 @@ def test_orthogonal_matrices_keep_their_directions_and_lose_their_lengths(
     assert not torch.equal(matrices, orthogonalise(matrices))
 
 
+@pytest.mark.parametrize("shape", [(4, 384, 384), (4, 384, 1536), (4, 1536, 384)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_becomes_of_a_matrix_does_not_depend_on_how_many_are_beside_it(
+    arithmetic, dtype, shape
+):
+    """Or the bits would depend on the number of ranks that share them."""
+    arithmetic(dtype)
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    together = orthogonalise(matrices)
+    for size in (1, 2):
+        assert torch.equal(together, torch.cat([orthogonalise(x) for x in matrices.split(size)]))
+
+
 def test_a_matrix_of_zeros_stays_one():
     assert torch.equal(orthogonalise(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
 
