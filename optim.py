@@ -41,7 +41,7 @@ def muon_groups(model: GPT, settings: OptimSettings) -> list[dict[str, object]]:
     groups = parameter_groups(model, settings.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if p not in hidden]
-    rate = settings.matrix_learning_rate / max(settings.learning_rate, 1e-30)
+    rate = settings.matrix_learning_rate / settings.learning_rate
     common = {"weight_decay": settings.weight_decay, "relative_rate": rate}
     return [
         *groups,

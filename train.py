@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from config import Config, load_config, task_names
+from config import Config, load_config, make_config, task_names
 from errors import Expendable, Stopped, UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -185,6 +185,7 @@ class Trainer:
             )
         checkpoint.check_vocabulary(data)
         check_same_run(checkpoint.meta.config, self.config, checkpoint.path)
+        check_schedule(checkpoint, self.config)
         then, now = checkpoint.meta.data.split(), self.data.split()
         if not then or any(a != b for a, b in zip(then, now)):  # validation may come or go
             raise UserError(
@@ -634,6 +635,22 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
                 f"{path} was trained with {section}.{key} = {before}, now it is "
                 f"{now[section][key]}: set it back, or choose another --train.out"
             )
+
+
+def check_schedule(checkpoint: Checkpoint, config: Config) -> None:
+    """Raises UserError if a run is to get longer whose learning rate was kept up, and now falls.
+
+    It would jump back to its peak. The checkpoint from before the fall is there to go on from.
+    """
+    then = checkpoint.meta.config
+    before = make_config({section: then.get(section, {}) for section in ("optim", "train")})
+    old, new = (last_at_peak(each.optim, each.train.max_steps) for each in (before, config))
+    if before.optim.decay_steps and old + 1 < checkpoint.meta.step and old < new:
+        raise UserError(
+            f"{checkpoint.path} was saved while the learning rate fell. To train longer, copy the "
+            f"newest checkpoint up to step {old + 1:,} into the folder checkpoints of another run, "
+            "and name that run's with --train.out"
+        )
 
 
 def train(config: Config) -> None:

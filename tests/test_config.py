@@ -94,6 +94,10 @@ def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, 
         (["--model.n_embd", "1" + "0" * 20], "expected less than 2147483648"),
         (["--model.n_head", "5"], "n_embd = 768 is not a multiple of model.n_head = 5"),
         (["--optim.min_learning_rate", "1"], "is above optim.learning_rate = 0.0006"),
+        (
+            "--optim.name muon --optim.learning_rate 0 --optim.min_learning_rate 0".split(),
+            "optim.learning_rate = 0: optim.matrix_learning_rate rises and falls in proportion",
+        ),
         (["--model.n_layer"], "expected one argument"),
     ],
 )

@@ -88,6 +88,18 @@ def test_three_steps_equal_a_loop_written_out(configure, stepper_of, shards):
         optimizer.step()
 
 
+def test_matrices_have_a_rate_of_their_own_that_goes_up_and_down_with_the_other(
+    configure, stepper_of
+):
+    rates = ("--optim.learning_rate", 0.01, "--optim.matrix_learning_rate", 0.02)
+    stepper = stepper_of(configure("--optim.name", "muon", *rates))
+    for step in (0, 5, 30):
+        stepper.take(step)
+        common = learning_rate_at(step, stepper.config.optim, 40)
+        for group in stepper.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(2 * common if "matrices" in group else common)
+
+
 def test_the_gradient_is_clipped_and_its_norm_told_before(configure, stepper_of):
     stepper = stepper_of(configure("--optim.grad_clip", 0.01))
     norms = []

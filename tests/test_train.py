@@ -491,7 +491,7 @@ def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
 def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_path):
     """With the same losses as if it had been planned so long from the beginning."""
     fall = ("--optim.schedule", "linear", "--optim.decay_steps", 6, "--log.eval_every", 0)
-    often = ("--train.checkpoint_every", 2, "--train.keep_checkpoints", 1)
+    often = ("--train.checkpoint_every", 1, "--train.keep_checkpoints", 1)
     changes = (*fall, *often, "--optim.warmup_steps", 2)
     train.train(configure(*changes, "--train.max_steps", 12))
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -507,6 +507,9 @@ def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_
         for name in ("planned", "longer")
     ]
     assert losses[1] == losses[0][6:]
+    with pytest.raises(train.UserError, match="the newest checkpoint up to step 6 into"):
+        train.train(configure(*changes, "--train.max_steps", 18))
+    train.train(configure(*changes, "--train.max_steps", 12))  # it may end as it was planned
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")

@@ -46,6 +46,7 @@ OF_THE_CODE = {
     diagrams.causal_mask: "model.py",
     diagrams.architecture: CONFIG,
     plots.learning_rate: CONFIG,
+    plots.recipe: "results/recipe.json",
     diagrams.ddp_step: CONFIG,
     diagrams.kv_cache: "model.py",
 }
