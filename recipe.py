@@ -43,16 +43,19 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 
 from bench import hardware, print_table, versions
-from config import make_config, read_toml
+from config import OptimSettings, make_config, read_toml
 from distributed import Ranks, choose_device
 from errors import UserError
+from records import as_record, read_json
 from train import Trainer
-from writing import write_atomically
+from writing import check_can_write, write_atomically
 
 SEEDS = (1, 2, 3)
 Settings = dict[str, object]  # "section.key" -> value
@@ -75,8 +78,9 @@ class Candidate:
         for name, value in changes.items():
             section, key = name.split(".")
             values.setdefault(section, {})[key] = value
-        peak = values["optim"]["learning_rate"]
-        values["optim"]["min_learning_rate"] = self.floor * peak
+        optim = values.setdefault("optim", {})
+        peak = optim.get("learning_rate", OptimSettings().learning_rate)
+        optim["min_learning_rate"] = self.floor * peak
         return values
 
 
@@ -112,51 +116,87 @@ CANDIDATES = {
 }
 
 
+@dataclass(frozen=True)
+class Run:
+    """What one training found."""
+
+    candidate: str
+    rate: float
+    seed: int
+    steps: tuple[int, ...]
+    losses: tuple[float | None, ...]  # of the validations after those steps; None: not finite
+
+    @property
+    def last(self) -> float:
+        """The loss in the end."""
+        return math.inf if self.losses[-1] is None else self.losses[-1]
+
+
+@dataclass
 class Found:
-    """What was found so far, in a file."""
+    """All that was found so far, and under which circumstances."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError if there is a file that can't be read."""
-        self.path = path
-        self.content: dict = {"candidates": {}, "step_seconds": {}, "runs": []}
-        try:
-            if path.exists():
-                self.content |= json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"can't read {path}: {error}") from error
+    command: str
+    date: str
+    hardware: str
+    versions: dict[str, str]
+    config: dict[str, Settings]  # what all candidates have in common
+    candidates: dict[str, Candidate]
+    step_seconds: float  # the baseline's; 0 before it was measured
+    step_ratios: dict[str, float]  # how many times as long a candidate's step takes
+    runs: tuple[Run, ...]
 
-    def run(self, name: str, rate: float, seed: int) -> dict | None:
-        """What a training found; None if it hasn't been done."""
-        asked = {"candidate": name, "rate": rate, "seed": seed}
-        return next((run for run in self.content["runs"] if asked.items() <= run.items()), None)
+    def run(self, name: str, rate: float, seed: int) -> Run | None:
+        """That training; None if it hasn't been done."""
+        wanted = (name, rate, seed)
+        return next((r for r in self.runs if (r.candidate, r.rate, r.seed) == wanted), None)
 
-    def add(self, run: dict) -> None:
-        """Keep what a training found."""
-        name = run["candidate"]
-        self.content["runs"].append(run)
-        self.content["candidates"][name] = asdict(CANDIDATES[name])
-        self.save()
+    def best_rate(self, name: str) -> float:
+        """The learning rate with which a candidate's first seed ended lowest."""
+        tried = (run for run in self.runs if (run.candidate, run.seed) == (name, SEEDS[0]))
+        return min(tried, key=lambda run: run.last).rate
 
-    def save(self) -> None:
+    def save(self, path: Path) -> None:
         """Write the file: a line for each run."""
-        runs = ",\n  ".join(map(json.dumps, self.content["runs"]))
-        rest = {key: value for key, value in self.content.items() if key != "runs"}
-        text = json.dumps(rest, indent=1).removesuffix("\n}")
-        write_atomically(self.path, f'{text},\n "runs": [\n  {runs}\n ]\n}}\n')
+        content = asdict(self)
+        runs = ",\n  ".join(map(json.dumps, content.pop("runs")))
+        text = json.dumps(content, indent=1).removesuffix("\n}")
+        write_atomically(path, f'{text},\n "runs": [\n  {runs}\n ]\n}}\n')
 
 
-def best_rate(found: Found, name: str) -> float:
-    """The learning rate with which a candidate's first seed ended lowest."""
-    rates = CANDIDATES[name].rates
-    return min(rates, key=lambda rate: found.run(name, rate, SEEDS[0])["losses"][-1])
+def load_found(path: Path) -> Found:
+    """Read what `Found.save` wrote. Raises UserError if it is anything else."""
+    try:
+        return as_record(Found, read_json(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path}: {error}") from error
 
 
-def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> dict:
-    """One training; returns what it found. Raises UserError if it failed."""
+def found_so_far(path: Path, config: dict[str, Settings], names: list[str]) -> Found:
+    """What a file has of these candidates. Raises UserError if it is about something else."""
+    now = ("python recipe.py", str(date.today()), hardware(), versions())
+    found = load_found(path) if path.exists() else Found(*now, config, {}, 0.0, {}, ())
+    found.command, found.date, found.hardware, found.versions = now
+    if found.config != config:
+        raise UserError(f"{path} tells of another config: choose another --results")
+    for name in names:
+        new = CANDIDATES[name]
+        old = found.candidates.setdefault(name, new)
+        if replace(old, meaning=new.meaning, rates=new.rates) != new:
+            raise UserError(f"{path} tells of another {name}: choose another --results")
+        found.candidates[name] = new
+    return found
+
+
+def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> Run:
+    """One training. Raises UserError if it failed."""
     folder = arguments.out / f"{name}_{rate:g}_{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     config = make_config(CANDIDATES[name].values(arguments.config, rate, seed))
-    (folder / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"can't write {folder}: {error.strerror}") from error
     command = [sys.executable, ROOT / "train.py", folder / "recipe.toml", "--train.out", folder]
     threads = max(1, os.cpu_count() // arguments.jobs)
     with (folder / "log.txt").open("a") as log:
@@ -172,12 +212,13 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> d
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     told = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
     shutil.rmtree(folder / "checkpoints")
-    steps, losses = zip(*told)
-    return {"candidate": name, "rate": rate, "seed": seed, "steps": steps, "losses": losses}
+    return Run(name, rate, seed, *zip(*told))
 
 
-def measure_steps(names: list[str], config: Path, rounds: int = 5, steps: int = 4) -> dict:
-    """Seconds of a step, by candidate: the median of several rounds, in which all take turns."""
+def measure_steps(
+    names: list[str], config: Path, rounds: int = 5, steps: int = 4
+) -> dict[str, list[float]]:
+    """Seconds of a step, by candidate: of several rounds, in which all take turns."""
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=choose_device("auto"))
     steppers = {}
     with tempfile.TemporaryDirectory(prefix="recipe_") as folder:
@@ -194,7 +235,7 @@ def measure_steps(names: list[str], config: Path, rounds: int = 5, steps: int = 
             results = [stepper.take(step) for step in range(steps)]
             if math.isfinite(results[-1].loss):  # waits for the device
                 turns[name].append((time.perf_counter() - began) / steps)
-    return {name: statistics.median(seconds) for name, seconds in turns.items()}
+    return turns
 
 
 # What it comes to
@@ -202,18 +243,17 @@ def measure_steps(names: list[str], config: Path, rounds: int = 5, steps: int = 
 
 @dataclass(frozen=True)
 class Row:
-    """What is told of a candidate that was trained with every seed."""
+    """What is told of a candidate."""
 
     name: str
-    meaning: str
-    rate: float
-    steps: list[int]
-    losses: list[list[float]]  # by seed, and by step
+    candidate: Candidate
+    rate: float  # the best of those tried
+    runs: list[Run]  # with that rate, by seed
 
     @property
     def last(self) -> list[float]:
         """The last loss, by seed."""
-        return [losses[-1] for losses in self.losses]
+        return [run.last for run in self.runs]
 
     @property
     def loss(self) -> float:
@@ -223,19 +263,20 @@ class Row:
     @property
     def curve(self) -> list[tuple[int, float]]:
         """(step, the mean over the seeds)."""
-        return list(zip(self.steps, map(statistics.mean, zip(*self.losses))))
+        losses = zip(*(run.losses for run in self.runs))
+        means = [math.inf if None in some else statistics.mean(some) for some in losses]
+        return list(zip(self.runs[0].steps, means))
 
 
-def rows_of(content: dict) -> list[Row]:
-    """A row for each candidate, in the order of the file."""
-    rows = []
-    for name, candidate in content["candidates"].items():
-        runs = [run for run in content["runs"] if run["candidate"] == name]
-        for rate in {run["rate"]: None for run in runs}:
-            some = [run for run in runs if run["rate"] == rate]
-            if len(some) == len(SEEDS):
-                losses = [run["losses"] for run in some]
-                rows.append(Row(name, candidate["meaning"], rate, some[0]["steps"], losses))
+def rows_of(found: Found) -> dict[str, Row]:
+    """A row for each candidate that has been trained."""
+    rows = {}
+    for name, candidate in found.candidates.items():
+        runs = [run for run in found.runs if run.candidate == name]
+        if runs:
+            rate = found.best_rate(name)
+            chosen = sorted((run for run in runs if run.rate == rate), key=lambda run: run.seed)
+            rows[name] = Row(name, candidate, rate, chosen)
     return rows
 
 
@@ -247,52 +288,77 @@ def steps_to(curve: list[tuple[int, float]], loss: float) -> float | None:
     return None
 
 
-def shares(row: Row, baseline: Row, seconds: dict[str, float]) -> tuple[float, float] | None:
+def shares(row: Row, baseline: Row, step_ratio: float) -> tuple[float, float] | None:
     """Of the baseline's tokens and of its time, what a candidate needs to reach its loss."""
     steps = steps_to(row.curve, baseline.loss)
     if steps is None:
         return None
-    tokens = steps / baseline.steps[-1]
-    return tokens, tokens * seconds.get(row.name, math.nan) / seconds[baseline.name]
+    tokens = steps / baseline.curve[-1][0]
+    return tokens, tokens * step_ratio
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Train whatever hasn't been, time the steps, print a table."""
-    unknown = set(arguments.only or ()) - set(CANDIDATES)
-    if unknown:
-        raise UserError(f"--only {min(unknown)}: expected some of {', '.join(CANDIDATES)}")
-    found, names = Found(arguments.results), arguments.only or list(CANDIDATES)
+    names, path = list(dict.fromkeys(arguments.only or CANDIDATES)), arguments.results
+    for name in names:
+        if name not in CANDIDATES:
+            raise UserError(f"--only {name}: expected some of {', '.join(CANDIDATES)}")
+    config = read_toml(arguments.config)
+    if not make_config(config).log.eval_every:
+        raise UserError(
+            f"{arguments.config} has log.eval_every = 0: the losses are what is compared"
+        )
+    found = found_so_far(path, config, names)
+    check_can_write(path)
+    do(
+        found,
+        [(name, rate, SEEDS[0]) for name in names for rate in CANDIDATES[name].rates],
+        arguments,
+    )
+    do(found, [(name, found.best_rate(name), seed) for seed in SEEDS for name in names], arguments)
+    turns = measure_steps(list(dict.fromkeys([BASELINE, *names])), arguments.config)
+    found.step_seconds = statistics.median(turns[BASELINE])
+    for name, seconds in turns.items():
+        ratios = (ours / theirs for ours, theirs in zip(seconds, turns[BASELINE]))
+        found.step_ratios[name] = statistics.median(ratios)
+    found.save(path)
+    print_rows(found)
 
-    def do(trainings: list[tuple[str, float, int]]) -> None:
-        missing = [training for training in trainings if not found.run(*training)]
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            futures = [pool.submit(train, *training, arguments) for training in missing]
-            for future in as_completed(futures):
-                found.add(future.result())
-                run = found.content["runs"][-1]
-                told = f"{run['candidate']}, rate {run['rate']:g}, seed {run['seed']}"
-                print(f"{told}: {run['losses'][-1]:.4f}", file=sys.stderr, flush=True)
 
-    do([(name, rate, SEEDS[0]) for name in names for rate in CANDIDATES[name].rates])
-    do([(name, best_rate(found, name), seed) for seed in SEEDS for name in names])
-    found.content["step_seconds"] |= measure_steps(names, arguments.config)
-    found.content |= {"config": read_toml(arguments.config)}
-    found.content |= {"hardware": hardware(), "versions": versions()}
-    found.save()
-    print_rows(found.content)
+def do(
+    found: Found, trainings: list[tuple[str, float, int]], arguments: argparse.Namespace
+) -> None:
+    """Those trainings that haven't been done, several at a time. Each is kept when it is done."""
+    lock = threading.Lock()
+
+    def do_one(training: tuple[str, float, int]) -> None:
+        run = train(*training, arguments)
+        with lock:
+            found.runs += (run,)
+            found.save(arguments.results)
+            told = f"{run.candidate}, rate {run.rate:g}, seed {run.seed}: {run.last:.4f}"
+            print(told, file=sys.stderr, flush=True)
+
+    missing = [training for training in trainings if not found.run(*training)]
+    pool = ThreadPoolExecutor(arguments.jobs)
+    try:
+        for future in as_completed([pool.submit(do_one, training) for training in missing]):
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C, no other begins
 
 
-def print_rows(content: dict) -> None:
+def print_rows(found: Found) -> None:
     """The table."""
-    rows = rows_of(content)
-    baseline = next((row for row in rows if row.name == BASELINE), None)
-    lines = []
-    for row in rows:
-        reached = baseline and shares(row, baseline, content["step_seconds"])
+    rows, lines = rows_of(found), []
+    for name, row in rows.items():
         spread = f"{min(row.last):.3f} … {max(row.last):.3f}"
-        told = [f"{share:.0%}" for share in reached] if reached else ["", ""]
-        lines.append([row.meaning, f"{row.rate:g}", f"{row.loss:.3f}", spread, *told])
-    print_table(["", "rate", "loss", "by seed", "tokens", "time"], lines)
+        told = [f"{row.rate:g}", f"{row.loss:.3f}", spread, str(len(row.runs)), "", ""]
+        if BASELINE in rows and name in found.step_ratios:
+            reached = shares(row, rows[BASELINE], found.step_ratios[name])
+            told[-2:] = [f"{share:.0%}" for share in reached] if reached else ["", ""]
+        lines.append([row.candidate.meaning, *told])
+    print_table(["", "rate", "loss", "from … to", "seeds", "tokens", "time"], lines)
 
 
 if __name__ == "__main__":

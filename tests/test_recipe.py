@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -10,42 +16,67 @@ from conftest import ROOT
 import recipe
 from config import make_config
 from errors import UserError
+from recipe import Candidate, Found, Run
+
+STEPS = (10, 20, 30)
 
 
-def run_of(name: str, seed: int, losses: list[float]) -> dict:
-    """A training of 30 steps, as results/recipe.json tells it."""
-    return {
-        "candidate": name,
-        "rate": 0.1,
-        "seed": seed,
-        "steps": [10, 20, 30],
-        "losses": losses,
-    }
+def candidate(meaning: str) -> Candidate:
+    return Candidate(meaning, {}, "optim.learning_rate", (0.1, 0.2))
 
 
-CONTENT = {
-    "candidates": {"nanogpt": {"meaning": "the old way"}, "muon": {"meaning": "the new way"}},
-    "step_seconds": {"nanogpt": 2.0, "muon": 3.0},
-    "runs": [
-        *(run_of("nanogpt", seed, [8.0, 6.0, 3.9 + seed / 20]) for seed in (1, 2, 3)),
-        *(run_of("muon", seed, [6.0, 3.0, 2.0]) for seed in (1, 2, 3)),
-        run_of("muon", 1, [9.0, 9.0, 9.0]) | {"rate": 0.2},  # tried, and not chosen
-    ],
-}
+def found(runs: list[Run]) -> Found:
+    """As results/recipe.json tells it."""
+    names = {"nanogpt": candidate("the old way"), "muon": candidate("the new way")}
+    ratios = {"nanogpt": 1.0, "muon": 1.5}
+    return Found("python recipe.py", "2026-11-26", "a CPU", {}, {}, names, 2.0, ratios, tuple(runs))
+
+
+ALL = [
+    *(Run("nanogpt", 0.1, seed, STEPS, (8.0, 6.0, 3.9 + seed / 20)) for seed in (1, 2, 3)),
+    Run("muon", 0.1, 1, STEPS, (1.0, 9.0, 9.0)),  # tried, and not chosen
+    *(Run("muon", 0.2, seed, STEPS, (6.0, 3.0, 2.0)) for seed in (3, 1, 2)),
+]
+
+
+def printed(capsys) -> list[list[str]]:
+    return [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
 
 
 def test_the_table_tells_loss_spread_and_how_soon_the_baselines_loss_is_reached(capsys):
     """Muon's mean falls from 6 to 3 between steps 10 and 20, so it has 4 after 16⅔ of 30 steps."""
-    recipe.print_rows(CONTENT)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == "the old way 0.1 4.000 3.950 … 4.050 100% 100%".split()
-    assert lines[2].split() == "the new way 0.1 2.000 2.000 … 2.000 56% 83%".split()
-    assert len(lines) == 3
+    recipe.print_rows(found(ALL))
+    assert printed(capsys) == [
+        "the old way 0.1 4.000 3.950 … 4.050 3 100% 100%".split(),
+        "the new way 0.2 2.000 2.000 … 2.000 3 56% 83%".split(),
+    ]
+
+
+def test_a_candidate_that_was_tried_with_one_seed_has_its_row_too(capsys):
+    recipe.print_rows(found(ALL[:4]))
+    assert printed(capsys)[1] == "the new way 0.1 9.000 9.000 … 9.000 1".split()
+    recipe.print_rows(replace(found(ALL[:3]), step_ratios={}))
+    assert printed(capsys) == ["the old way 0.1 4.000 3.950 … 4.050 3".split()]
+
+
+def test_shares_are_of_the_baselines_steps_whatever_a_candidates_are():
+    rows = recipe.rows_of(found(ALL))
+    shorter = [replace(run, steps=(5, 10, 15)) for run in rows["muon"].runs]
+    tokens, seconds = recipe.shares(replace(rows["muon"], runs=shorter), rows["nanogpt"], 1.5)
+    assert tokens == pytest.approx(25 / 3 / 30) and seconds == pytest.approx(1.5 * tokens)
 
 
 def test_a_loss_that_is_never_reached_takes_no_steps():
     assert recipe.steps_to([(10, 5.0), (20, 4.0)], 3.9) is None
     assert recipe.steps_to([(10, 5.0), (20, 4.0)], 4.0) == 20
+
+
+def test_the_rate_that_ends_lowest_with_the_first_seed_is_chosen():
+    """Not the one that begins lowest, nor one that is lower with another seed, nor none at all."""
+    runs = [*ALL, Run("muon", 0.3, 2, STEPS, (1.0, 1.0, 1.0))]
+    assert found(runs).best_rate("muon") == 0.2
+    runs = [Run("muon", 0.1, 1, STEPS, (1.0, None, None)), *ALL[4:]]
+    assert found(runs).best_rate("muon") == 0.2
 
 
 @pytest.mark.parametrize("name", recipe.CANDIDATES)
@@ -59,27 +90,149 @@ def test_every_candidate_is_a_valid_config_with_its_own_schedule(name):
     assert config.train.seed == 2
 
 
-def test_trainings_are_done_once_and_kept(tiny, shards, tmp_path, monkeypatch, capsys):
+def test_the_candidates_are_what_they_are_called():
+    told = {}
+    for name, way in recipe.CANDIDATES.items():
+        optim = make_config(way.values(ROOT / "configs" / "recipe.toml", 0.01, seed=1)).optim
+        floor = optim.min_learning_rate / optim.learning_rate
+        told[name] = (optim.name, optim.schedule, floor, optim.warmup_steps, optim.beta2)
+    assert told == {
+        "nanogpt": ("adamw", "cosine", 0.1, 100, 0.99),
+        "adamw_linear": ("adamw", "linear", 0.0, 100, 0.99),
+        "muon": ("muon", "cosine", 0.1, 20, 0.95),
+        "muon_linear": ("muon", "linear", 0.0, 20, 0.95),
+    }
+
+
+@pytest.fixture
+def begin(tiny, shards, tmp_path, monkeypatch):
+    """begin(...): what recipe.main takes, for tiny trainings with two seeds, of one candidate."""
     path = tmp_path / "tiny.toml"
     path.write_text(f'{tiny.read_text()}\n[data]\ndir = "{shards}"\n')
     monkeypatch.setattr(recipe, "SEEDS", (1, 2))
-    quick = recipe.changed(recipe.ADAMW, "quick", {}, rates=(0.001,))
+    quick = replace(recipe.ADAMW, meaning="quick", rates=(0.001,))
     monkeypatch.setattr(recipe, "CANDIDATES", {"nanogpt": quick})
-    words = ["--config", path, "--results", tmp_path / "found.json", "--out", tmp_path / "out"]
-    arguments = recipe.parse_arguments([str(word) for word in (*words, "--jobs", 2)])
-    recipe.main(arguments)
-    content = json.loads((tmp_path / "found.json").read_text())
-    assert sorted(run["seed"] for run in content["runs"]) == [1, 2]
-    assert all(run["losses"][-1] < run["losses"][0] for run in content["runs"])
-    assert content["step_seconds"]["nanogpt"] > 0
+
+    def make(*more: object):
+        words = ["--config", path, "--results", tmp_path / "found.json", "--out", tmp_path / "out"]
+        return recipe.parse_arguments([str(word) for word in (*words, *more)])
+
+    return make
+
+
+def test_trainings_are_done_once_and_kept(begin, tmp_path, monkeypatch, capsys):
+    recipe.main(begin("--jobs", 2))
+    kept = recipe.load_found(tmp_path / "found.json")
+    assert sorted(run.seed for run in kept.runs) == [1, 2]
+    assert all(run.steps == (20, 40) and run.losses[1] < run.losses[0] for run in kept.runs)
+    assert kept.step_seconds > 0 and kept.step_ratios == {"nanogpt": 1.0}
     assert "100%" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*/checkpoints"))
     monkeypatch.setattr(recipe, "train", lambda *_: pytest.fail("it has been done"))
-    recipe.main(arguments)
+    recipe.main(begin())
+    assert recipe.load_found(tmp_path / "found.json").runs == kept.runs
 
 
-def test_an_unknown_candidate_and_a_damaged_file_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match="--only sgd: expected some of nanogpt, "):
-        recipe.main(recipe.parse_arguments(["--only", "sgd"]))
-    (tmp_path / "found.json").write_text("{")
-    with pytest.raises(UserError, match="can't read .*found.json"):
-        recipe.Found(tmp_path / "found.json")
+@pytest.mark.parametrize("changes", [{"settings": {"optim.beta2": 0.5}}, {"floor": 0.5}])
+def test_a_candidate_of_the_same_name_is_not_mixed_in(begin, tmp_path, monkeypatch, changes):
+    recipe.main(begin())
+    other = replace(recipe.CANDIDATES["nanogpt"], **changes)
+    monkeypatch.setitem(recipe.CANDIDATES, "nanogpt", other)
+    with pytest.raises(UserError, match="found.json tells of another nanogpt: choose another"):
+        recipe.main(begin())
+
+
+def test_another_config_is_not_mixed_in(begin, tmp_path):
+    recipe.main(begin())
+    config = begin().config
+    config.write_text(config.read_text().replace("max_steps = 40", "max_steps = 60"))
+    with pytest.raises(UserError, match="found.json tells of another config: choose another"):
+        recipe.main(begin())
+
+
+def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
+    """What is done is kept, and what hasn't begun doesn't begin."""
+    begun = []
+
+    def train(name: str, rate: float, seed: int, arguments: object) -> Run:
+        begun.append(rate)
+        time.sleep(0.1 * len(begun))
+        if rate == 2.0:
+            raise UserError("a training failed")
+        return Run(name, rate, seed, (20, 40), (5.0, 4.0))
+
+    monkeypatch.setattr(recipe, "train", train)
+    rates = tuple(float(rate) for rate in range(1, 12))
+    monkeypatch.setitem(
+        recipe.CANDIDATES, "nanogpt", replace(recipe.CANDIDATES["nanogpt"], rates=rates)
+    )
+    with pytest.raises(UserError, match="a training failed"):
+        recipe.main(begin("--jobs", 2))
+    kept = recipe.load_found(tmp_path / "found.json")
+    assert [run.rate for run in kept.runs] == [rate for rate in begun if rate != 2.0]
+    assert len(begun) <= 4
+
+
+def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path):
+    """As a terminal sends it: to the trainings as well."""
+    arguments = begin()
+    config = arguments.config.read_text().replace("max_steps = 40", "max_steps = 100_000")
+    arguments.config.write_text(config)
+    words = ["--config", arguments.config, "--results", arguments.results, "--out", arguments.out]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "recipe.py", *words, "--only", "nanogpt"],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = arguments.out / "nanogpt_0.0005_1" / "metrics.jsonl"
+    try:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert [path.name for path in arguments.out.iterdir()] == ["nanogpt_0.0005_1"]
+    assert list((arguments.out / "nanogpt_0.0005_1" / "checkpoints").iterdir())
+
+
+def damaged(text: str):
+    return lambda arguments: arguments.results.write_text(text)
+
+
+def in_the_way(name: str):
+    return lambda arguments: Path(getattr(arguments, name)).write_text("")
+
+
+@pytest.mark.parametrize(
+    ("words", "prepare", "complaint"),
+    [
+        (["--only", "sgd"], None, "--only sgd: expected some of nanogpt"),
+        ([], damaged("{"), "can't read .*found.json"),
+        ([], damaged("[1]"), "can't read .*found.json: expected an object"),
+        ([], damaged('{"runs": 3}'), "can't read .*found.json: found lacks command"),
+        ([], in_the_way("out"), "can't write .*out/nanogpt_0.001_1: Not a directory"),
+        (["--results", "README.md/x"], None, "can't .*README.md/x: Not a directory"),
+        (
+            [],
+            lambda arguments: arguments.config.write_text("[log]\neval_every = 0\n"),
+            "log.eval_every = 0",
+        ),
+    ],
+)
+def test_wrong_input_is_one_line(begin, monkeypatch, words, prepare, complaint):
+    monkeypatch.chdir(ROOT)
+    arguments = begin(*words)
+    if prepare:
+        prepare(arguments)
+    with pytest.raises(UserError, match=complaint):
+        recipe.main(arguments)
+
+
+def test_the_file_that_is_kept_is_one_that_can_be_read():
+    kept = recipe.load_found(ROOT / "results" / "recipe.json")
+    assert set(kept.candidates) >= {run.candidate for run in kept.runs}
+    for name in set(kept.candidates) & set(recipe.CANDIDATES):
+        assert kept.candidates[name] == recipe.CANDIDATES[name]
