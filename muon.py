@@ -26,7 +26,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: (n, rows, columns) -> the same, by Newton–Schulz iteration.
 
     Only matrix products are needed, and bfloat16 is exact enough where the hardware multiplies in
-    it. Singular values end between 0.7 and 1.2, which is as good as 1 for a step.
+    it, whatever train.dtype is. Singular values end between 0.7 and 1.2, which is as good as 1 for
+    a step; only those below 0.0015 of the matrix's norm stay smaller.
     """
     a, b, c = COEFFICIENTS
     is_quick = choose_dtype("auto", matrices.device) == torch.bfloat16
