@@ -198,7 +198,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint into `folder`, then remove old ones.
 
-    The `keep` newest stay, and the best, and the newest that is not after step `keep_until`.
+    The `keep` newest stay, not counting those that were saved while step after step was passed
+    over, and the best, and the newest of all, and the newest that is not after step `keep_until`.
     """
     final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
@@ -390,10 +391,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"can't read {folder}: {error.strerror}") from error
     steps = {name: name.removeprefix("step_") for name in names if name.startswith("step_")}
-    return sorted((folder / name for name, step in steps.items() if step.isdecimal()), key=_step)
+    return sorted((folder / name for name, step in steps.items() if step.isdecimal()), key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     """The step that a checkpoint folder is named after."""
     return int(path.name.removeprefix("step_"))
 
@@ -406,24 +407,28 @@ def _remove_old(folder: Path, newest: Path, keep: int, keep_until: int) -> None:
     """
     paths = checkpoints_in(folder)
     paths = paths[: paths.index(newest) + 1]
-    losses = {path: _val_loss(path) for path in paths}
-    best = min(paths, key=losses.__getitem__)
-    early = [path for path in paths if _step(path) <= keep_until][-1:]
-    for path in paths[:-keep]:
-        if (path != best or losses[best] == math.inf) and path not in early:
+    told = {path: _loss_and_skipped(path) for path in paths}
+    best = min((path for path in paths if told[path][0] < math.inf), key=told.get, default=newest)
+    sound = [path for path in paths if not told[path][1]][-keep:]
+    early = [path for path in paths if step_of(path) <= keep_until][-1:]
+    for path in paths:
+        if path not in (newest, best, *sound, *early):
             try:
                 _remove(path)
             except OSError as error:
                 print(f"can't remove the old {path}: {error.strerror}", file=sys.stderr)
 
 
-def _val_loss(path: Path) -> float:
-    """A checkpoint's validation loss; infinity if it has none or its meta.json can't be read."""
+def _loss_and_skipped(path: Path) -> tuple[float, bool]:
+    """A checkpoint's validation loss, infinity if it has none or its meta.json can't be read, and
+    whether the step before it was passed over.
+    """
     try:
-        loss = _read_meta(path)["val_loss"]
+        meta = _read_meta(path)
+        loss, skipped = meta["val_loss"], meta.get("skipped", 0)
     except (OSError, ValueError, KeyError, UserError):
-        return math.inf
-    return loss if type(loss) is float else math.inf
+        return math.inf, False
+    return loss if type(loss) is float else math.inf, skipped != 0
 
 
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

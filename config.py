@@ -152,10 +152,10 @@ class Config:
                 f"optim.min_learning_rate = {self.optim.min_learning_rate} is above "
                 f"optim.learning_rate = {self.optim.learning_rate}: lower it"
             )
-        if self.optim.name == "muon" and self.optim.learning_rate == 0:
+        if self.optim.name == "muon" and self.optim.learning_rate < 1e-30:
             raise UserError(
-                "optim.learning_rate = 0: optim.matrix_learning_rate rises and falls in proportion "
-                "to it; set it above 0"
+                f"optim.learning_rate = {self.optim.learning_rate}: optim.matrix_learning_rate "
+                "rises and falls in proportion to it; set it to at least 1e-30"
             )
         task_names(self.log.eval_tasks)
 

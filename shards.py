@@ -168,16 +168,21 @@ def is_there(path: Path) -> bool:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """The path of a file in `folder`. Raises UserError if the name, or a link, leads out of it."""
+    """The path of a file in `folder`. Raises UserError if the name, or a link, leads out of it, or
+    to no file at all: a named pipe would be waited for until somebody writes into it.
+    """
     path = folder / name
     if Path(name).name != name or "\0" in name:
         raise UserError(f"{folder} is said to hold {name!r:.80}: expected a plain name")
     try:
         lies_in = path.resolve().parent
+        is_odd = path.exists() and not (path.is_file() or path.is_dir())
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, an impossible name
         raise UserError(f"can't find {name!r:.80} in {folder}: {error}") from error
     if lies_in != folder.resolve():
         raise UserError(f"{path} is a link out of its folder: put the file itself there")
+    if is_odd:
+        raise UserError(f"{path} is no file")
     return path
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from config import Config, load_config, make_config, task_names
+from config import Config, OptimSettings, TrainSettings, load_config, make_config, task_names
 from errors import Expendable, Stopped, UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -22,7 +22,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import tiktoken
@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
+    META,
     MODEL,
     OPTIMIZER,
     Checkpoint,
@@ -43,6 +44,7 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
     step_name,
+    step_of,
 )
 from data import BatchShape, step_windows
 from distributed import Ranks, device_name, memory_errors, process_group
@@ -50,7 +52,7 @@ from guard import StopRequest
 from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
 from model import GPT, GPTConfig
-from optim import last_at_peak
+from optim import last_at_peak, learning_rate_at
 from records import strict
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
 from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
@@ -261,12 +263,32 @@ class Trainer:
             raise UserError(
                 f"{told}: passed over, {self.skipped} in a row, which is one too many "
                 f"(train.max_skipped_steps); it saw windows {self._windows(result.step)[:4]} … of "
-                f"{self.config.data.dir}. Go on from the last checkpoint in {self.out} with a "
-                "lower --optim.learning_rate or more --optim.warmup_steps"
+                f"{self.config.data.dir}. {self._way_out(result)}"
             )
         if self.ranks.is_first:
             say(f"{told}: passed over, the weights stay as they are")
         return True
+
+    def _way_out(self, result: StepResult) -> str:
+        """What to do after too many bad steps, of which `result` is the last."""
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            return (
+                "Its gradient is no longer an exception: raise --train.skip_spikes, or leave it out"
+            )
+        # The last good step had a finite loss. Its update may be what spoiled the weights, though.
+        before, good = self.step - self.skipped - 1, "the beginning"
+        for path in checkpoints_in(self.out / "checkpoints"):
+            if step_of(path) <= before:
+                good = f"{path}: remove those after it, and go on"
+        return f"Go back to {good} with a lower --optim.learning_rate or more --optim.warmup_steps"
+
+    def _check_weights(self) -> None:
+        """Raises UserError if the run has ended with weights that aren't finite."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise UserError(
+                f"the weights after step {self.step:,} aren't finite: go back to an earlier "
+                f"checkpoint of {self.out} with a lower --optim.learning_rate"
+            )
 
     def _windows(self, step: int) -> list[int]:
         """The windows of the training text that a step, counted from 1, saw."""
@@ -478,6 +500,7 @@ class Trainer:
             number = self.stop.number or signal.SIGTERM
             told = f"stopped after step {self.step:,}; the same command goes on from there"
             raise Stopped(told, number)
+        self._check_weights()
         if first:
             say(f"done: python sample.py --checkpoint {self.out}")
 
@@ -638,19 +661,45 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
 
 
 def check_schedule(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises UserError if a run is to get longer whose learning rate was kept up, and now falls.
+    """Raises UserError if a learning rate that was kept up, and now falls, would rise again.
 
-    It would jump back to its peak. The checkpoint from before the fall is there to go on from.
+    The checkpoint from before the fall is there to go on from, for a longer run.
     """
-    then = checkpoint.meta.config
-    before = make_config({section: then.get(section, {}) for section in ("optim", "train")})
-    old, new = (last_at_peak(each.optim, each.train.max_steps) for each in (before, config))
-    if before.optim.decay_steps and old + 1 < checkpoint.meta.step and old < new:
+    before, step = settings_of(checkpoint), checkpoint.meta.step
+    level = last_at_peak(before.optim, before.train.max_steps) + 1
+    if (
+        before.optim.decay_steps
+        and step > level
+        and share_of_peak(step, config) > share_of_peak(step - 1, before)
+    ):
         raise UserError(
-            f"{checkpoint.path} was saved while the learning rate fell. To train longer, copy the "
-            f"newest checkpoint up to step {old + 1:,} into the folder checkpoints of another run, "
-            "and name that run's with --train.out"
+            f"{checkpoint.path} was saved while the learning rate fell, and now it would rise "
+            f"again. To train longer, copy a checkpoint up to step {level:,} into the folder "
+            "checkpoints of another run, and name that run's with --train.out"
         )
+
+
+def settings_of(checkpoint: Checkpoint) -> Config:
+    """What decided the learning rate when it was saved. Raises UserError for impossible values."""
+    known = {"optim": OptimSettings, "train": TrainSettings}
+    values = {
+        section: {
+            item.name: checkpoint.meta.config[section][item.name]
+            for item in fields(kind)
+            if item.name in checkpoint.meta.config.get(section, {})
+        }
+        for section, kind in known.items()
+    }
+    try:
+        return make_config(values)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path / META}: {error}") from error
+
+
+def share_of_peak(step: int, config: Config) -> float:
+    """The learning rate of a step, counted from 0, as a share of its peak."""
+    rate = learning_rate_at(step, config.optim, config.train.max_steps)
+    return rate / (config.optim.learning_rate or 1.0)
 
 
 def train(config: Config) -> None:

@@ -100,6 +100,26 @@ def test_a_checkpoints_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path
         read_checkpoint(path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_named_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(data, tmp_path):
+    path = save(tmp_path / "run")
+    for file in (path / META, path / MODEL, data / MANIFEST, data / VOCABULARY):
+        file.unlink()
+        os.mkfifo(file)
+    for look in (lambda: read_checkpoint(path), lambda: encoding_of(data)):
+        with pytest.raises(UserError, match="is no file"):
+            look()
+
+
+def test_an_error_is_one_line_whatever_a_file_puts_into_it(tmp_path):
+    (tmp_path / "odd.toml").write_text(
+        '[optim]\n"x\\nerror: forged \\u001b[31m' + "y" * 100_000 + '" = 1\n'
+    )
+    told = run("train.py", tmp_path / "odd.toml").error()
+    assert told.startswith("error: unknown setting optim.x\\nerror: forged \\x1b[31myyy")
+    assert len(told) < 3000
+
+
 def test_a_checkpoint_that_is_a_link_out_of_its_run_is_passed_over(tmp_path, capsys):
     outside = save(tmp_path / "other", 3, val_loss=0.1)
     folder = save(tmp_path / "run" / "checkpoints", 1, val_loss=1.0).parent

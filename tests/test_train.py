@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 
 import train
 from checkpoint import MODEL, OPTIMIZER, newest_checkpoint, read_checkpoint
-from config import load_config
+from config import Config, load_config
 from data import load_windows, step_windows
 from distributed import Ranks
 from metrics import Metrics, estimated_memory
@@ -507,9 +508,75 @@ def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_
         for name in ("planned", "longer")
     ]
     assert losses[1] == losses[0][6:]
-    with pytest.raises(train.UserError, match="the newest checkpoint up to step 6 into"):
+    with pytest.raises(train.UserError, match="copy a checkpoint up to step 6 into"):
         train.train(configure(*changes, "--train.max_steps", 18))
     train.train(configure(*changes, "--train.max_steps", 12))  # it may end as it was planned
+
+
+def saved_at(step: int, config: Config) -> SimpleNamespace:
+    """What `check_schedule` looks at."""
+    meta = SimpleNamespace(step=step, config=json.loads(json.dumps(asdict(config))))
+    return SimpleNamespace(path=Path("run/step"), meta=meta)
+
+
+LEVEL = ("--optim.schedule", "linear", "--optim.decay_steps", 10, "--optim.warmup_steps", 2)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "is_refused"),
+    [
+        (30, ["--train.max_steps", 80], False),  # the rate is about to fall
+        (31, ["--train.max_steps", 80], True),
+        (31, [], False),
+        (31, ["--optim.learning_rate", 1e-3], False),  # another peak, but the same way down
+        (40, ["--train.max_steps", 60, "--optim.decay_steps", 30], True),
+        (40, ["--train.max_steps", 400, "--optim.decay_steps", 370], True),
+        (40, ["--train.max_steps", 400, "--optim.decay_steps", 0], True),
+        (35, ["--optim.warmup_steps", 50], True),
+    ],
+)
+def test_a_learning_rate_that_falls_does_not_rise_again(configure, step, changes, is_refused):
+    then, now = configure(*LEVEL), configure(*LEVEL, *changes)
+    if is_refused:
+        with pytest.raises(train.UserError, match="now it would rise again. .* up to step 30 into"):
+            train.check_schedule(saved_at(step, then), now)
+    else:
+        train.check_schedule(saved_at(step, then), now)
+
+
+def test_a_cosine_may_be_made_longer_and_settings_that_are_unknown_now_are_passed_over(configure):
+    checkpoint = saved_at(40, configure())
+    checkpoint.meta.config["optim"]["momentum"] = 1
+    train.check_schedule(checkpoint, configure("--train.max_steps", 80))
+    checkpoint.meta.config["optim"]["decay_steps"] = "x"
+    with pytest.raises(train.UserError, match="run/step/meta.json: optim.decay_steps = 'x'"):
+        train.check_schedule(checkpoint, configure())
+
+
+def test_an_update_that_spoils_the_weights_costs_no_checkpoint_from_before_it(configure, tmp_path):
+    often = ("--train.checkpoint_every", 1, "--train.keep_checkpoints", 2, "--log.eval_every", 0)
+    train.train(configure(*often, "--train.max_steps", 4))
+    wild = ("--optim.learning_rate", 1e30, "--train.max_skipped_steps", 3)
+    with pytest.raises(train.UserError, match="Go back to .*step_000004: remove those after it"):
+        train.train(configure(*often, *wild))
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir())[:2] == ["step_000004", "step_000005"]
+    for path in sorted(folder.iterdir())[1:]:
+        shutil.rmtree(path)
+    train.train(configure(*often, "--train.max_steps", 6))
+
+
+def test_a_run_whose_last_update_spoils_the_weights_is_not_called_done(configure, capsys):
+    wild = ("--optim.learning_rate", 1e39, "--log.eval_every", 0, "--train.max_steps", 1)
+    with pytest.raises(train.UserError, match="the weights after step 1 aren't finite"):
+        train.train(configure(*wild))
+    assert "done:" not in capsys.readouterr().err
+
+
+def test_norms_that_stay_high_are_told_from_a_learning_rate_that_is_too_high(configure):
+    few = ("--train.skip_spikes", 1e-3, "--train.max_skipped_steps", 1, "--train.max_steps", 200)
+    with pytest.raises(train.UserError, match="raise --train.skip_spikes, or leave it out"):
+        train.train(configure(*few, "--train.tokens_per_step", 64, "--log.eval_every", 0))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
