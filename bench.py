@@ -107,6 +107,7 @@ from distributed import choose_device
 from metrics import estimated_memory
 from model import GPT, GPTConfig
 from scaling import Cluster, step_time
+from writing import check_can_write, write_atomically
 
 PARTS = ("data", "forward", "backward", "optimizer")
 Turn = dict[str, float]  # what a contestant measured in one turn
@@ -491,22 +492,48 @@ def versions() -> dict[str, str]:
     return found
 
 
+def commit() -> str | None:
+    """HEAD's short hash, with "+" if a tracked file outside results/ differs; None if unknown."""
+    git = ("git", "--git-dir=.git")  # of this folder, not of one that it was unpacked in
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
+    except OSError:  # there is no git
+        return None
+    if head.returncode:
+        return None
+    paths = (".", ":!results")
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths], **options).returncode
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def write_report(path: Path, report: dict) -> None:
+    """Write it as JSON. Raises UserError if the disk is full, or gone."""
+    try:
+        write_atomically(path, json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Measure, print a table, write JSON."""
     config = load_config([str(arguments.config)])
     output = arguments.output
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: expected a file in a folder that is there")
+    if output:
+        check_can_write(output)
     task = {f.__name__: f for f in (train, generate, data, tokenize, start, plan)}[arguments.task]
     report = {
         "command": "python bench.py " + " ".join(sys.argv[1:]),
         "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
         "hardware": hardware(),
         "versions": versions(),
         **task(arguments, config),
     }
     if output:
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(output, report)
 
 
 if __name__ == "__main__":

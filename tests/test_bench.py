@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow
@@ -108,7 +110,7 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
     assert [line.split()[0] for line in lines[1:5]] == contestants
     assert lines[2].endswith(f"{slow['times_as_fast']:.2f} × as fast")
     assert report["command"].startswith("python bench.py train")
-    assert {"date", "hardware", "versions", "settings"} <= set(report)
+    assert {"date", "commit", "hardware", "versions", "settings"} <= set(report)
 
 
 def test_generation_is_measured_beside_peers(config, peer, tmp_path):
@@ -201,6 +203,55 @@ def test_preparing_is_measured_beside_bare_tiktoken_and_build_nanogpt(tmp_path):
 )
 def test_wrong_input_is_one_line(call, words, complaint):
     assert complaint in call("bench", *words.split()).error()
+
+
+def test_a_report_names_the_commit_and_marks_changes_but_those_of_results(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    inner = tmp_path / "inner"
+    (inner / "results").mkdir(parents=True)
+
+    def git(*words: str) -> str:
+        name = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+        command = ["git", *name, *words]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    assert bench.commit() is None  # no checkout
+    git("init")
+    assert bench.commit() is None  # no commit
+    (tmp_path / "results").mkdir()
+    for name in ("bench.py", "results/found.json"):
+        (tmp_path / name).write_text("old")
+    git("add", "bench.py", "results")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    (tmp_path / "results" / "found.json").write_text("new")
+    assert bench.commit() == head
+    (tmp_path / "bench.py").write_text("new")
+    assert bench.commit() == head + "+"
+    monkeypatch.setattr(bench, "__file__", str(inner / "bench.py"))
+    assert bench.commit() is None  # unpacked inside another checkout
+    monkeypatch.setenv("PATH", "")
+    assert bench.commit() is None  # no git
+
+
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_measured(call, tmp_path):
+    (tmp_path / "o.json.partial").mkdir()  # in the way of root too
+    result = call("bench", "plan", "--tokens-per-second", 1, "--output", tmp_path / "o.json")
+    assert "can't write" in result.error()
+    assert not result.out
+
+
+def test_a_disk_that_is_full_in_the_end_is_one_line(call, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench, "write_atomically", full)
+    options = ["--tokens-per-second", 1, "--output", tmp_path / "o.json"]
+    assert "No space left on device" in call("bench", "plan", *options).error()
 
 
 def test_a_contestant_that_fails_is_named_after_what_it_said(tmp_path, config):
