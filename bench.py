@@ -21,12 +21,12 @@ from pathlib import Path
 
 from errors import Parser, UserError, positive, run_script
 
-PEERS = {
-    "train": ("nanogpt", "build-nanogpt", "transformers"),
-    "generate": ("nanogpt", "transformers"),
-    "tokenize": ("build-nanogpt",),
+PEERS = {  # by task: the file that is taken from a checkout; None: a package that is installed
+    "train": {"nanogpt": "model.py", "build-nanogpt": "train_gpt2.py", "transformers": None},
+    "generate": {"nanogpt": "model.py", "transformers": None},
+    "tokenize": {"build-nanogpt": "fineweb.py"},
 }
-PACKAGES = ("transformers",)  # peers that are installed, not checked out
+MOST_TOKENS = 10_000_000  # at once; more fit into no machine
 
 
 def price(text: str) -> float:
@@ -45,7 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def add_task(name: str, meaning: str) -> Parser:
         task = tasks.add_parser(name, help=meaning, description=meaning)
         add = task.add_argument
-        task.set_defaults(config=Path("configs/gpt2_124m.toml"))
+        task.set_defaults(config=Path(__file__).parent / "configs" / "gpt2_124m.toml")
         if name != "tokenize":  # which has no model
             add("--config", type=Path, help="the model (configs/gpt2_124m.toml)")
         add("--output", type=Path, metavar="FILE.json", help="write all that was found")
@@ -103,6 +103,7 @@ from importlib.util import find_spec
 import torch
 
 from config import Config, load_config
+from data import BatchShape
 from distributed import choose_device
 from metrics import estimated_memory
 from model import GPT, GPTConfig
@@ -189,13 +190,23 @@ def read_peers(arguments: argparse.Namespace) -> dict[str, str]:
             raise UserError(f"--peer {name}: expected one of {', '.join(known)}")
         if name in peers:
             raise UserError(f"--peer {text}: {name} stands there twice")
-        if name in PACKAGES:
+        needed = known[name]
+        if needed is None:
             if path or find_spec(name) is None:
                 raise UserError(f"--peer {text}: expected {name}, installed (pip install {name})")
-        elif not (path and Path(path).is_dir()):
-            raise UserError(f"--peer {text}: expected {name}=PATH, the folder of its checkout")
+        elif not (path and Path(path, needed).is_file()):
+            raise UserError(
+                f"--peer {text}: expected {name}=PATH, the folder of {name}'s checkout, "
+                f"with {needed} in it"
+            )
         peers[name] = str(Path(path).resolve()) if path else ""
     return peers
+
+
+def check_fits(option: str, B: int, T: int) -> None:
+    """Raises UserError if B rows of T tokens are too many to be tried."""
+    if B * T > MOST_TOKENS:
+        raise UserError(f"{option} {B:,}: expected no more than {MOST_TOKENS // T:,}")
 
 
 def median(turns: list[Turn], key: str) -> float | None:
@@ -245,6 +256,7 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
     """A training step."""
     on_cpu = choose_device(arguments.device).type == "cpu"
     B = arguments.micro_batch_size or (2 if on_cpu else config.train.micro_batch_size)
+    check_fits("--micro-batch-size", B, config.model.block_size)
     settings = settings_of(arguments, config) | {
         "micro_batch_size": B,
         "compile": not arguments.no_compile,
@@ -299,6 +311,7 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
             f"--prompt-tokens {T} and --new-tokens {new} are more than the context of "
             f"{room:,} together: lower one of them"
         )
+    check_fits("--batch-size", B, T + new)
     settings = settings_of(arguments, config)
     settings |= {"batch_size": B, "prompt_tokens": T, "new_tokens": new}
     names = {"ours": "", **read_peers(arguments)}
@@ -338,8 +351,7 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
 def data(arguments: argparse.Namespace, config: Config) -> dict:
     """The loader alone, and the check of a shard."""
     B, T = arguments.micro_batch_size or config.train.micro_batch_size, config.model.block_size
-    if B * T > 10_000_000:
-        raise UserError(f"--micro-batch-size {B:,}: expected no more than {10_000_000 // T:,}")
+    check_fits("--micro-batch-size", B, T)
     settings = settings_of(arguments, config) | {"micro_batch_size": B}
     _, turns = take_turns({"ours": ""}, settings, arguments.rounds)
     names = {"loader": "seconds_per_token", "SHA-256": "hash_seconds_per_token"}
@@ -407,7 +419,8 @@ def start(arguments: argparse.Namespace, config: Config) -> dict:
 def plan(arguments: argparse.Namespace, config: Config) -> dict:
     """More GPUs, on paper: time, cost, memory."""
     T, B = config.model.block_size, arguments.micro_batch_size or config.train.micro_batch_size
-    windows, steps = config.train.tokens_per_step // T, config.train.max_steps
+    shape = BatchShape(config.train.tokens_per_step, T, B, world_size=1)  # else UserError
+    windows, steps = shape.windows_per_step, config.train.max_steps
     model = model_on_paper(config)
     parameters = model.num_parameters()
     embeddings = model.wte.weight.numel() + model.wpe.weight.numel()
@@ -438,8 +451,14 @@ def plan(arguments: argparse.Namespace, config: Config) -> dict:
         + (f"From {wasted[0]:,} on, most of a step is waiting." if wasted else "")
     )
     print()
-    print_memory(config)
-    return {"results": results, "mostly_waiting_from": wasted[0] if wasted else None}
+    assumed = ("tokens_per_second", "gigabytes_per_second", "microseconds", "price")
+    settings = settings_of(arguments, config) | {name: vars(arguments)[name] for name in assumed}
+    return {
+        "settings": settings | {"micro_batch_size": B, "tokens_per_step": shape.tokens_per_step},
+        "results": results,
+        "mostly_waiting_from": wasted[0] if wasted else None,
+        "memory": print_memory(config),
+    }
 
 
 def plan_row(gpus: int, step: dict | None) -> list[str]:
@@ -462,15 +481,21 @@ def model_on_paper(config: Config, **changes: object) -> GPT:
         return GPT(GPTConfig(**asdict(config.model) | changes))
 
 
-def print_memory(config: Config) -> None:
-    """What a GPU must hold in bfloat16, by micro-batch, with and without recomputing."""
-    sizes, rows = (1, 2, 4, 8, 16, 32, 64), []
-    for title, recompute in (("GB, estimated", False), ("with model.recompute", True)):
+def print_memory(config: Config) -> dict[str, list]:
+    """What a GPU must hold in bfloat16, by micro-batch, with and without recomputing: in bytes."""
+    sizes, rows = [1, 2, 4, 8, 16, 32, 64], []
+    for recompute in (False, True):
         model = model_on_paper(config, recompute=recompute)
         tokens = (size * config.model.block_size for size in sizes)
-        memory = (estimated_memory(model, count, torch.bfloat16, True) for count in tokens)
-        rows.append([title, *(f"{size / 1e9:.1f}" for size in memory)])
-    print_table(["windows at once", *map(str, sizes)], rows)
+        rows.append([estimated_memory(model, count, torch.bfloat16, True) for count in tokens])
+    print_table(
+        ["windows at once", *map(str, sizes)],
+        [
+            [title, *(f"{size / 1e9:.1f}" for size in row)]
+            for title, row in zip(("GB, estimated", "with model.recompute"), rows)
+        ],
+    )
+    return {"windows": sizes, "bytes": rows[0], "bytes_with_recompute": rows[1]}
 
 
 def hardware() -> str:

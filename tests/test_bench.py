@@ -184,16 +184,26 @@ def test_preparing_is_measured_beside_bare_tiktoken_and_build_nanogpt(tmp_path):
     ("words", "complaint"),
     [
         ("train --peer nanoGPT=.", "--peer nanoGPT: expected one of nanogpt, build-nanogpt, tr"),
-        ("train --peer nanogpt", "expected nanogpt=PATH, the folder of its checkout"),
+        ("train --peer nanogpt", "expected nanogpt=PATH, the folder of nanogpt's checkout"),
         ("train --peer nanogpt=nowhere", "expected nanogpt=PATH"),
+        ("train --peer nanogpt=tests", "nanogpt's checkout, with model.py in it"),
+        ("train --peer build-nanogpt=tests", "with train_gpt2.py in it"),
+        ("generate --peer nanogpt=tests", "with model.py in it"),
+        ("tokenize --source . --peer build-nanogpt=tests", "with fineweb.py in it"),
         ("generate --new-tokens 1", "expected at least 2"),
         ("generate --prompt-tokens 1000 --new-tokens 100", "more than the context of 1,024"),
         ("generate --config nowhere.toml", "nowhere.toml"),
         ("tokenize --source tests", "expected a folder of .parquet files"),
         ("generate --peer-dtype float32", "--peer-dtype is of the others"),
         ("generate --peer transformers=there", "expected transformers, installed"),
-        ("train --peer nanogpt=tests --peer nanogpt=visuals", "nanogpt stands there twice"),
+        ("train --peer nanogpt=. --peer nanogpt=visuals", "nanogpt stands there twice"),
         ("data --micro-batch-size 1_000_000_000", "expected no more than 9,765"),
+        ("train --micro-batch-size 1_000_000_000", "--micro-batch-size 1,000,000,000: expected no"),
+        ("generate --batch-size 1_000_000_000", "--batch-size 1,000,000,000: expected no more tha"),
+        (
+            "plan --tokens-per-second 1 --micro-batch-size 3",
+            "tokens_per_step = 524,288 can't be shared out: expected a multiple of",
+        ),
         ("data --output nowhere/o.json", "expected a file in a folder that is there"),
         ("data --output tests", "expected a file in a folder that is there"),
         ("plan --tokens-per-second 1 --price nan", "--price: invalid price value: 'nan'"),
@@ -332,6 +342,11 @@ def test_only_the_embeddings_gradients_are_waited_for_if_the_others_are_sent_in_
     assert slow.waiting == pytest.approx(slow.sending - backward)
 
 
+def test_the_plan_is_found_from_any_folder(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("bench", "plan", "--tokens-per-second", 1).status == 0
+
+
 def test_the_plan_names_where_a_step_can_no_longer_be_shared_out(call, tmp_path):
     output = tmp_path / "out.json"
     options = ["--tokens-per-second", 400_000, "--gpus", 8, 1024, "--output", output]
@@ -339,7 +354,12 @@ def test_the_plan_names_where_a_step_can_no_longer_be_shared_out(call, tmp_path)
     assert lines[1].split()[:4] == ["8", "1", "×", "64"]
     assert lines[2] == "1,024  can't share it out"
     assert "GPUs beyond 512 have nothing to do" in lines[3]
-    step = json.loads(output.read_text())["results"]["8"]
+    report = json.loads(output.read_text())
+    assumed = {"gigabytes_per_second": 50, "microseconds": 20, "price": 3, "micro_batch_size": 64}
+    assert report["settings"].items() >= {"tokens_per_second": 400_000, **assumed}.items()
+    memory = report["memory"]["bytes"]
+    assert lines[-2].split() == ["GB,", "estimated", *(f"{size / 1e9:.1f}" for size in memory)]
+    step = report["results"]["8"]
     assert step["computing"] == pytest.approx(64 * 1024 / 400_000)
     assert step["hours"] == pytest.approx((step["computing"] + step["waiting"]) * 19_073 / 3600)
     assert step["dollars"] == pytest.approx(step["hours"] * 8 * 3)
