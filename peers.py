@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
+
 PADDED_VOCABULARY = 50_304  # what nanoGPT and build-nanogpt train with, for the sake of speed
 
 # (compiled model, inputs (B, T), targets (B, T)) -> the loss
@@ -170,7 +172,10 @@ runpy.run_path(script, run_name="__main__")
 
 
 def prepare_with_bare_tiktoken(settings: dict) -> Callable[[], float]:
-    """So many processes that do nothing but tiktoken's encode_ordinary: their rates together."""
+    """So many processes that do nothing but tiktoken's encode_ordinary: their rates together.
+
+    A turn raises UserError if one of them fails.
+    """
     files, workers = settings["files"], settings["workers"]
 
     def measure() -> float:
@@ -178,12 +183,18 @@ def prepare_with_bare_tiktoken(settings: dict) -> Callable[[], float]:
             subprocess.Popen(
                 [sys.executable, "-c", BARE_TIKTOKEN, *files[worker::workers]],
                 stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
             )
             for worker in range(workers)
         ]
-        answers = [process.communicate()[0].split() for process in processes]
-        return sum(int(tokens) / float(seconds) for tokens, seconds in answers)
+        answers = [process.communicate() for process in processes]
+        for process, (_, complaint) in zip(processes, answers):
+            if process.returncode:
+                last = complaint.strip().rpartition("\n")[2]
+                raise UserError(f"bare tiktoken ended with status {process.returncode}: {last}")
+        pairs = (answer.split() for answer, _ in answers)
+        return sum(int(tokens) / float(seconds) for tokens, seconds in pairs)
 
     return measure
 
@@ -191,7 +202,7 @@ def prepare_with_bare_tiktoken(settings: dict) -> Callable[[], float]:
 def prepare_with_build_nanogpt(settings: dict) -> Callable[[], float]:
     """build-nanogpt's fineweb.py, start to end, on our files instead of the Hub's.
 
-    It writes beside itself, so that a copy of it is run.
+    It writes beside itself, so that a copy of it is run. A turn raises UserError if that fails.
     """
 
     def measure() -> float:
@@ -201,7 +212,9 @@ def prepare_with_build_nanogpt(settings: dict) -> Callable[[], float]:
             environment = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
             words = [sys.executable, "-c", BUILD_NANOGPT, str(script), str(settings["workers"])]
             began = time.perf_counter()
-            subprocess.run([*words, *settings["files"]], env=environment, check=True)
+            done = subprocess.run([*words, *settings["files"]], env=environment, check=False)
+            if done.returncode:
+                raise UserError("fineweb.py failed; what it said stands above")
             seconds = time.perf_counter() - began
             shards = Path(folder).glob("edu_fineweb10B/*.npy")
             return sum(len(np.load(shard, mmap_mode="r")) for shard in shards) / seconds
