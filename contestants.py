@@ -46,11 +46,17 @@ from train import Trainer
 Measure = Callable[[], dict[str, float]]  # a turn: the numbers by name
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when an accelerator has done what it was given; it works on by itself."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 class Stopwatch:
-    """Seconds between marks, by the device's own clock where it has one, without waiting for it."""
+    """Seconds between marks: by CUDA's own clock, without waiting for it; else by ours."""
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.marks: list[tuple[str, object]] = []
         self.mark("start")
 
@@ -61,6 +67,7 @@ class Stopwatch:
             event.record()
             self.marks.append((name, event))
         else:
+            wait_for(self.device)
             self.marks.append((name, time.perf_counter()))
 
     def timed(self, name: str, function: Callable, before: str) -> Callable:
@@ -76,8 +83,7 @@ class Stopwatch:
 
     def read(self) -> dict[str, float]:
         """Seconds by name; marks of the same name add up."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        wait_for(self.device)
         seconds: dict[str, float] = {}
         for (_, before), (name, now) in zip(self.marks, self.marks[1:]):
             passed = before.elapsed_time(now) / 1000 if self.on_gpu else now - before
@@ -225,8 +231,7 @@ def measure_generation(settings: dict, device: torch.device, dtype: torch.dtype)
         began = time.perf_counter()
         with torch.inference_mode():
             generate(ids, count)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         return time.perf_counter() - began
 
     seconds(new_tokens)  # sets libraries up
