@@ -232,9 +232,14 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
 
 
-def times(name: str, value: float) -> str:
+def times(name: str, value: float, what: str = "as fast") -> str:
     """A ratio for the table; we don't compare with ourselves."""
-    return "" if name == "ours" else f"{value:.2f} × as fast"
+    return "" if name == "ours" else f"{value:.2f} × {what}"
+
+
+def percent(value: float | None, digits: int) -> str:
+    """A share for the table."""
+    return "n/a" if value is None else f"{value:.{digits}%}"
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -267,28 +272,34 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
     ceiling, peak = median(turns["ours"], "matrix_product_flops"), machine["peak_flops"]
     results = {}
     for name in names:
-        rate = B * config.model.block_size / median(turns[name], "step_seconds")
+        seconds = {part: median(turns[name], f"{part}_seconds") for part in PARTS}
+        step = median(turns[name], "step_seconds")
+        rate = B * config.model.block_size / step
         flops, memory = rate * machine["flops_per_token"], median(turns[name], "peak_memory")
         results[name] = {
             "tokens_per_second": rate,
             "of_matrix_product": flops / ceiling,
             "mfu": peak and flops / peak,
             "peak_memory": memory,
-            "seconds": {part: median(turns[name], f"{part}_seconds") for part in PARTS},
+            "seconds": seconds,
+            "data_share": None if seconds["data"] is None else seconds["data"] / step,
             "times_as_fast": ratio(turns, name, "step_seconds"),
             "memory_ratio": median(turns["ours"], "peak_memory") / memory,
         }
+    head = ["", "tokens/s", "of product", "MFU", *(f"{part} ms" for part in PARTS), "waiting"]
     print_table(
-        ["", "tokens/s", "of product", "MFU", "GB", *(f"{part} ms" for part in PARTS), "ours is"],
+        [*head, "memory GB", "ours is", "ours takes"],
         [
             [
                 name,
                 f"{result['tokens_per_second']:,.0f}",
                 f"{result['of_matrix_product']:.0%}",
-                "n/a" if result["mfu"] is None else f"{result['mfu']:.0%}",
-                f"{result['peak_memory'] / 1e9:.1f}",
+                percent(result["mfu"], 0),
                 *map(milliseconds, result["seconds"].values()),
+                percent(result["data_share"], 1),
+                f"{result['peak_memory'] / 1e9:.1f}",
                 times(name, result["times_as_fast"]),
+                times(name, result["memory_ratio"], "as much"),
             ]
             for name, result in results.items()
         ],

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 import bench
 import contestants
+import peers
+from errors import UserError
 from scaling import Cluster, StepTime, step_time
 
 MODEL = """
@@ -106,9 +108,16 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
         assert parts == pytest.approx(measured["step_seconds"], rel=0.1)
     lines = result.out.splitlines()
     assert lines[0].split()[:3] == ["tokens/s", "of", "product"]
-    contestants = ["ours", "nanogpt", "build-nanogpt", "transformers"]
-    assert [line.split()[0] for line in lines[1:5]] == contestants
-    assert lines[2].endswith(f"{slow['times_as_fast']:.2f} × as fast")
+    names = ["ours", "nanogpt", "build-nanogpt", "transformers"]
+    assert [line.split()[0] for line in lines[1:5]] == names
+    assert f"{slow['times_as_fast']:.2f} × as fast" in lines[2]
+    assert lines[2].endswith(f"{slow['memory_ratio']:.2f} × as much")
+    ours = report["results"]["ours"]
+    share = ours["seconds"]["data"] * ours["tokens_per_second"] / (2 * 32)
+    assert ours["data_share"] == pytest.approx(share)
+    assert 0 < share < 1
+    assert slow["data_share"] is None  # its batch is there already
+    assert f"{share:.1%}" in lines[1]
     assert report["command"].startswith("python bench.py train")
     assert {"date", "commit", "hardware", "versions", "settings"} <= set(report)
 
@@ -282,6 +291,20 @@ def test_text_that_cannot_be_prepared_is_told_without_a_traceback(tmp_path):
     assert result.err.splitlines()[-1] == "error: ours failed; what it said stands above"
 
 
+def test_a_bare_tiktoken_that_fails_says_why(tmp_path):
+    measure = peers.prepare_with_bare_tiktoken({"files": [f"{tmp_path}/no.parquet"], "workers": 2})
+    with pytest.raises(UserError, match=r"tiktoken ended with status 1: FileNotFoundError: .*no\."):
+        measure()
+
+
+def test_a_fineweb_script_that_fails_is_named(tmp_path, capfd):
+    (tmp_path / "fineweb.py").write_text("1 / 0")
+    settings = {"path": str(tmp_path), "workers": 1, "files": []}
+    with pytest.raises(UserError, match=r"fineweb\.py failed"):
+        peers.prepare_with_build_nanogpt(settings)()
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_there_is_one_line(call):
     assert "device cuda:0" in call("bench", "generate", "--device", "cuda").error()
@@ -363,6 +386,17 @@ def test_the_plan_names_where_a_step_can_no_longer_be_shared_out(call, tmp_path)
     assert step["computing"] == pytest.approx(64 * 1024 / 400_000)
     assert step["hours"] == pytest.approx((step["computing"] + step["waiting"]) * 19_073 / 3600)
     assert step["dollars"] == pytest.approx(step["hours"] * 8 * 3)
+
+
+def test_a_device_that_works_on_by_itself_is_waited_for_before_the_clock_is_read(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waits.append("waited"))
+    monkeypatch.setattr(contestants.time, "perf_counter", lambda: float(len(waits)))
+    contestants.Stopwatch(torch.device("cpu")).mark("forward")
+    assert not waits
+    watch = contestants.Stopwatch(torch.device("mps"))
+    watch.mark("forward")
+    assert watch.read() == {"forward": 1.0}
 
 
 def test_the_stopwatch_tells_parts_of_the_same_name_together(monkeypatch):
