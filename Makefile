@@ -4,6 +4,7 @@
 # make soak    fifty training runs, killed at random, that must end like an untouched one (half an hour)
 # make lint    style checks
 # make bench   speed; beside others with NANOGPT=, BUILD_NANOGPT= (their checkouts), TEXTS= (Parquet)
+#              (RESULTS=out/bench to leave README's numbers in results/ as they are)
 # make recipe  ways of training compared, on the Parquet files in TEXTS (JOBS=2 trainings at a time; hours)
 # make figures README's figures, from the trained model in visuals/model
 # make clean   remove what the targets above made
@@ -39,24 +40,28 @@ lint: $(VENV)/requirements-dev.installed
 figures: $(VENV)/requirements-dev.installed
 	$(RUN) -m visuals.draw
 
+# README quotes what is in results/, from another machine; keep yours apart with RESULTS=out/bench.
+RESULTS ?= results
 DTYPES ?= float32 bfloat16
 BATCHES ?= 1 16
 bench: $(VENV)/requirements-dev.installed
-	$(RUN) bench.py train --output results/bench_train.json \
+	mkdir -p $(RESULTS)
+	$(RUN) bench.py train --output $(RESULTS)/bench_train.json \
 		$(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) \
 		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT))
 	for dtype in $(DTYPES); do for batch in $(BATCHES); do for prompt in 16 992; do \
 		$(RUN) bench.py generate --dtype $$dtype --batch-size $$batch --prompt-tokens $$prompt \
-			--output results/bench_generate_$${dtype}_$${batch}_$$prompt.json \
+			--output $(RESULTS)/bench_generate_$${dtype}_$${batch}_$$prompt.json \
 			--peer transformers $(if $(NANOGPT),`test $$batch = 1 && \
 				echo --peer nanogpt=$(NANOGPT)`) || exit 1; \
 	done; done; done
 	$(RUN) bench.py generate --dtype bfloat16 --peer transformers --peer-dtype float32 \
-		--output results/bench_generate_bfloat16_float32.json
-	$(RUN) bench.py data --output results/bench_data.json
-	$(RUN) bench.py start --output results/bench_start.json
-	$(if $(TEXTS),$(RUN) bench.py tokenize --source $(TEXTS) --output results/bench_tokenize.json \
-		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT)))
+		--output $(RESULTS)/bench_generate_bfloat16_float32.json
+	$(RUN) bench.py data --output $(RESULTS)/bench_data.json
+	$(RUN) bench.py start --output $(RESULTS)/bench_start.json
+	$(if $(TEXTS),$(RUN) bench.py tokenize --source $(TEXTS) --output $(RESULTS)/bench_tokenize.json \
+		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT)),\
+		@echo "tokenize is left out: it needs a folder of Parquet files, TEXTS=")
 
 JOBS ?= 1
 recipe: $(VENV)/requirements-dev.installed

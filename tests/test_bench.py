@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TEXT, run
+from conftest import ROOT, TEXT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -255,6 +255,21 @@ def test_a_report_names_the_commit_and_marks_changes_but_those_of_results(tmp_pa
     assert bench.commit() is None  # unpacked inside another checkout
     monkeypatch.setenv("PATH", "")
     assert bench.commit() is None  # no git
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_bench_writes_where_it_is_told_and_says_what_it_leaves_out():
+    def commands(*words: str) -> str:
+        make = ["make", "--dry-run", "bench", *words]
+        return subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert "--output results/bench_train.json" in commands()
+    assert "tokenize is left out" in commands()
+    elsewhere = commands("RESULTS=out/there", "TEXTS=texts")
+    assert "mkdir -p out/there" in elsewhere
+    assert "tokenize --source texts --output out/there/bench_tokenize.json" in elsewhere
+    assert "left out" not in elsewhere
+    assert "results/" not in elsewhere
 
 
 def test_a_report_that_cannot_be_written_is_told_before_anything_is_measured(call, tmp_path):
