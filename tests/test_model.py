@@ -246,13 +246,22 @@ def test_recomputing_changes_neither_loss_nor_gradients_but_what_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "recompute", "error"),
-    [(torch.float32, False, 1e-5), (torch.float32, True, 1e-5), (torch.bfloat16, False, 0.02)],
+    ("dtype", "recompute", "rows", "graphs", "error"),
+    [
+        (torch.float32, False, 8192, 2, 1e-5),
+        (torch.float32, True, 8192, 2, 1e-5),
+        (torch.bfloat16, False, 8192, 2, 0.02),
+        (torch.float32, False, 6, 3, 1e-5),  # 16 rows are slices of 6, 6 and 4
+    ],
 )
 def test_compiled_parts_compute_the_same_in_one_graph_each_without_breaks_or_recompiles(
-    dtype, recompute, error
+    monkeypatch, dtype, recompute, rows, graphs, error
 ):
-    """A block's graph serves all three, forward and backward; the other is the loss of a slice."""
+    """A block's graph serves all three, forward and backward.
+
+    The others are the loss of a slice: one for each shape that slices have.
+    """
+    monkeypatch.setattr(HeadLoss, "SLICE", rows)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = GPTConfig(**{**vars(SMALL), "recompute": recompute})
@@ -268,7 +277,7 @@ def test_compiled_parts_compute_the_same_in_one_graph_each_without_breaks_or_rec
     for got, want in zip(compiled.parameters(), plain.parameters()):
         assert (got.grad - want.grad).norm() <= error * want.grad.norm() + 1e-6
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
