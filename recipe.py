@@ -85,8 +85,9 @@ class Candidate:
 
 
 ADAMW = Candidate(
-    "AdamW as nanoGPT has it for small models, cosine to a tenth",
-    {"optim.beta2": 0.99, "optim.warmup_steps": 100},  # its config/train_shakespeare_char.py
+    "AdamW as nanoGPT has it, cosine to a tenth",
+    # Its config/train_shakespeare_char.py, without dropout and with the biases of GPT-2.
+    {"optim.beta2": 0.99, "optim.warmup_steps": 100},
     "optim.learning_rate",
     (5e-4, 1e-3, 2e-3),
     floor=0.1,

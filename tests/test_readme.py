@@ -24,6 +24,7 @@ from test_tasks import hellaswag_hub
 from config import Config, load_config
 from metrics import estimated_memory
 from model import GPT, GPTConfig
+from recipe import load_found, rows_of, shares
 from tokenizer import gpt2_encoding
 from visuals import KEPT, diagrams
 from visuals.story import attention_rows, chapters, load_story
@@ -670,6 +671,28 @@ def test_the_table_of_speed_is_what_was_measured():
     assert f"all of it would be {limit} nanoGPT's speed" in MEASURED_PROSE
     memory = measured("train")["nanogpt"]["memory_ratio"]
     assert f"takes {times(memory)} nanoGPT's memory" in MEASURED_PROSE
+
+
+def recipe_table(names: tuple[str, ...] = ()) -> str:
+    """The table of ways of training, all of them or those of these names."""
+    found = load_found(ROOT / "results" / "recipe.json")
+    rows = rows_of(found)
+    lines = ["| | rate | loss in the end | tokens | time |", "| --- | --- | --- | --- | --- |"]
+    for name in names or rows:
+        row, reached = rows[name], ("", "")
+        if name in found.step_ratios:
+            told = shares(row, rows["nanogpt"], found.step_ratios[name])
+            reached = [f"{share:.0%}".replace("%", " %") for share in told] if told else reached
+        loss = f"{row.loss:.3f} ({min(row.last):.3f} – {max(row.last):.3f})"
+        loss = loss if len(row.runs) > 1 else f"{row.loss:.3f} (one seed)"
+        cells = (row.candidate.meaning, f"{row.rate:g}", loss, *reached)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_ways_of_training_is_what_was_found():
+    assert recipe_table(("nanogpt", "muon_linear")) in README
+    assert recipe_table() in MEASURED
 
 
 def test_memory_is_told_as_it_was_measured():

@@ -23,7 +23,7 @@ from checkpoint import find_checkpoint
 from config import load_config
 from model import choose_next, next_probabilities
 from optim import learning_rate_at
-from recipe import rows_of
+from recipe import load_found, rows_of
 from visuals import CONFIG, ROOT
 from visuals.canvas import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED, sheet, visible
 from visuals.story import Story, attention_rows, likeliest, load_story
@@ -259,18 +259,18 @@ def training_curve(run: Path) -> Figure:
 
 def recipe() -> Figure:
     """The validation loss of ways of training, against tokens and against time."""
-    content = json.loads((ROOT / "results" / "recipe.json").read_text(encoding="utf-8"))
-    tokens, seconds = content["config"]["train"]["tokens_per_step"], content["step_seconds"]
-    rows = {row.name: row for row in rows_of(content)}
-    shown = {"nanogpt": GREY, "adamw_linear": ORANGE, "muon_linear": BLUE}
+    found = load_found(ROOT / "results" / "recipe.json")
+    rows, tokens = rows_of(found), found.config["train"]["tokens_per_step"]
     figure, panels = sheet(9, 3.8, columns=2)
-    for name, colour in shown.items():
+    for name, label, colour in (("nanogpt", "AdamW", GREY), ("muon_linear", "Muon", BLUE)):
         row = rows[name]
-        low, high = np.min(row.losses, axis=0), np.max(row.losses, axis=0)
-        for axes, unit in zip(panels, (tokens / 1e6, seconds[name] / 60)):
-            x = np.array(row.steps) * unit
-            axes.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
-            axes.plot(x, [loss for _, loss in row.curve], color=colour, label=row.meaning)
+        losses = [run.losses for run in row.runs]
+        low, high = np.min(losses, axis=0), np.max(losses, axis=0)
+        minutes = found.step_seconds * found.step_ratios[name] / 60
+        for axes, unit in zip(panels, (tokens / 1e6, minutes)):
+            steps, means = np.array(row.curve).T
+            axes.fill_between(steps * unit, low, high, color=colour, alpha=0.25, lw=0)
+            axes.plot(steps * unit, means, color=colour, label=label)
     for axes, unit in zip(panels, ("million tokens", "minutes of training")):
         axes.axhline(rows["nanogpt"].loss, color=GREY, lw=0.8, ls=":")
         axes.set(xlabel=unit, ylabel="validation loss, nats per token")
