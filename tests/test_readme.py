@@ -665,6 +665,8 @@ def test_the_table_of_speed_is_what_was_measured():
     assert soon in MEASURED_PROSE
     busy = f"{468_000 / measured('data')['tokens_per_second']['loader']:.1%}".replace("%", " %")
     assert f"would keep that thread busy {busy} of the time" in MEASURED_PROSE
+    hashed = 1e8 / measured("data")["tokens_per_second"]["SHA-256"]
+    assert f"which takes {hashed:.2f} s for 100 million tokens" in MEASURED_PROSE
     shares = {name: found["of_matrix_product"] for name, found in measured("train").items()}
     share, limit = f"{shares['ours']:.0%}".replace("%", " %"), times(1 / shares["nanogpt"])
     assert f"{share} of what a matrix product reaches there (attention" in MEASURED_PROSE
