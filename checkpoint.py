@@ -198,8 +198,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint into `folder`, then remove old ones.
 
-    The `keep` newest stay, not counting those that were saved while step after step was passed
-    over, and the best, and the newest of all, and the newest that is not after step `keep_until`.
+    The `keep` newest stay, and as many that weren't saved after a step that was passed over, and
+    the best, and the newest that is not after step `keep_until`.
     """
     final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
@@ -412,7 +412,7 @@ def _remove_old(folder: Path, newest: Path, keep: int, keep_until: int) -> None:
     sound = [path for path in paths if not told[path][1]][-keep:]
     early = [path for path in paths if step_of(path) <= keep_until][-1:]
     for path in paths:
-        if path not in (newest, best, *sound, *early):
+        if path not in (*paths[-keep:], *sound, *early, best):
             try:
                 _remove(path)
             except OSError as error:

@@ -27,11 +27,13 @@ def load_windows(
     Both are contiguous, or a GPU couldn't fetch them from pinned memory by itself. Raises UserError
     if a token isn't in the vocabulary: then a shard is damaged.
     """
-    rows = np.stack([stream.read(int(at) * block_size, block_size + 1) for at in windows])
+    starts = [int(at) * block_size for at in windows]
+    rows = np.stack([stream.read(start, block_size + 1) for start in starts])
     if rows.max() >= stream.vocab_size:
+        row, column = divmod(int(rows.argmax()), block_size + 1)
         raise UserError(
-            f"the {stream.split} split of {stream.folder} has a token {rows.max()}, its vocabulary "
-            f"only {stream.vocab_size:,}: a shard is damaged, prepare or download it again"
+            f"{stream.file_at(starts[row] + column)} has a token {rows.max()}, its vocabulary only "
+            f"{stream.vocab_size:,}: it is damaged, prepare or download it again"
         )
     inputs, targets = (part.astype(np.int64) for part in (rows[:, :-1], rows[:, 1:]))  # 2 × (B, T)
     return torch.from_numpy(inputs), torch.from_numpy(targets)

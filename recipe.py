@@ -330,10 +330,16 @@ def do(
     found: Found, trainings: list[tuple[str, float, int]], arguments: argparse.Namespace
 ) -> None:
     """Those trainings that haven't been done, several at a time. Each is kept when it is done."""
-    lock = threading.Lock()
+    lock, failed = threading.Lock(), threading.Event()
 
     def do_one(training: tuple[str, float, int]) -> None:
-        run = train(*training, arguments)
+        if failed.is_set():  # one that went wrong, or Ctrl-C, is the end: no other begins
+            return
+        try:
+            run = train(*training, arguments)
+        except UserError:
+            failed.set()
+            raise
         with lock:
             found.runs += (run,)
             found.save(arguments.results)
@@ -346,7 +352,7 @@ def do(
         for future in as_completed([pool.submit(do_one, training) for training in missing]):
             future.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C, no other begins
+        pool.shutdown(cancel_futures=True)
 
 
 def print_rows(found: Found) -> None:

@@ -290,10 +290,16 @@ class TokenStream:
             )
         return (len(self) - 1) // block_size
 
+    def _shard_at(self, token: int) -> int:
+        return int(np.searchsorted(self.starts, token, side="right")) - 1
+
+    def file_at(self, token: int) -> Path:
+        """The file that a token of the stream lies in."""
+        return Path(self.shards[self._shard_at(token)].filename)
+
     def read(self, start: int, count: int) -> np.ndarray:
         """The tokens [start, start + count) as uint16 array, across shard borders."""
-        parts = []
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts, shard = [], self._shard_at(start)
         while count > 0:
             offset = start - self.starts[shard]
             part = self.shards[shard][offset : offset + count]

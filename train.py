@@ -55,7 +55,7 @@ from model import GPT, GPTConfig
 from optim import last_at_peak, learning_rate_at
 from records import strict
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
-from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
+from shards import MANIFEST, VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
 from step import SAMPLE, Stepper, StepResult, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
@@ -191,8 +191,9 @@ class Trainer:
         then, now = checkpoint.meta.data.split(), self.data.split()
         if not then or any(a != b for a, b in zip(then, now)):  # validation may come or go
             raise UserError(
-                f"{checkpoint.path} was trained on other data than {data} holds now: a run goes on "
-                "with the same shards, or starts anew with another --train.out"
+                f"{checkpoint.path} was trained on other data than {data} holds now (see its "
+                f"{MANIFEST}): a run goes on with the same shards, or starts anew with another "
+                "--train.out"
             )
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.stepper.optimizer)

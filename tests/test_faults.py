@@ -245,16 +245,16 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_up_fo
     assert weights_of(out) == weights_of(alone)
 
 
-@pytest.mark.parametrize(("then", "status"), [("SIGINT", 130), ("nothing", 0)])
+@pytest.mark.parametrize(("then", "slow", "status"), [("SIGINT", 40, 130), ("nothing", 8, 0)])
 def test_a_run_whose_reader_has_gone_goes_on_and_stops_only_as_asked(
-    faulty, alone, tmp_path, then, status
+    faulty, alone, tmp_path, then, slow, status
 ):
     """`train.py … 2>&1 | tee log`: Ctrl-C ends tee as well. `head` goes by itself."""
     out, pipe = tmp_path / "run", tmp_path / "pipe"
     os.mkfifo(pipe)
     with subprocess.Popen(["cat", pipe], stdout=subprocess.DEVNULL) as reader:
         try:
-            with in_hand(without_torchrun(1, faulty("slow", 8, *CANONICAL), pipe)) as job:
+            with in_hand(without_torchrun(1, faulty("slow", slow, *CANONICAL), pipe)) as job:
                 until(lambda: steps_told(out) >= 3, job)
                 reader.send_signal(signal.SIGINT)
                 reader.wait()

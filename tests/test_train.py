@@ -677,7 +677,7 @@ def test_a_token_that_is_not_in_the_vocabulary_is_one_line(call, tiny, shards, t
     for name in ("manifest.json", "tokenizer.tiktoken"):  # now it is unknown, and GPT-2's
         (tmp_path / "data" / name).unlink()
     result = call("train", tiny, *arguments)
-    assert "has a token 65535, its vocabulary only 50,257" in result.error()
+    assert f"{shard} has a token 65535, its vocabulary only 50,257" in result.error()
 
 
 def exchange_shard(data: Path, name: str, change: Callable[[bytes], bytes]) -> None:
