@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,9 @@ hypothesis.settings.load_profile("any machine")
 # One thread per process, here and in what the tests start: torchrun does the same for several
 # processes, and small models on a few cores only lose by more.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell starts what it runs in the background deaf to Ctrl-C, which tests send to what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 CORPUS = ROOT.parent / "shared" / "data" / "corpus"  # real text; tests that use it skip without it
