@@ -289,7 +289,8 @@ def test_help_does_not_wait_for_torch():
     ],
 )
 def test_an_interrupt_while_a_script_imports_is_no_traceback(tmp_path, words):
-    slow = "import time; print('importing', flush=True); time.sleep(60)"
+    # Python looks for signals between calls: one that comes just before a long sleep waits for it.
+    slow = "import time; print('importing', flush=True)\nfor _ in range(600): time.sleep(0.1)"
     (tmp_path / "torch.py").write_text(slow)
     process = subprocess.Popen(
         [sys.executable, *words],
