@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from config import Config, OptimSettings, TrainSettings, load_config, make_config, task_names
+from config import Config, OptimSettings, load_config, make_config, task_names
 from errors import Expendable, Stopped, UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -682,17 +682,11 @@ def check_schedule(checkpoint: Checkpoint, config: Config) -> None:
 
 def settings_of(checkpoint: Checkpoint) -> Config:
     """What decided the learning rate when it was saved. Raises UserError for impossible values."""
-    known = {"optim": OptimSettings, "train": TrainSettings}
-    values = {
-        section: {
-            item.name: checkpoint.meta.config[section][item.name]
-            for item in fields(kind)
-            if item.name in checkpoint.meta.config.get(section, {})
-        }
-        for section, kind in known.items()
-    }
+    then, known = checkpoint.meta.config, {item.name for item in fields(OptimSettings)}
+    optim = {key: value for key, value in then.get("optim", {}).items() if key in known}
+    steps = {key: value for key, value in then.get("train", {}).items() if key == "max_steps"}
     try:
-        return make_config(values)
+        return make_config({"optim": optim, "train": steps})
     except UserError as error:
         raise UserError(f"{checkpoint.path / META}: {error}") from error
 
