@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,6 +173,28 @@ def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
     kept = recipe.load_found(tmp_path / "found.json")
     assert [run.rate for run in kept.runs] == [rate for rate in begun if rate != 2.0]
     assert len(begun) <= 4
+
+
+def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch):
+    """Not even by the thread that is free for it before the main one has heard."""
+    begun = []
+
+    def train(name: str, rate: float, seed: int, arguments: object) -> Run:
+        begun.append(rate)
+        raise UserError("a training failed")
+
+    def hear_late(futures: list) -> Iterator:
+        time.sleep(0.5)
+        return as_completed(futures)
+
+    monkeypatch.setattr(recipe, "train", train)
+    monkeypatch.setattr(recipe, "as_completed", hear_late)
+    rates = tuple(float(rate) for rate in range(1, 12))
+    quick = replace(recipe.CANDIDATES["nanogpt"], rates=rates)
+    monkeypatch.setitem(recipe.CANDIDATES, "nanogpt", quick)
+    with pytest.raises(UserError, match="a training failed"):
+        recipe.main(begin("--jobs", 1))
+    assert begun == [1.0]
 
 
 def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path):
