@@ -2,11 +2,14 @@
 
 Nothing here is needed to understand how text grows (`GPT.generate` in model.py). On a CPU a step is
 as fast as the weights can be read, so they are laid out for reading. On a GPU it is as fast as its
-200 small kernels can be started, so they are recorded and started as one.
+200 small kernels can be started, so they are recorded and started as one, and it isn't kept waiting
+for whoever looks at the tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,3 +96,32 @@ class RecordedDecoding:
             logits = self.model.next_logits(self.ids, cache)
         cache.length = length  # nothing has run yet
         return graph, logits
+
+
+def one_ahead(generate: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterator[Tensor]]:
+    """A decorator: while a token is looked at, a GPU computes the next.
+
+    What it gives out are copies on the CPU. To look at a tensor on the GPU is to wait for all that
+    it was given to do, the next token included. A CPU's tensors are passed on as they come.
+    """
+
+    @wraps(generate)
+    def tokens(*arguments: object, **options: object) -> Iterator[Tensor]:
+        copied = None
+        for ids in generate(*arguments, **options):
+            if not ids.is_cuda:
+                yield ids
+                continue
+            before, copied = copied, (ids.to("cpu", non_blocking=True), torch.cuda.Event())
+            copied[1].record()
+            if before:
+                yield _arrived(*before)
+        if copied:
+            yield _arrived(*copied)
+
+    return tokens
+
+
+def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:
+    event.synchronize()
+    return copy

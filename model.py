@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from decoding import RecordedDecoding
+from decoding import RecordedDecoding, one_ahead
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ class KVCache:
     Memory is taken at the start, for as many tokens as are to come: 2 · layers · B · capacity · C
     numbers, where capacity is a multiple of 128, or the whole context.
 
-    A new token looks at the first `reach` slots, a multiple of 128, through a mask that hides those
-    still unwritten. Its step then does the same to the same tensors for up to 128 tokens in a row,
-    which is what a CUDA graph needs (`RecordedDecoding`), and never reads much more than is there.
+    A new token looks at the first `reach` slots, a multiple of `stride`, through a mask that hides
+    those still unwritten. Its step then does the same to the same tensors for up to `stride` tokens
+    in a row, which is what a CUDA graph needs (`RecordedDecoding`), and never reads much more than
+    is there.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class KVCache:
     ) -> None:
         """`tokens` is how many are to come; the context's end limits them all the same."""
         self.capacity = min(config.block_size, -(-tokens // 128) * 128)
+        self.stride = 512 if device.type == "cuda" else 128  # a graph takes a while to record
         self.length = 0  # tokens stored in every layer
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # the same, on the device
         self.slots = torch.arange(self.capacity, device=device)  # (slots)
@@ -105,7 +107,7 @@ class KVCache:
     @property
     def reach(self) -> int:
         """How many slots the next token looks at, unwritten ones included."""
-        return min(self.capacity, self.length // 128 * 128 + 128)
+        return min(self.capacity, self.length // self.stride * self.stride + self.stride)
 
     def begin(self, T: int) -> Tensor:
         """Make ready for T more tokens; returns their positions, (T,).
@@ -220,19 +222,25 @@ class Block(nn.Module):
         return x
 
 
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """The precision of matrix products with x: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def loss_of_slice(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     """The summed cross-entropy -log p(target) of a slice of rows; logits turn into its gradient.
 
-    logits: (N, ≥ V) in any precision, targets: (N,) -> scalar in float32. Columns from V on are
-    padding: they count for nothing and get a gradient of 0. The derivative of cross-entropy with
-    respect to the logits is softmax(logits), less 1 at the target.
+    logits: (N, V' ≥ V) in any precision, targets: (N,) -> scalar in float32. Columns from V on are
+    padding: exp(-∞) is 0, so that they count for nothing and get a gradient of 0. The derivative of
+    cross-entropy with respect to the logits is softmax(logits), less 1 at the target.
     """
-    real = logits[:, :V].float()  # (N, V)
+    columns = torch.arange(logits.size(1), device=logits.device)  # (V')
+    real = logits.float().masked_fill(columns >= V, -math.inf)  # (N, V')
     log_total = real.logsumexp(dim=-1, keepdim=True)  # (N, 1)
     loss = (log_total - real.gather(1, targets[:, None])).sum()
-    hit = torch.arange(V, device=logits.device) == targets[:, None]  # (N, V)
-    logits[:, :V] = (real - log_total).exp() - hit.float()
-    logits[:, V:] = 0
+    hit = columns == targets[:, None]  # (N, V')
+    logits.copy_((real - log_total).exp() - hit.float())
     return loss
 
 
@@ -255,9 +263,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_of_slice, want_gradients):  # noqa: ANN001
         """hidden (N, C), weight (V, C), targets (N,) -> the mean loss, a scalar in float32."""
-        (N, _), V, device = hidden.shape, len(weight), hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        (N, _), V, dtype = hidden.shape, len(weight), dtype_of_products(weight)
         hidden = hidden.to(dtype)
         padded = F.pad(weight.to(dtype), (0, 0, 0, -V % 64))  # (V', C)
         loss = torch.zeros((), device=hidden.device)
@@ -327,6 +333,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens, the context holds {self.config.block_size}")
         positions = torch.arange(T, device=ids.device) if cache is None else cache.begin(T)  # (T)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+        if dtype_of_products(x) == torch.bfloat16:
+            x = x.bfloat16()  # and all that is added to it: half as much to read and to keep
         for number, block in enumerate(self.h):
             if cache is not None:
                 x = block(x, cache.layers[number])  # (B, T, C)
@@ -377,6 +385,7 @@ class GPT(nn.Module):
         attention = 12 * config.n_layer * config.n_embd * config.block_size
         return 6 * self.num_parameters() + attention
 
+    @one_ahead
     @torch.inference_mode()
     def generate(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from test_model import SMALL, greedy_without_cache, make_model, random_ids
 
 import model as model_module
-from decoding import PackedLinear, pack_weights
+from decoding import PackedLinear, one_ahead, pack_weights
 from model import GPTConfig, KVCache
 
 
@@ -77,21 +78,63 @@ def test_what_cannot_be_packed_stays_as_it_is(reason, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_decoding_with_recorded_graphs_equals_decoding_without_them_in_bfloat16(monkeypatch):
-    config = GPTConfig(vocab_size=97, block_size=160, n_layer=3, n_head=4, n_embd=32)
-    model, ids = make_model(config, scale=3.0).cuda().bfloat16(), random_ids(config, 4, 20).cuda()
+    """150 tokens: past the first 512 slots, whose graph serves no longer, and past the context."""
+    config = GPTConfig(vocab_size=97, block_size=560, n_layer=3, n_head=4, n_embd=32)
+    model, ids = make_model(config, scale=3.0).cuda().bfloat16(), random_ids(config, 4, 480).cuda()
     got = torch.stack(list(model.generate(ids, 150, temperature=0)))
     monkeypatch.setattr(model_module, "RecordedDecoding", lambda model, _: model.next_logits)
     assert torch.equal(got, torch.stack(list(model.generate(ids, 150, temperature=0))))
 
 
+class TokenOfAGPU:
+    """As much of a tensor on a GPU as `one_ahead` looks at."""
+
+    is_cuda = True
+
+    def __init__(self, number: int, happened: list[str]) -> None:
+        self.number, self.happened = number, happened
+
+    def to(self, device: str, non_blocking: bool) -> int:
+        """Begin to copy it."""
+        self.happened.append(f"copy {self.number}")
+        assert (device, non_blocking) == ("cpu", True)
+        return self.number
+
+
+def test_a_gpu_is_given_the_next_token_before_the_last_is_looked_at(monkeypatch):
+    happened = []
+
+    class Event:
+        def record(self) -> None:
+            happened.append("record")
+
+        def synchronize(self) -> None:
+            happened.append("wait")
+
+    def generate(count: int) -> Iterator[TokenOfAGPU]:
+        for number in range(count):
+            happened.append(f"compute {number}")
+            yield TokenOfAGPU(number, happened)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for number in one_ahead(generate)(3):
+        happened.append(f"look at {number}")
+    begun = [[f"compute {number}", f"copy {number}", "record"] for number in range(3)]
+    looked_at = [["wait", f"look at {number}"] for number in range(3)]
+    order = [begun[0], begun[1], looked_at[0], begun[2], looked_at[1], looked_at[2]]
+    assert happened == sum(order, [])
+    assert list(one_ahead(generate)(0)) == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_decoding_with_recorded_graphs_equals_decoding_without_a_cache():
-    config = GPTConfig(vocab_size=97, block_size=160, n_layer=3, n_head=4, n_embd=32)
+    config = GPTConfig(vocab_size=97, block_size=560, n_layer=3, n_head=4, n_embd=32)
     model = make_model(config, scale=3.0).cuda()
-    ids = random_ids(config, 4, 100).cuda()
+    ids = random_ids(config, 4, 480).cuda()
     with torch.no_grad():
         model.wpe.weight.mul_(20)
         expected = greedy_without_cache(model, ids, count=150)
     got = torch.stack(list(model.generate(ids, 150, temperature=0)))
-    assert torch.equal(got, expected)
+    assert got.device.type == "cpu"
+    assert torch.equal(got, expected.cpu())
