@@ -235,11 +235,11 @@ def loss_of_slice(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     padding: exp(-∞) is 0, so that they count for nothing and get a gradient of 0. The derivative of
     cross-entropy with respect to the logits is softmax(logits), less 1 at the target.
     """
-    columns = torch.arange(logits.size(1), device=logits.device)  # (V')
+    columns = torch.arange(logits.size(1), device=logits.device, dtype=torch.int32)  # (V')
     real = logits.float().masked_fill(columns >= V, -math.inf)  # (N, V')
     log_total = real.logsumexp(dim=-1, keepdim=True)  # (N, 1)
-    loss = (log_total - real.gather(1, targets[:, None])).sum()
-    hit = columns == targets[:, None]  # (N, V')
+    loss = log_total.sum() - real.gather(1, targets[:, None]).sum()
+    hit = columns == targets[:, None].int()  # (N, V')
     logits.copy_((real - log_total).exp() - hit.float())
     return loss
 
