@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from distributed import Moment
+
 if TYPE_CHECKING:
     from model import GPT, KVCache
 
@@ -112,16 +114,14 @@ def one_ahead(generate: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterat
             if not ids.is_cuda:
                 yield ids
                 continue
-            before, copied = copied, (ids.to("cpu", non_blocking=True), torch.cuda.Event())
-            copied[1].record()
+            before, copied = copied, (ids.to("cpu", non_blocking=True), Moment(ids.device))
             if before:
-                yield _arrived(*before)
+                yield arrived(*before)
         if copied:
-            yield _arrived(*copied)
+            yield arrived(*copied)
+
+    def arrived(copy: Tensor, moment: Moment) -> Tensor:
+        moment.wait()
+        return copy
 
     return tokens
-
-
-def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:
-    event.synchronize()
-    return copy

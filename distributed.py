@@ -105,6 +105,32 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+class Moment:
+    """When a device is done with what it has been given so far. A CPU is done already.
+
+    A GPU works on by itself, so that its moments may lie ahead: to ask for one is to wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.event = torch.cuda.Event(enable_timing=True) if self.on_gpu else None
+        self.time = time.perf_counter()
+        if self.on_gpu:
+            self.event.record()
+
+    def wait(self) -> None:
+        """Return when it has come."""
+        if self.on_gpu:
+            self.event.synchronize()
+
+    def seconds_after(self, earlier: Moment) -> float:
+        """How long after another moment of the same device it comes."""
+        if not self.on_gpu:
+            return self.time - earlier.time
+        self.wait()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
     """Turn the error of a tensor that found no room into a UserError that gives this advice."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from config import Config
-from distributed import Ranks, peak_flops
+from distributed import Moment, Ranks, peak_flops
 from errors import UserError
 from model import GPT, HeadLoss
 from records import strict
@@ -119,27 +118,33 @@ class Metrics:
 
 
 class Speed:
-    """Tokens per second and model FLOP/s utilisation (MFU) since the last measurement."""
+    """Tokens per second and model FLOP/s utilisation (MFU) since the last measurement.
+
+    By the device's clock: when the CPU hears of a step's end says little of how long it took.
+    """
 
     def __init__(self, tokens: int, flops_per_token: int, ranks: Ranks) -> None:
         """Start the clock when `tokens` tokens have been trained on."""
-        self.since, self.tokens, self.flops_per_token = time.perf_counter(), tokens, flops_per_token
-        peak = peak_flops(ranks.device)
+        self.device, self.flops_per_token = ranks.device, flops_per_token
+        self.tokens, self.since, self.pauses = tokens, Moment(self.device), 0.0
+        peak = peak_flops(self.device)
         self.peak = peak and peak * ranks.world_size
 
-    def measure(self, tokens: int) -> tuple[float, float | None]:
-        """(tokens per second over all ranks, their share of the datasheet's FLOP/s if known)."""
-        now = time.perf_counter()
-        rate = (tokens - self.tokens) / (now - self.since)
-        self.since, self.tokens = now, tokens
+    def measure(self, tokens: int, end: Moment) -> tuple[float, float | None]:
+        """(tokens per second over all ranks, their share of the datasheet's FLOP/s if known).
+
+        `end` is that of the step after which `tokens` tokens have been trained on.
+        """
+        rate = (tokens - self.tokens) / (end.seconds_after(self.since) - self.pauses)
+        self.tokens, self.since, self.pauses = tokens, end, 0.0
         return rate, self.peak and rate * self.flops_per_token / self.peak
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside is not training and isn't counted."""
-        before = time.perf_counter()
+        before = Moment(self.device)
         yield
-        self.since += time.perf_counter() - before
+        self.pauses += Moment(self.device).seconds_after(before)
 
 
 def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype, compiled: bool) -> int:
@@ -147,14 +152,15 @@ def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype, compiled: bool
 
     Weights, gradients and AdamW's two averages: 16 bytes per parameter. Activations kept for the
     backward pass: 17 numbers of C per token and block with fused attention (Korthikanti et al.
-    2022, section 4.1, without the score matrix), or a block's input alone, in float32, if the rest
-    is recomputed one block at a time. And a slice of the logits; without torch.compile, also their
-    softmax in float32.
+    2022, section 4.1, without the score matrix), or a block's input alone if the rest is recomputed
+    one block at a time. And a slice of the logits; without torch.compile, also their softmax in
+    float32.
     """
     config = model.config
     block = 17 * config.n_embd * dtype.itemsize  # bytes per token
     if config.recompute:
-        blocks = config.n_layer * config.n_embd * 4 + block
+        bytes_between_blocks = 2 if dtype == torch.bfloat16 else 4
+        blocks = config.n_layer * config.n_embd * bytes_between_blocks + block
     else:
         blocks = config.n_layer * block
     bytes_per_logit = dtype.itemsize if compiled else dtype.itemsize + 8

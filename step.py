@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
 from data import BatchShape, StepLoader
-from distributed import Ranks, TreeSum, choose_dtype, keep_freed_memory
+from distributed import Moment, Ranks, TreeSum, choose_dtype, keep_freed_memory
 from errors import UserError
 from guard import SpikeFilter
 from model import GPT
@@ -48,18 +48,15 @@ class StepResult:
         """`step` is counted from 1; `numbers` (4,), on the device, are what the properties tell."""
         self.step, self.learning_rate = step, learning_rate
         self.numbers = numbers.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if numbers.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
+        self.end = Moment(numbers.device)
 
     @property
     def is_queued(self) -> bool:
         """Whether the numbers may have to be waited for. A CPU has done its work on return."""
-        return self.arrived is not None
+        return self.end.on_gpu
 
     def _read(self, index: int) -> float:
-        if self.arrived:
-            self.arrived.synchronize()
+        self.end.wait()
         return self.numbers[index].item()
 
     @property

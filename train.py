@@ -610,7 +610,7 @@ class Trainer:
     def _report(self, result: StepResult, metrics: Metrics, speed: Speed, bar: tqdm) -> None:
         """One line into the metrics, and the newest numbers beside the bar."""
         tokens = result.step * self.shape.tokens_per_step
-        tokens_per_second, mfu = speed.measure(tokens)
+        tokens_per_second, mfu = speed.measure(tokens, result.end)
         metrics.write(
             "train",
             result.step,

@@ -89,7 +89,7 @@ def test_decoding_with_recorded_graphs_equals_decoding_without_them_in_bfloat16(
 class TokenOfAGPU:
     """As much of a tensor on a GPU as `one_ahead` looks at."""
 
-    is_cuda = True
+    is_cuda, device = True, torch.device("cuda")
 
     def __init__(self, number: int, happened: list[str]) -> None:
         self.number, self.happened = number, happened
@@ -105,6 +105,9 @@ def test_a_gpu_is_given_the_next_token_before_the_last_is_looked_at(monkeypatch)
     happened = []
 
     class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
         def record(self) -> None:
             happened.append("record")
 

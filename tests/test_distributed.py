@@ -1,4 +1,4 @@
-"""Sums whose order is fixed, and processes that find one another in a store full of old words."""
+"""Sums in a fixed order, a device's moments, processes that meet in a store full of old words."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore, Store
 
-from distributed import TreeSum, name_attempt
+from distributed import Moment, Ranks, TreeSum, name_attempt
 from errors import UserError
+from metrics import Speed
 
 
 @given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 1000))
@@ -101,3 +103,43 @@ def test_memory_that_is_freed_is_used_again_without_asking_the_system():
 
     assert page_faults("let go") > 1000  # pages of 4 KB: some 24,000 for each of the ten
     assert page_faults("keep") < 100
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def clock(request, monkeypatch) -> SimpleNamespace:
+    """A device's clock: `now`, and how far the CPU has gone on by itself, `cpu`."""
+    clock = SimpleNamespace(now=100.0, cpu=100.0, device=torch.device(request.param))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = clock.now
+
+        def synchronize(self) -> None:
+            clock.cpu = max(clock.cpu, self.time)
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1000 * (later.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    on_cpu = request.param == "cpu"
+    reading = SimpleNamespace(perf_counter=lambda: clock.now if on_cpu else clock.cpu)
+    monkeypatch.setattr("distributed.time", reading)
+    monkeypatch.setattr("metrics.peak_flops", lambda device: 1000.0)
+    return clock
+
+
+def test_speed_is_told_by_when_steps_end_not_by_when_they_are_looked_at(clock):
+    speed = Speed(0, 2, Ranks(rank=0, local_rank=0, world_size=1, device=clock.device))
+    ends = []
+    for clock.now in (101.0, 103.0):
+        ends.append(Moment(clock.device))
+    assert speed.measure(400, ends[0]) == (400.0, 0.8)
+    assert speed.measure(1200, ends[1]) == (400.0, 0.8)
+    with speed.paused():
+        clock.now = 110.0
+    clock.now = 111.0
+    assert speed.measure(1600, Moment(clock.device)) == (400.0, 0.8)
+    assert clock.cpu == (100.0 if clock.device.type == "cpu" else 111.0)
