@@ -619,7 +619,6 @@ def speed_table(folder: str = "results/", all_rounds: bool = False) -> str:
     for work, file, peer, (rate, key, form) in (
         ("training, bfloat16", "train", "nanogpt", training),
         ("a token after 16, float32", "generate_float32_1_16", "transformers", decoding),
-        ("the same, bfloat16", "generate_bfloat16_1_16", "transformers", decoding),
         ("bfloat16 beside float32", "generate_bfloat16_float32", "transformers", decoding),
         ("a token after 992, float32", "generate_float32_1_992", "transformers", decoding),
         ("the same", "generate_float32_1_992", "nanogpt", decoding),
@@ -663,7 +662,7 @@ def test_the_table_of_speed_is_what_was_measured():
     first, answer = started["first_token_seconds"], started["help_seconds"]
     soon = f"first token is there after {first:.1f} s, `--help` after {answer:.2f} s"
     assert soon in MEASURED_PROSE
-    busy = f"{468_000 / measured('data')['tokens_per_second']['loader']:.1%}".replace("%", " %")
+    busy = f"{533_000 / measured('data')['tokens_per_second']['loader']:.1%}".replace("%", " %")
     assert f"would keep that thread busy {busy} of the time" in MEASURED_PROSE
     hashed = 1e8 / measured("data")["tokens_per_second"]["SHA-256"]
     assert f"which takes {hashed:.2f} s for 100 million tokens" in MEASURED_PROSE
@@ -675,16 +674,61 @@ def test_the_table_of_speed_is_what_was_measured():
     assert f"takes {times(memory)} nanoGPT's memory" in MEASURED_PROSE
 
 
-def recipe_table(names: tuple[str, ...] = ()) -> str:
+def test_what_is_told_of_a_gpu_is_what_was_measured():
+    """A step before the changes beside nanoGPT, after them alone; generation; a training run."""
+    trained = measured("h200_train")
+    before, nanogpt = (64 * 1024 / found["tokens_per_second"] for found in trained.values())
+    memory = trained["nanogpt"]["memory_ratio"]
+    step = json.loads((ROOT / "results" / "h200_step.json").read_text(encoding="utf-8"))
+    after, rate = step["step_milliseconds"]["and the residual stream in bfloat16"], 1e3 * 65536
+    assert (
+        f"a step took [{before * 1e3:.0f} ms, nanoGPT's {nanogpt * 1e3:.0f}]"
+        f"(results/bench_h200_train.json), in {memory:.2f} × its memory."
+    ) in PROSE
+    assert f"[made it {after:.0f} ms](results/h200_step.json), 533,000 tokens per second" in PROSE
+    assert rate / after == pytest.approx(533_000, rel=1e-3)
+    with torch.device("meta"):
+        reached = rate / after * GPT(GPTConfig()).flops_per_token()
+    ceilings = [1e12 * step["matrix_product_tflops"]]
+    ceilings += [turn["matrix_product_flops"] for turn in recorded("h200_train")["turns"]["ours"]]
+    assert all(reached / ceiling == pytest.approx(0.6, abs=0.02) for ceiling in ceilings)
+    assert "That is 60 % of a matrix product." in MEASURED_PROSE
+    wanted = f"1.25 times as fast as nanoGPT, a step would have to take {nanogpt / 1.25e-3:.0f} ms"
+    assert wanted in MEASURED_PROSE
+    rows = [
+        f"| {found['tokens_per_second']:,.0f} | {found['of_matrix_product']:.0%} | "
+        f"{found['mfu']:.0%} | {found['peak_memory'] / 1e9:.1f} GB |".replace("%", " %")
+        for found in trained.values()
+    ]
+    assert f"| [here](bench_h200_train.json) {rows[0]}\n| nanoGPT {rows[1]}\n" in MEASURED
+    text = measured("h200_generate_bfloat16_1_992")
+    faster = {name: found["decode_times_as_fast"] for name, found in text.items()}
+    token = 1e3 / text["ours"]["decode_tokens_per_second"]
+    assert (
+        f"takes [{token:.1f} ms](results/bench_h200_generate_bfloat16_1_992.json), "
+        f"1/{faster['transformers']:.1f} of transformers' time, 1/{faster['nanogpt']:.1f} of"
+    ) in PROSE
+    assert (
+        f"{text['ours']['decode_tokens_per_second']:,.0f} tokens per second, "
+        f"{times(faster['transformers'])} transformers and {times(faster['nanogpt'])} nanoGPT."
+    ) in MEASURED_PROSE
+    run = json.loads((ROOT / "results" / "h200_124m.json").read_text(encoding="utf-8"))
+    _, tokens, loss, _ = run["validation"]["rows"][-1]
+    assert tokens / run["training_tokens"] == pytest.approx(3, rel=0.01)
+    assert tokens / run["tokens_per_second"] == pytest.approx(60, rel=0.05)
+    assert f"[in a minute](h200_124m.json), to a validation loss of {loss:.2f}." in MEASURED_PROSE
+
+
+def recipe_table(names: tuple[str, ...] = (), file: str = "recipe") -> str:
     """The table of ways of training, all of them or those of these names."""
-    found = load_found(ROOT / "results" / "recipe.json")
+    found = load_found(ROOT / "results" / f"{file}.json")
     rows = rows_of(found)
     lines = ["| | rate | loss in the end | tokens | time |", "| --- | --- | --- | --- | --- |"]
     for name in names or rows:
-        row, reached = rows[name], ("", "")
-        if name in found.step_ratios:
-            told = shares(row, rows["nanogpt"], found.step_ratios[name])
-            reached = [f"{share:.0%}".replace("%", " %") for share in told] if told else reached
+        row, reached = rows[name], ["", ""]
+        told = shares(row, rows["nanogpt"], found.step_ratios.get(name, math.nan))
+        if told:
+            reached = ["" if math.isnan(x) else f"{x:.0%}".replace("%", " %") for x in told]
         loss = f"{row.loss:.3f} ({min(row.last):.3f} – {max(row.last):.3f})"
         loss = loss if len(row.runs) > 1 else f"{row.loss:.3f} (one seed)"
         cells = (row.candidate.meaning, f"{row.rate:g}", loss, *reached)
@@ -695,6 +739,7 @@ def recipe_table(names: tuple[str, ...] = ()) -> str:
 def test_the_table_of_ways_of_training_is_what_was_found():
     assert recipe_table(("nanogpt", "muon_linear")) in README
     assert recipe_table() in MEASURED
+    assert recipe_table(file="recipe_124m") in MEASURED
 
 
 def test_memory_is_told_as_it_was_measured():
