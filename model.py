@@ -235,8 +235,8 @@ def loss_of_slice(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     padding: exp(-∞) is 0, so that they count for nothing and get a gradient of 0. The derivative of
     cross-entropy with respect to the logits is softmax(logits), less 1 at the target.
     """
-    # Whole rows, 32 bits to count in and a sum of its own for the targets: so torch.compile makes one
-    # kernel of nearly all this for a GPU, and one that reads and writes in large pieces.
+    # Whole rows, 32 bits to count in, and a sum of its own for the targets: of nearly all this
+    # torch.compile then makes one kernel for a GPU, which reads and writes in large pieces.
     columns = torch.arange(logits.size(1), device=logits.device, dtype=torch.int32)  # (V')
     real = logits.float().masked_fill(columns >= V, -math.inf)  # (N, V')
     log_total = real.logsumexp(dim=-1, keepdim=True)  # (N, 1)
