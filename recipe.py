@@ -3,7 +3,7 @@
     make recipe TEXTS=texts JOBS=2         prepares the Parquet files in texts/, and then does
     python recipe.py --jobs 2              this, on what lies in data/recipe
 
-All of them train the model of configs/recipe.toml. A candidate is a set of changes to it. Three
+All of them train the model of configs/recipe.toml. A candidate is a set of changes to it. Four
 learning rates are tried for each with the first seed; the best is then trained with two more seeds,
 which decide the weights and the order of the text, alike for all candidates. Each training is an
 ordinary run of train.py. What it found goes into results/recipe.json at once, so that the same
@@ -51,7 +51,7 @@ from datetime import date
 
 from bench import hardware, print_table, versions
 from config import OptimSettings, make_config, read_toml
-from distributed import Ranks, choose_device
+from distributed import Ranks, choose_device, device_name
 from errors import UserError
 from records import as_record, read_json
 from train import Trainer
@@ -89,14 +89,14 @@ ADAMW = Candidate(
     # Its config/train_shakespeare_char.py, without dropout and with the biases of GPT-2.
     {"optim.beta2": 0.99, "optim.warmup_steps": 100},
     "optim.learning_rate",
-    (5e-4, 1e-3, 2e-3),
+    (2.5e-4, 5e-4, 1e-3, 2e-3),
     floor=0.1,
 )
 MUON = Candidate(
     "Muon, cosine to a tenth",
     {"optim.name": "muon"},
     "optim.matrix_learning_rate",
-    (0.01, 0.02, 0.04),
+    (0.005, 0.01, 0.02, 0.04),
     floor=0.1,
 )
 
@@ -107,6 +107,7 @@ def changed(base: Candidate, meaning: str, settings: Settings, **others: object)
 
 
 LINEAR = {"optim.schedule": "linear"}
+LEVEL = {"optim.decay_steps": 160}  # of 400
 MUON_LINEAR = changed(MUON, "Muon, linear to 0", LINEAR, floor=0.0)
 BASELINE = "nanogpt"
 CANDIDATES = {
@@ -114,6 +115,10 @@ CANDIDATES = {
     "adamw_linear": changed(ADAMW, "AdamW, linear to 0", LINEAR, floor=0.0),
     "muon": MUON,
     "muon_linear": MUON_LINEAR,
+    "muon_wsd": changed(MUON_LINEAR, "Muon, level, then linear to 0 for 40 %", LEVEL),
+    "muon_sqrt": changed(
+        MUON_LINEAR, "Muon, level, then 1 - √ for 40 %", LEVEL | {"optim.schedule": "sqrt"}
+    ),
 }
 
 
@@ -126,6 +131,7 @@ class Run:
     seed: int
     steps: tuple[int, ...]
     losses: tuple[float | None, ...]  # of the validations after those steps; None: not finite
+    hardware: str
 
     @property
     def last(self) -> float:
@@ -139,7 +145,7 @@ class Found:
 
     command: str
     date: str
-    hardware: str
+    hardware: str  # on which the steps were timed
     versions: dict[str, str]
     config: dict[str, Settings]  # what all candidates have in common
     candidates: dict[str, Candidate]
@@ -175,7 +181,7 @@ def load_found(path: Path) -> Found:
 
 def found_so_far(path: Path, config: dict[str, Settings], names: list[str]) -> Found:
     """What a file has of these candidates. Raises UserError if it is about something else."""
-    now = ("python recipe.py", str(date.today()), hardware(), versions())
+    now = ("python recipe.py", str(date.today()), machine(), versions())
     found = load_found(path) if path.exists() else Found(*now, config, {}, 0.0, {}, ())
     found.command, found.date, found.hardware, found.versions = now
     if found.config != config:
@@ -187,6 +193,12 @@ def found_so_far(path: Path, config: dict[str, Settings], names: list[str]) -> F
             raise UserError(f"{path} tells of another {name}: choose another --results")
         found.candidates[name] = new
     return found
+
+
+def machine() -> str:
+    """What the trainings run on."""
+    device = choose_device("auto")
+    return hardware() if device.type == "cpu" else f"{device_name(device)}, {hardware()}"
 
 
 def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> Run:
@@ -213,7 +225,7 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     told = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
     shutil.rmtree(folder / "checkpoints")
-    return Run(name, rate, seed, *zip(*told))
+    return Run(name, rate, seed, *zip(*told), machine())
 
 
 def measure_steps(

@@ -20,7 +20,7 @@ from config import make_config
 from errors import UserError
 from recipe import Candidate, Found, Run
 
-STEPS = (10, 20, 30)
+STEPS, CPU = (10, 20, 30), "a CPU"
 
 
 def candidate(meaning: str) -> Candidate:
@@ -31,13 +31,13 @@ def found(runs: list[Run]) -> Found:
     """As results/recipe.json tells it."""
     names = {"nanogpt": candidate("the old way"), "muon": candidate("the new way")}
     ratios = {"nanogpt": 1.0, "muon": 1.5}
-    return Found("python recipe.py", "2026-11-26", "a CPU", {}, {}, names, 2.0, ratios, tuple(runs))
+    return Found("python recipe.py", "2026-11-26", CPU, {}, {}, names, 2.0, ratios, tuple(runs))
 
 
 ALL = [
-    *(Run("nanogpt", 0.1, seed, STEPS, (8.0, 6.0, 3.9 + seed / 20)) for seed in (1, 2, 3)),
-    Run("muon", 0.1, 1, STEPS, (1.0, 9.0, 9.0)),  # tried, and not chosen
-    *(Run("muon", 0.2, seed, STEPS, (6.0, 3.0, 2.0)) for seed in (3, 1, 2)),
+    *(Run("nanogpt", 0.1, seed, STEPS, (8.0, 6.0, 3.9 + seed / 20), CPU) for seed in (1, 2, 3)),
+    Run("muon", 0.1, 1, STEPS, (1.0, 9.0, 9.0), CPU),  # tried, and not chosen
+    *(Run("muon", 0.2, seed, STEPS, (6.0, 3.0, 2.0), CPU) for seed in (3, 1, 2)),
 ]
 
 
@@ -75,9 +75,9 @@ def test_a_loss_that_is_never_reached_takes_no_steps():
 
 def test_the_rate_that_ends_lowest_with_the_first_seed_is_chosen():
     """Not the one that begins lowest, nor one that is lower with another seed, nor none at all."""
-    runs = [*ALL, Run("muon", 0.3, 2, STEPS, (1.0, 1.0, 1.0))]
+    runs = [*ALL, Run("muon", 0.3, 2, STEPS, (1.0, 1.0, 1.0), CPU)]
     assert found(runs).best_rate("muon") == 0.2
-    runs = [Run("muon", 0.1, 1, STEPS, (1.0, None, None)), *ALL[4:]]
+    runs = [Run("muon", 0.1, 1, STEPS, (1.0, None, None), CPU), *ALL[4:]]
     assert found(runs).best_rate("muon") == 0.2
 
 
@@ -98,11 +98,14 @@ def test_the_candidates_are_what_they_are_called():
         optim = make_config(way.values(ROOT / "configs" / "recipe.toml", 0.01, seed=1)).optim
         floor = optim.min_learning_rate / optim.learning_rate
         told[name] = (optim.name, optim.schedule, floor, optim.warmup_steps, optim.beta2)
+        told[name] += (optim.decay_steps,) if optim.decay_steps else ()
     assert told == {
         "nanogpt": ("adamw", "cosine", 0.1, 100, 0.99),
         "adamw_linear": ("adamw", "linear", 0.0, 100, 0.99),
         "muon": ("muon", "cosine", 0.1, 20, 0.95),
         "muon_linear": ("muon", "linear", 0.0, 20, 0.95),
+        "muon_wsd": ("muon", "linear", 0.0, 20, 0.95, 160),
+        "muon_sqrt": ("muon", "sqrt", 0.0, 20, 0.95, 160),
     }
 
 
@@ -161,7 +164,7 @@ def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
         time.sleep(0.1 * len(begun))
         if rate == 2.0:
             raise UserError("a training failed")
-        return Run(name, rate, seed, (20, 40), (5.0, 4.0))
+        return Run(name, rate, seed, (20, 40), (5.0, 4.0), CPU)
 
     monkeypatch.setattr(recipe, "train", train)
     rates = tuple(float(rate) for rate in range(1, 12))
@@ -208,7 +211,7 @@ def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path)
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    metrics = arguments.out / "nanogpt_0.0005_1" / "metrics.jsonl"
+    metrics = arguments.out / "nanogpt_0.00025_1" / "metrics.jsonl"
     try:
         while not (metrics.exists() and metrics.stat().st_size):
             assert process.poll() is None
@@ -218,8 +221,8 @@ def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert [path.name for path in arguments.out.iterdir()] == ["nanogpt_0.0005_1"]
-    assert list((arguments.out / "nanogpt_0.0005_1" / "checkpoints").iterdir())
+    assert [path.name for path in arguments.out.iterdir()] == ["nanogpt_0.00025_1"]
+    assert list((arguments.out / "nanogpt_0.00025_1" / "checkpoints").iterdir())
 
 
 def damaged(text: str):
