@@ -49,7 +49,6 @@ class DataSettings:
     """[data]: what to train on."""
 
     dir: str = setting("data/fineweb_edu", "folder of token shards, from prepare_fineweb.py")
-    document_mask: str = setting("", "TRIAL", choices=("", "mask", "restart"))
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,6 @@ class OptimSettings:
     decay_steps: int = setting(
         0, "last steps, in which it falls; 0 = at once after its peak", minimum=0
     )
-    ema: float = setting(0.0, "TRIAL", minimum=0, below=1)
-    label_smoothing: float = setting(0.0, "TRIAL", minimum=0, below=1)
-    z_loss: float = setting(0.0, "TRIAL", minimum=0)
     weight_decay: float = setting(
         0.1, "decay of matrices and embeddings, per step × rate", minimum=0
     )
@@ -96,7 +92,6 @@ class TrainSettings:
     tokens_per_step: int = setting(524_288, "tokens per optimizer step, over all GPUs", minimum=1)
     micro_batch_size: int = setting(16, "windows that one GPU takes at once", minimum=1)
     max_steps: int = setting(19_073, "optimizer steps in the whole run", minimum=1)
-    split_steps: int = setting(0, "TRIAL", minimum=0)
     seed: int = setting(1337, "decides weights, data order and dropout", minimum=0, below=2**32)
     device: str = setting("auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = setting(

@@ -166,17 +166,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, mask=None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=-1)  # 3 × (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if mask is not None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
-        elif cache is None:
+        if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
@@ -218,26 +215,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, mask=None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache, mask)
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
-
-
-def trial_loss(smoothing: float, z: float):
-    def trial(logits: Tensor, targets: Tensor, V: int) -> Tensor:
-        real = logits[:, :V].float()
-        log_total = real.logsumexp(dim=-1, keepdim=True)
-        loss = (log_total - real.gather(1, targets[:, None])).sum()
-        hit = torch.arange(V, device=logits.device) == targets[:, None]
-        probabilities = (real - log_total).exp()
-        wanted = hit.float() * (1 - smoothing) + smoothing / V
-        logits[:, :V] = probabilities * (1 + 2 * z * log_total) - wanted
-        logits[:, V:] = 0
-        return loss
-
-    return trial
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
@@ -327,8 +309,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss_of_slice: Callable[[Tensor, Tensor, int], Tensor] = loss_of_slice
-        self.trial = None
-        self.document_mask, self.eot = "", -1
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -354,14 +334,6 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens, the context holds {self.config.block_size}")
         positions = torch.arange(T, device=ids.device) if cache is None else cache.begin(T)  # (T)
-        mask = None
-        if cache is None and self.document_mask:
-            starts = ids == self.eot
-            number = starts.cumsum(dim=1)  # (B, T)
-            mask = (number[:, :, None] == number[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-            if self.document_mask == "restart":
-                at = torch.where(starts, positions, 0).cummax(dim=1).values
-                positions = positions - at
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
             x = x.bfloat16()  # and all that is added to it: half as much to read and to keep
@@ -370,8 +342,6 @@ class GPT(nn.Module):
                 x = block(x, cache.layers[number])  # (B, T, C)
             elif self.config.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)  # (B, T, C)
-            elif mask is not None:
-                x = block(x, None, mask)
             else:
                 x = block(x)  # (B, T, C)
         if cache is not None:
@@ -392,8 +362,7 @@ class GPT(nn.Module):
             return self.logits(hidden)  # (B, T, V)
         rows = hidden.flatten(0, 1)  # (B·T, C)
         weight, want_gradients = self.wte.weight, torch.is_grad_enabled()
-        slice_loss = self.trial if want_gradients and self.trial else self.loss_of_slice
-        return HeadLoss.apply(rows, weight, targets.flatten(), slice_loss, want_gradients)
+        return HeadLoss.apply(rows, weight, targets.flatten(), self.loss_of_slice, want_gradients)
 
     def compile_parts(self) -> None:
         """Let torch.compile make fast kernels of a block, once for all of them, and of the loss.
@@ -404,8 +373,6 @@ class GPT(nn.Module):
         for block in self.h:
             block.compile(fullgraph=True, dynamic=False)
         self.loss_of_slice = torch.compile(loss_of_slice, fullgraph=True, dynamic=False)
-        if self.trial:
-            self.trial = torch.compile(self.trial, fullgraph=True, dynamic=False)
 
     def num_parameters(self) -> int:
         """All of them, positions included, tied ones once."""

@@ -110,13 +110,6 @@ LINEAR = {"optim.schedule": "linear"}
 LEVEL = {"optim.decay_steps": 160}  # of 400
 MUON_LINEAR = changed(MUON, "Muon, linear to 0", LINEAR, floor=0.0)
 BASELINE = "nanogpt"
-
-
-def on_muon(meaning: str, settings: Settings) -> Candidate:
-    """A candidate that differs from Muon with a linear fall."""
-    return changed(MUON_LINEAR, meaning, settings)
-
-
 CANDIDATES = {
     BASELINE: ADAMW,
     "adamw_linear": changed(ADAMW, "AdamW, linear to 0", LINEAR, floor=0.0),
@@ -126,18 +119,6 @@ CANDIDATES = {
     "muon_sqrt": changed(
         MUON_LINEAR, "Muon, level, then 1 - √ for 40 %", LEVEL | {"optim.schedule": "sqrt"}
     ),
-    "muon_ema": on_muon(
-        "Muon, level to the end, the weights averaged (0.98 per step)",
-        {"optim.decay_steps": 1, "optim.ema": 0.98},
-    ),
-    "document_mask": on_muon("attention within documents", {"data.document_mask": "mask"}),
-    "restart": on_muon(
-        "attention within documents, positions restart", {"data.document_mask": "restart"}
-    ),
-    "z_loss": on_muon("z-loss of 1e-4", {"optim.z_loss": 1e-4}),
-    "label_smoothing": on_muon("label smoothing of 0.05", {"optim.label_smoothing": 0.05}),
-    "dropout": on_muon("dropout of 0.05", {"model.dropout": 0.05}),
-    "small_batches": on_muon("half batches in the first fifth", {"train.split_steps": 80}),
 }
 
 
@@ -242,8 +223,7 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
     if status:
         raise UserError(f"a training failed; {folder / 'log.txt'} says why")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    kind = "ema" if name == "muon_ema" else "val"
-    told = [(line["step"], line["loss"]) for line in lines if line["kind"] == kind]
+    told = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
     shutil.rmtree(folder / "checkpoints")
     return Run(name, rate, seed, *zip(*told), machine())
 

@@ -188,17 +188,6 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("relative_rate", 1.0)
         asked = torch.full((), float(asked_to_stop), device=self.ranks.device)
-        if step < self.config.train.split_steps:  # TRIAL: an update for each half of the batch
-            half = self.shape.accumulation // 2
-            told = torch.zeros(2, device=self.ranks.device)
-            for done, (number, inputs, targets) in enumerate(self._micro_batches(step), 1):
-                torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, step, number))
-                loss = self.loss_of(inputs, targets) / half
-                loss.backward()
-                told[0] += loss.detach() / 2
-                if done == half:
-                    self.update(told)
-            return StepResult(step + 1, learning_rate, self.update(told))
         accumulate = self.canonical_gradients if self.is_canonical else self.gradients
         told = accumulate(step, asked)
         return StepResult(step + 1, learning_rate, self.update(told))

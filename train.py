@@ -51,7 +51,7 @@ from distributed import Ranks, device_name, memory_errors, process_group
 from guard import StopRequest
 from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
-from model import GPT, GPTConfig, trial_loss
+from model import GPT, GPTConfig
 from optim import last_at_peak, learning_rate_at
 from records import strict
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
@@ -94,14 +94,6 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, **asdict(config.model)))
         self.model.to(ranks.device)
-        if config.optim.label_smoothing or config.optim.z_loss:
-            self.model.trial = trial_loss(config.optim.label_smoothing, config.optim.z_loss)
-        self.model.document_mask = config.data.document_mask
-        if config.data.document_mask:
-            self.model.eot = encoding_of(folder).eot_token
-        self.ema = None
-        if config.optim.ema:
-            self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.stepper = Stepper(config, ranks, self.model, self.shape, self.train_stream)
         self.stop = StopRequest()
         self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
@@ -249,10 +241,6 @@ class Trainer:
         """The next optimizer step."""
         result = self.stepper.take(self.step, asked_to_stop=self.stop.number > 0)
         self.step = result.step
-        if self.ema:
-            decay = min(self.config.optim.ema, result.step / (result.step + 10))
-            for mean, parameter in zip(self.ema, self.model.parameters()):
-                mean.lerp_(parameter.detach(), 1 - decay)
         return result
 
     def check(self, result: StepResult, metrics: Metrics | None) -> bool:
@@ -643,14 +631,6 @@ class Trainer:
 
     def _report_validation(self, result: Validation, metrics: Metrics | None) -> None:
         """One line into the metrics, and one for the user."""
-        if self.ema:
-            now = [p.detach().clone() for p in self.model.parameters()]
-            for mean, parameter in zip(self.ema, self.model.parameters()):
-                parameter.data.copy_(mean)
-            averaged = self.validate()
-            for kept, parameter in zip(now, self.model.parameters()):
-                parameter.data.copy_(kept)
-            metrics.write("ema", self.step, {"loss": averaged.loss})
         if metrics:
             bits = result.bits_per_byte and result.bits_per_byte.value
             metrics.write("val", self.step, {"loss": result.loss, "bits_per_byte": bits})
