@@ -104,7 +104,8 @@ def one_ahead(generate: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterat
     """A decorator: while a token is looked at, a GPU computes the next.
 
     What it gives out are copies on the CPU. To look at a tensor on the GPU is to wait for all that
-    it was given to do, the next token included. A CPU's tensors are passed on as they come.
+    it was given to do, the next token included. Whoever stops early has made it compute, and draw,
+    one token too many. A CPU's tensors are passed on as they come.
     """
 
     @wraps(generate)

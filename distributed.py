@@ -116,7 +116,7 @@ class Moment:
         self.event = torch.cuda.Event(enable_timing=True) if self.on_gpu else None
         self.time = time.perf_counter()
         if self.on_gpu:
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
         """Return when it has come."""

@@ -153,16 +153,16 @@ def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype, compiled: bool
     Weights, gradients and AdamW's two averages: 16 bytes per parameter. Activations kept for the
     backward pass: 17 numbers of C per token and block with fused attention (Korthikanti et al.
     2022, section 4.1, without the score matrix), or a block's input alone if the rest is recomputed
-    one block at a time. And a slice of the logits; without torch.compile, also their softmax in
-    float32.
+    one block at a time. And a slice of the logits; without torch.compile, also what becomes of them
+    on the way to their gradient: four times as many numbers in float32.
     """
     config = model.config
     block = 17 * config.n_embd * dtype.itemsize  # bytes per token
     if config.recompute:
-        bytes_between_blocks = 2 if dtype == torch.bfloat16 else 4
-        blocks = config.n_layer * config.n_embd * bytes_between_blocks + block
+        bytes_in_stream = 2 if dtype == torch.bfloat16 else 4  # as GPT.hidden_states has it
+        blocks = config.n_layer * config.n_embd * bytes_in_stream + block
     else:
         blocks = config.n_layer * block
-    bytes_per_logit = dtype.itemsize if compiled else dtype.itemsize + 8
+    bytes_per_logit = dtype.itemsize + (0 if compiled else 16)
     logits = min(tokens, HeadLoss.SLICE) * config.vocab_size * bytes_per_logit
     return 16 * model.num_parameters() + tokens * blocks + logits

@@ -80,10 +80,10 @@ class KVCache:
     Memory is taken at the start, for as many tokens as are to come: 2 · layers · B · capacity · C
     numbers, where capacity is a multiple of 128, or the whole context.
 
-    A new token looks at the first `reach` slots, a multiple of `stride`, through a mask that hides
-    those still unwritten. Its step then does the same to the same tensors for up to `stride` tokens
-    in a row, which is what a CUDA graph needs (`RecordedDecoding`), and never reads much more than
-    is there.
+    A new token looks at the first `reach` slots through a mask that hides those still unwritten.
+    `reach` grows by `stride`, so that a step does the same to the same tensors for that many tokens
+    in a row, as a CUDA graph needs (`RecordedDecoding`). On a CPU, which has more to lose by
+    reading what isn't there, it grows in smaller strides.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class KVCache:
     ) -> None:
         """`tokens` is how many are to come; the context's end limits them all the same."""
         self.capacity = min(config.block_size, -(-tokens // 128) * 128)
-        self.stride = 512 if device.type == "cuda" else 128  # a graph takes a while to record
+        self.stride = 512 if device.type == "cuda" else 128
         self.length = 0  # tokens stored in every layer
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # the same, on the device
         self.slots = torch.arange(self.capacity, device=device)  # (slots)
@@ -228,22 +228,23 @@ def dtype_of_products(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def loss_of_slice(logits: Tensor, targets: Tensor, V: int) -> Tensor:
-    """The summed cross-entropy -log p(target) of a slice of rows; logits turn into its gradient.
+def logits_to_gradient(logits: Tensor, targets: Tensor, V: int) -> Tensor:
+    """Turn logits into the gradient of their summed cross-entropy, in place.
 
-    logits: (N, V' ≥ V) in any precision, targets: (N,) -> scalar in float32. Columns from V on are
-    padding: exp(-∞) is 0, so that they count for nothing and get a gradient of 0. The derivative of
-    cross-entropy with respect to the logits is softmax(logits), less 1 at the target.
+    logits: (N, V' ≥ V) in any precision, targets: (N,) below V -> the logarithm of Σ exp(logit) of
+    each row, (N, 1) in float32. The loss of a row is that, less the target's logit. Its derivative
+    with respect to the logits is softmax(logits), less 1 at the target.
+
+    Columns from V on are padding: exp(-∞) is 0, so that they count for nothing and get a gradient
+    of 0. To compute whole rows all the same, with column numbers of 32 bits, lets a GPU read and
+    write in large pieces.
     """
-    # Whole rows, 32 bits to count in, and a sum of its own for the targets: of nearly all this
-    # torch.compile then makes one kernel for a GPU, which reads and writes in large pieces.
     columns = torch.arange(logits.size(1), device=logits.device, dtype=torch.int32)  # (V')
     real = logits.float().masked_fill(columns >= V, -math.inf)  # (N, V')
     log_total = real.logsumexp(dim=-1, keepdim=True)  # (N, 1)
-    loss = log_total.sum() - real.gather(1, targets[:, None]).sum()
     hit = columns == targets[:, None].int()  # (N, V')
     logits.copy_((real - log_total).exp() - hit.float())
-    return loss
+    return log_total
 
 
 class HeadLoss(torch.autograd.Function):
@@ -263,7 +264,7 @@ class HeadLoss(torch.autograd.Function):
     SLICE = 8192  # rows: 0.8 GB of logits in bfloat16, and matrices large enough for any GPU
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss_of_slice, want_gradients):  # noqa: ANN001
+    def forward(ctx, hidden, weight, targets, logits_to_gradient, want_gradients):  # noqa: ANN001
         """hidden (N, C), weight (V, C), targets (N,) -> the mean loss, a scalar in float32."""
         (N, _), V, dtype = hidden.shape, len(weight), dtype_of_products(weight)
         hidden = hidden.to(dtype)
@@ -275,7 +276,8 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, N, HeadLoss.SLICE):
             rows = slice(start, start + HeadLoss.SLICE)
             logits = hidden[rows] @ padded.T  # (n, V')
-            loss += loss_of_slice(logits, targets[rows], V)
+            wanted = logits.gather(1, targets[rows, None]).float()  # (n, 1)
+            loss += (logits_to_gradient(logits, targets[rows], V) - wanted).sum()
             if want_gradients:
                 grad_hidden[rows] = logits @ padded  # (n, C)
                 grad_weight += (logits.T @ hidden[rows])[:V]  # (V, C)
@@ -308,7 +310,7 @@ class GPT(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.loss_of_slice: Callable[[Tensor, Tensor, int], Tensor] = loss_of_slice
+        self.logits_to_gradient: Callable[[Tensor, Tensor, int], Tensor] = logits_to_gradient
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -336,7 +338,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=ids.device) if cache is None else cache.begin(T)  # (T)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
-            x = x.bfloat16()  # and all that is added to it: half as much to read and to keep
+            x = x.bfloat16()  # the residual stream: half as much to read. float16's range is small
         for number, block in enumerate(self.h):
             if cache is not None:
                 x = block(x, cache.layers[number])  # (B, T, C)
@@ -361,8 +363,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)  # (B, T, V)
         rows = hidden.flatten(0, 1)  # (B·T, C)
-        weight, want_gradients = self.wte.weight, torch.is_grad_enabled()
-        return HeadLoss.apply(rows, weight, targets.flatten(), self.loss_of_slice, want_gradients)
+        how = (self.logits_to_gradient, torch.is_grad_enabled())
+        return HeadLoss.apply(rows, self.wte.weight, targets.flatten(), *how)
 
     def compile_parts(self) -> None:
         """Let torch.compile make fast kernels of a block, once for all of them, and of the loss.
@@ -372,7 +374,7 @@ class GPT(nn.Module):
         """
         for block in self.h:
             block.compile(fullgraph=True, dynamic=False)
-        self.loss_of_slice = torch.compile(loss_of_slice, fullgraph=True, dynamic=False)
+        self.logits_to_gradient = torch.compile(logits_to_gradient, fullgraph=True, dynamic=False)
 
     def num_parameters(self) -> int:
         """All of them, positions included, tied ones once."""
@@ -399,6 +401,8 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
         """Continue the prompts ids (B, T): yields the next token of each, (B,), one by one.
+
+        From a GPU they come as copies on the CPU, when the GPU has begun with the token after them.
 
         A prompt longer than the context loses its beginning. When the context is full, the model
         goes on with the later half of it: positions are learned one by one, so that a window that

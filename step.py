@@ -47,7 +47,7 @@ class StepResult:
     def __init__(self, step: int, learning_rate: float, numbers: Tensor) -> None:
         """`step` is counted from 1; `numbers` (4,), on the device, are what the properties tell."""
         self.step, self.learning_rate = step, learning_rate
-        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)  # mps couldn't be waited for
         self.end = Moment(numbers.device)
 
     @property

@@ -11,7 +11,7 @@ from test_model import SMALL, greedy_without_cache, make_model, random_ids
 
 import model as model_module
 from decoding import PackedLinear, one_ahead, pack_weights
-from model import GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache
 
 
 @pytest.mark.parametrize("batch", [1, 3, 20])
@@ -108,7 +108,8 @@ def test_a_gpu_is_given_the_next_token_before_the_last_is_looked_at(monkeypatch)
         def __init__(self, enable_timing: bool) -> None:
             pass
 
-        def record(self) -> None:
+        def record(self, stream: str) -> None:
+            assert stream == "the GPU's"
             happened.append("record")
 
         def synchronize(self) -> None:
@@ -120,6 +121,7 @@ def test_a_gpu_is_given_the_next_token_before_the_last_is_looked_at(monkeypatch)
             yield TokenOfAGPU(number, happened)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the GPU's")
     for number in one_ahead(generate)(3):
         happened.append(f"look at {number}")
     begun = [[f"compute {number}", f"copy {number}", "record"] for number in range(3)]
@@ -127,6 +129,7 @@ def test_a_gpu_is_given_the_next_token_before_the_last_is_looked_at(monkeypatch)
     order = [begun[0], begun[1], looked_at[0], begun[2], looked_at[1], looked_at[2]]
     assert happened == sum(order, [])
     assert list(one_ahead(generate)(0)) == []
+    assert GPT.generate.__code__ is one_ahead(generate).__code__  # it is what generates text
 
 
 @pytest.mark.gpu

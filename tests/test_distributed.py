@@ -20,6 +20,7 @@ from torch.distributed import HashStore, Store
 from distributed import Moment, Ranks, TreeSum, name_attempt
 from errors import UserError
 from metrics import Speed
+from step import StepResult
 
 
 @given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 1000))
@@ -114,7 +115,8 @@ def clock(request, monkeypatch) -> SimpleNamespace:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self, stream: torch.device) -> None:
+            assert stream == clock.device
             self.time = clock.now
 
         def synchronize(self) -> None:
@@ -124,6 +126,7 @@ def clock(request, monkeypatch) -> SimpleNamespace:
             return 1000 * (later.time - self.time)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     on_cpu = request.param == "cpu"
     reading = SimpleNamespace(perf_counter=lambda: clock.now if on_cpu else clock.cpu)
     monkeypatch.setattr("distributed.time", reading)
@@ -138,8 +141,31 @@ def test_speed_is_told_by_when_steps_end_not_by_when_they_are_looked_at(clock):
         ends.append(Moment(clock.device))
     assert speed.measure(400, ends[0]) == (400.0, 0.8)
     assert speed.measure(1200, ends[1]) == (400.0, 0.8)
-    with speed.paused():
-        clock.now = 110.0
-    clock.now = 111.0
-    assert speed.measure(1600, Moment(clock.device)) == (400.0, 0.8)
-    assert clock.cpu == (100.0 if clock.device.type == "cpu" else 111.0)
+    for clock.now in (104.0, 110.0):
+        with speed.paused():
+            clock.now += 5
+    clock.now = 117.0
+    assert speed.measure(2800, Moment(clock.device)) == (400.0, 0.8)  # 14 s, ten of them paused
+    clock.now = 118.0
+    assert speed.measure(3200, Moment(clock.device)) == (400.0, 0.8)
+    assert clock.cpu == (100.0 if clock.device.type == "cpu" else 118.0)
+
+
+def test_what_a_step_tells_is_read_when_it_has_arrived(clock):
+    """On a GPU the copy is begun, then its moment is noted, and that is waited for."""
+    copied = []
+
+    class Numbers:
+        device, is_cuda = clock.device, clock.device.type == "cuda"
+
+        def to(self, device: str, non_blocking: bool) -> torch.Tensor:
+            assert (device, non_blocking) == ("cpu", self.is_cuda)
+            clock.now += 5  # until the copy is there
+            copied.append(clock.now)
+            return torch.tensor([2.5, 1.0, 0.0, 0.0])
+
+    result = StepResult(1, 0.1, Numbers())
+    assert result.is_queued == Numbers.is_cuda
+    assert clock.cpu == 100.0
+    assert result.loss == 2.5
+    assert clock.cpu == (copied[0] if Numbers.is_cuda else 100.0)

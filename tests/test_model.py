@@ -22,7 +22,7 @@ from model import (
     KVCache,
     attention_written_out,
     choose_next,
-    loss_of_slice,
+    logits_to_gradient,
 )
 
 SMALL = GPTConfig(vocab_size=97, block_size=16, n_layer=3, n_head=4, n_embd=32)
@@ -195,13 +195,55 @@ def test_in_half_precision_the_loss_and_its_gradients_lose_no_more_than_that_pre
     expected.backward()
     reduced = [hidden.requires_grad_(), weight.requires_grad_()]
     with torch.autocast("cpu", dtype):
-        loss = HeadLoss.apply(*reduced, targets, loss_of_slice, True)
+        loss = HeadLoss.apply(*reduced, targets, logits_to_gradient, True)
     assert loss.dtype == torch.float32
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=torch.finfo(dtype).eps)
     for got, want in zip(reduced, exact):
         error = (got.grad - want.grad).norm() / want.grad.norm()
         assert error < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("offset", [0, -100, 300])
+def test_a_small_loss_keeps_its_digits_wherever_the_logits_lie(offset):
+    """A hidden state of 1 and a weight for each target: eight thousand rows of little loss."""
+    torch.manual_seed(0)
+    targets = torch.randint(97, (8192,))
+    hidden = torch.cat((F.one_hot(targets, 97) * 7.0, torch.ones(8192, 1)), dim=1)
+    weight = torch.cat((torch.eye(97), torch.full((97, 1), float(offset))), dim=1)
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, targets)
+    loss = HeadLoss.apply(hidden, weight, targets, logits_to_gradient, False)
+    assert 0.05 < expected < 0.1
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6 if offset == 0 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_reduced_logits_is_computed_in_float32(dtype):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(64, 128).to(dtype), torch.randint(97, (64,))
+    expected = torch.logsumexp(logits[:, :97].double(), dim=-1, keepdim=True)
+    log_total = logits_to_gradient(logits, targets, 97)
+    assert log_total.dtype == torch.float32
+    torch.testing.assert_close(log_total.double(), expected, rtol=1e-6, atol=1e-6)
+    assert (logits[:, 97:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stream"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),  # which ends at 65,504
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_the_residual_stream_is_in_bfloat16_when_the_products_are(dtype, stream):
+    model, seen = make_model(), []
+    for block in model.h:
+        block.register_forward_hook(lambda _, inputs, x: seen.extend((inputs[0].dtype, x.dtype)))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(random_ids(SMALL, 2, 8), random_ids(SMALL, 2, 8)).backward()
+    assert seen == [stream] * 2 * len(model.h)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch):

@@ -152,7 +152,7 @@ def bytes_kept(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> int:
     return sum(size for _, size in kept.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_estimate_of_memory_is_near_what_autograd_keeps(dtype, recompute):
     """Per block: the difference between ten of them and two, so that the rest falls out."""
@@ -175,6 +175,34 @@ def test_the_estimate_of_memory_is_near_what_was_measured():
     for windows, peak in measured["peak_bytes"].items():
         estimated = estimated_memory(model, int(windows) * 1024, torch.bfloat16, compiled=True)
         assert estimated == pytest.approx(peak - measured["bytes_without_a_model"], rel=0.2)
+
+
+def test_speed_is_that_of_steps_whenever_they_are_looked_at_and_whatever_comes_between(
+    configure, monkeypatch
+):
+    """By a clock of our own: a step takes a second, to look at it 0.3, what is due after it 100.
+
+    A CPU begins with a step when it has looked at the last.
+    """
+    now = 0.0
+
+    def passes(seconds: float, function: Callable) -> Callable:
+        def call(*arguments: object, **options: object) -> object:
+            nonlocal now
+            now += seconds
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr("distributed.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(Stepper, "update", passes(1, Stepper.update))
+    monkeypatch.setattr(train.Trainer, "check", passes(0.3, train.Trainer.check))
+    monkeypatch.setattr(train.Trainer, "validate", passes(100, train.Trainer.validate))
+    monkeypatch.setattr(train.Trainer, "save", passes(100, train.Trainer.save))
+    config = configure("--train.max_steps", 6, "--log.eval_every", 2, "--train.checkpoint_every", 3)
+    train.train(config)
+    rates = [line["tokens_per_second"] for line in metrics_of(Path(config.train.out))]
+    assert rates == pytest.approx([512] + [512 / 1.3] * 5)
 
 
 def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
