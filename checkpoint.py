@@ -2,7 +2,8 @@
 
     out/NAME/checkpoints/step_000250/
         model.safetensors       the weights, float32, by their names in model.GPT
-        optimizer.safetensors   AdamW's averages, as <parameter>/<state>
+        optimizer.safetensors   AdamW's averages, as <parameter>/<state>; if a run averages its
+                                weights, the average is the model, and they stand here
         meta.json               step, settings, losses, size and SHA-256 of the two, a checksum
 
 A checkpoint is written into a folder with another name, forced to the disk, and then renamed:
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from errors import UserError
 from guard import SpikeMemory
 from model import GPT, GPTConfig
+from optim import OTHER
 from records import as_record, read_json
 from shards import VOCABULARY, TokenizerRecord, find_encoding, is_there, own_file, tokenizer_of
 from tokenizer import gpt2_encoding
@@ -154,8 +156,10 @@ class Checkpoint:
             if name not in shapes or (tensor.shape, tensor.dtype) != (shape, torch.float32):
                 raise UserError(f"{self.path / OPTIMIZER} doesn't fit the model: {key}")
             state[index[name]][kind] = tensor
+        is_averaged = any(OTHER in kept for kept in state.values())
         for group in optimizer.state_dict()["param_groups"]:
             kinds = {"momentum"} if "matrices" in group else {"step", "exp_avg", "exp_avg_sq"}
+            kinds |= {OTHER} if is_averaged else set()
             if any(state[number].keys() != kinds for number in group["params"]):
                 raise UserError(
                     f"{self.path / OPTIMIZER} doesn't tell {', '.join(sorted(kinds))} of every "

@@ -74,6 +74,12 @@ class OptimSettings:
     decay_steps: int = setting(
         0, "last steps, in which it falls; 0 = at once after its peak", minimum=0
     )
+    ema_decay: float = setting(
+        0.0,
+        "what the weights' moving average keeps of itself per step; 0 = no average",
+        minimum=0,
+        below=1,
+    )
     weight_decay: float = setting(
         0.1, "decay of matrices and embeddings, per step × rate", minimum=0
     )

@@ -66,6 +66,40 @@ def make_optimizer(model: GPT, settings: OptimSettings, ranks: Ranks) -> torch.o
     return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), **common)
 
 
+OTHER = "other"  # in a parameter's state: its average; while that is in its place, the parameter
+
+
+@torch.no_grad()
+def follow(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
+    """Move each parameter's average towards it: average ← decay · average + (1 - decay) · it.
+
+    This exponential moving average (EMA) is a mean over the last 1 / (1 - decay) steps or so. After
+    `step` steps, counted from 1, it keeps no more than step / (step + 10) of itself: the first
+    weights, which have learned nothing, are soon forgotten.
+    """
+    decay = min(decay, step / (step + 10))
+    for parameter, state in optimizer.state.items():
+        if OTHER not in state:
+            state[OTHER] = parameter.clone()
+        state[OTHER].lerp_(parameter, 1 - decay)
+
+
+@torch.no_grad()
+def exchange(optimizer: torch.optim.Optimizer) -> None:
+    """Put each parameter's average, if there is one, in its place, or back."""
+    for parameter, state in optimizer.state.items():
+        if OTHER in state:
+            kept = parameter.clone()
+            parameter.copy_(state[OTHER])
+            state[OTHER].copy_(kept)
+
+
+def forget_average(optimizer: torch.optim.Optimizer) -> None:
+    """Keep no averages of parameters any more."""
+    for state in optimizer.state.values():
+        state.pop(OTHER, None)
+
+
 # How far the fall has come, 0 … 1 -> what is left of it, 1 … 0. The root is Hägele et al.'s (2024,
 # https://arxiv.org/abs/2405.18392), for a fall after a level stretch.
 FALLS: dict[str, Callable[[float], float]] = {

@@ -119,6 +119,11 @@ CANDIDATES = {
     "muon_sqrt": changed(
         MUON_LINEAR, "Muon, level, then 1 - √ for 40 %", LEVEL | {"optim.schedule": "sqrt"}
     ),
+    "muon_ema": changed(
+        MUON_LINEAR,
+        "Muon, level to the end, weights averaged (EMA of 0.98)",
+        {"optim.decay_steps": 1, "optim.ema_decay": 0.98},
+    ),
 }
 
 

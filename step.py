@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from distributed import Moment, Ranks, TreeSum, choose_dtype, keep_freed_memory
 from errors import UserError
 from guard import SpikeFilter
 from model import GPT
-from optim import learning_rate_at, make_optimizer
+from optim import exchange, follow, learning_rate_at, make_optimizer
 from shards import TokenStream
 
 DROPOUT, SAMPLE = 0, 1  # what a random draw is for
@@ -189,8 +189,19 @@ class Stepper:
             group["lr"] = learning_rate * group.get("relative_rate", 1.0)
         asked = torch.full((), float(asked_to_stop), device=self.ranks.device)
         accumulate = self.canonical_gradients if self.is_canonical else self.gradients
-        told = accumulate(step, asked)
-        return StepResult(step + 1, learning_rate, self.update(told))
+        numbers = self.update(accumulate(step, asked))
+        if self.config.optim.ema_decay:
+            follow(self.optimizer, self.config.optim.ema_decay, step + 1)
+        return StepResult(step + 1, learning_rate, numbers)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model's weights are their average, if one is kept."""
+        exchange(self.optimizer)
+        try:
+            yield
+        finally:
+            exchange(self.optimizer)
 
     def gradients(self, step: int, asked: Tensor) -> Tensor:
         """Accumulate the gradients of all micro-batches; DDP averages them over the ranks.

@@ -52,7 +52,7 @@ from guard import StopRequest
 from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
 from model import GPT, GPTConfig
-from optim import last_at_peak, learning_rate_at
+from optim import exchange, forget_average, last_at_peak, learning_rate_at
 from records import strict
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
 from shards import MANIFEST, VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
@@ -197,6 +197,9 @@ class Trainer:
             )
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.stepper.optimizer)
+        exchange(self.stepper.optimizer)  # a checkpoint's model is the average
+        if not self.config.optim.ema_decay:
+            forget_average(self.stepper.optimizer)
         if checkpoint.meta.scaler:
             self.stepper.scaler.load_state_dict(asdict(checkpoint.meta.scaler))
         self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
@@ -301,7 +304,7 @@ class Trainer:
 
     def validate(self) -> Validation:
         """The loss on the validation split, shared out over the ranks; the best is remembered."""
-        with evaluating(self.stepper.wrapped):
+        with self.stepper.averaged(), evaluating(self.stepper.wrapped):
             result = validate(
                 self.stepper.loss_of,
                 self.val_stream,
@@ -322,6 +325,7 @@ class Trainer:
             if questions.name not in names:
                 continue
             with (
+                self.stepper.averaged(),
                 evaluating(self.model),
                 torch.compiler.set_stance("force_eager"),
                 self.stepper.in_its_arithmetic(),
@@ -345,7 +349,11 @@ class Trainer:
         generator = torch.Generator(self.ranks.device)
         generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, self.step, 0))
         start = torch.tensor([[self.encoding.eot_token]], device=self.ranks.device)
-        with evaluating(self.model), torch.compiler.set_stance("force_eager"):
+        with (
+            self.stepper.averaged(),
+            evaluating(self.model),
+            torch.compiler.set_stance("force_eager"),
+        ):
             ids = [
                 int(token)
                 for token in self.model.generate(
@@ -382,7 +390,8 @@ class Trainer:
             skipped=self.skipped,
             spikes=spikes.memory() if spikes.limit else None,
         )
-        save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, **self._kept())
+        with self.stepper.averaged():
+            save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, **self._kept())
 
     def _losses(self, val_loss: float | None) -> dict[str, float | None]:
         """What a checkpoint tells of validations; what is not finite is none."""
@@ -458,6 +467,7 @@ class Trainer:
         device, dtype = device_name(self.ranks.device), self.stepper.dtype
         precision = str(dtype).removeprefix("torch.")
         memory = estimated_memory(model, micro_batch, dtype, train.compile)
+        memory += 4 * model.num_parameters() if self.config.optim.ema_decay else 0
         return "\n".join(
             [
                 f"model       {model.num_parameters():,} parameters, vocabulary "

@@ -10,7 +10,16 @@ from test_step import ALONE
 
 from config import OptimSettings
 from model import GPT, GPTConfig
-from optim import FALLS, learning_rate_at, make_optimizer, parameter_groups
+from optim import (
+    FALLS,
+    OTHER,
+    exchange,
+    follow,
+    forget_average,
+    learning_rate_at,
+    make_optimizer,
+    parameter_groups,
+)
 
 SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
@@ -97,3 +106,23 @@ def test_the_learning_rate_is_never_zero_nor_above_its_peak(warmup_steps, schedu
     for max_steps in (1, 2, 5, 20):
         rates = [learning_rate_at(step, settings, max_steps) for step in range(max_steps)]
         assert all(0 < rate <= 1.0 for rate in rates)
+
+
+def test_an_average_soon_forgets_the_first_weights_and_later_at_its_own_rate():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    told = optimizer.state[weight]
+    follow(optimizer, 0.75, 1)
+    with torch.no_grad():
+        weight.fill_(1.0)
+    expected = 0.0
+    for step in range(2, 60):
+        follow(optimizer, 0.75, step)
+        kept = min(0.75, step / (step + 10))
+        expected = kept * expected + 1 - kept
+        assert told[OTHER].tolist() == pytest.approx([expected] * 2)
+    exchange(optimizer)
+    assert weight.tolist() == pytest.approx([expected] * 2) and told[OTHER].tolist() == [1.0, 1.0]
+    forget_average(optimizer)
+    exchange(optimizer)
+    assert weight.tolist() == pytest.approx([expected] * 2) and OTHER not in told

@@ -106,6 +106,7 @@ def test_the_candidates_are_what_they_are_called():
         "muon_linear": ("muon", "linear", 0.0, 20, 0.95),
         "muon_wsd": ("muon", "linear", 0.0, 20, 0.95, 160),
         "muon_sqrt": ("muon", "sqrt", 0.0, 20, 0.95, 160),
+        "muon_ema": ("muon", "linear", 0.0, 20, 0.95, 1),
     }
 
 

@@ -517,6 +517,63 @@ def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
     assert (memory.norms[:4], memory.count) == ((*norms, 0), 3)
 
 
+def weights_of(folder: Path) -> list[torch.Tensor]:
+    return list(load_file(folder / MODEL).values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_average_of_weights_is_evaluated_and_saved_and_changes_nothing_that_is_learned(
+    configure, call, tmp_path, name
+):
+    """Against all weights of a run without one, averaged in float64."""
+    often = ("--train.checkpoint_every", 1, "--train.keep_checkpoints", 9, "--log.eval_every", 6)
+    changes = ("--optim.name", name, "--train.max_steps", 6, *often)
+    train.train(configure(*changes))
+    averaged = (*changes, "--optim.ema_decay", 0.25, "--train.out", tmp_path / "averaged")
+    train.train(configure(*averaged))
+    plain, other = (tmp_path / run / "checkpoints" for run in ("run", "averaged"))
+    told = [[line["loss"] for line in metrics_of(path.parent)] for path in (plain, other)]
+    assert told[0] == told[1]
+    expected = None
+    for step in range(1, 7):
+        weights = [weight.double() for weight in weights_of(plain / f"step_{step:06}")]
+        expected = expected or weights
+        decay = min(0.25, step / (step + 10))
+        expected = [decay * mean + (1 - decay) * w for mean, w in zip(expected, weights)]
+        for mean, weight in zip(weights_of(other / f"step_{step:06}"), expected):
+            torch.testing.assert_close(mean.double(), weight, rtol=1e-5, atol=1e-7)
+    (validation,) = metrics_of(other.parent, "val")
+    assert validation != metrics_of(plain.parent, "val")[0]
+    result = call("evaluate", "--checkpoint", other.parent, "--tokens", 512)
+    assert f"loss            {validation['loss']:.4f} nats" in result.out
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.9, 0.9), (0.9, 0.0), (0.0, 0.9)])
+def test_a_run_with_an_average_of_weights_goes_on_to_the_same_bits(configure, then, now):
+    """Also one that begins with it, or does without, on its way."""
+    config = configure("--optim.ema_decay", then, "--train.max_steps", 6)
+    straight = train.Trainer(config, ALONE)
+    for _ in range(3):
+        straight.train_step()
+    before = [weight.clone() for weight in straight.model.parameters()]
+    with straight.own_folder():
+        straight.prepare_folder()
+        straight.save(None)
+    assert all(map(torch.equal, straight.model.parameters(), before))
+    again = train.Trainer(replace(config, optim=replace(config.optim, ema_decay=now)), ALONE)
+    for trainer in (straight, again):
+        trainer.stepper.config = again.config
+        for _ in range(2):
+            trainer.train_step()
+    assert all(map(torch.equal, again.model.parameters(), straight.model.parameters()))
+    for trainer in (straight, again):
+        with trainer.stepper.averaged():
+            trainer.kept = [weight.clone() for weight in trainer.model.parameters()]
+    is_averaged = not all(map(torch.equal, again.kept, again.model.parameters()))
+    assert is_averaged == (now > 0)
+    assert now == 0 or all(map(torch.equal, again.kept, straight.kept))
+
+
 def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_path):
     """With the same losses as if it had been planned so long from the beginning."""
     fall = ("--optim.schedule", "linear", "--optim.decay_steps", 6, "--log.eval_every", 0)
