@@ -147,10 +147,13 @@ class Speed:
         self.pauses += Moment(self.device).seconds_after(before)
 
 
-def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype, compiled: bool) -> int:
+def estimated_memory(
+    model: GPT, tokens: int, dtype: torch.dtype, compiled: bool, averaged: bool = False
+) -> int:
     """About how many bytes training takes with micro-batches of so many tokens.
 
-    Weights, gradients and AdamW's two averages: 16 bytes per parameter. Activations kept for the
+    Weights, gradients and AdamW's two averages: 16 bytes per parameter, and 4 if the weights are
+    averaged too. Activations kept for the
     backward pass: 17 numbers of C per token and block with fused attention (Korthikanti et al.
     2022, section 4.1, without the score matrix), or a block's input alone if the rest is recomputed
     one block at a time. And a slice of the logits; without torch.compile, also what becomes of them
@@ -165,4 +168,4 @@ def estimated_memory(model: GPT, tokens: int, dtype: torch.dtype, compiled: bool
         blocks = config.n_layer * block
     bytes_per_logit = dtype.itemsize + (0 if compiled else 16)
     logits = min(tokens, HeadLoss.SLICE) * config.vocab_size * bytes_per_logit
-    return 16 * model.num_parameters() + tokens * blocks + logits
+    return (16 + 4 * averaged) * model.num_parameters() + tokens * blocks + logits

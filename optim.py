@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from config import OptimSettings
 from distributed import Ranks
@@ -70,18 +71,19 @@ OTHER = "other"  # in a parameter's state: its average; while that is in its pla
 
 
 @torch.no_grad()
-def follow(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
+def follow(optimizer: torch.optim.Optimizer, decay: float, step: int, skipped: Tensor) -> None:
     """Move each parameter's average towards it: average ← decay · average + (1 - decay) · it.
 
     This exponential moving average (EMA) is a mean over the last 1 / (1 - decay) steps or so. After
     `step` steps, counted from 1, it keeps no more than step / (step + 10) of itself: the first
-    weights, which have learned nothing, are soon forgotten.
+    weights, which have learned nothing, are soon forgotten. Where `skipped`, a scalar on the
+    device, is 1, it stays as it is.
     """
     decay = min(decay, step / (step + 10))
     for parameter, state in optimizer.state.items():
         if OTHER not in state:
             state[OTHER] = parameter.clone()
-        state[OTHER].lerp_(parameter, 1 - decay)
+        state[OTHER].lerp_(parameter, (1 - decay) * (1 - skipped))
 
 
 @torch.no_grad()

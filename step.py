@@ -20,7 +20,7 @@ from distributed import Moment, Ranks, TreeSum, choose_dtype, keep_freed_memory
 from errors import UserError
 from guard import SpikeFilter
 from model import GPT
-from optim import exchange, follow, learning_rate_at, make_optimizer
+from optim import exchange, follow, forget_average, learning_rate_at, make_optimizer
 from shards import TokenStream
 
 DROPOUT, SAMPLE = 0, 1  # what a random draw is for
@@ -191,7 +191,9 @@ class Stepper:
         accumulate = self.canonical_gradients if self.is_canonical else self.gradients
         numbers = self.update(accumulate(step, asked))
         if self.config.optim.ema_decay:
-            follow(self.optimizer, self.config.optim.ema_decay, step + 1)
+            follow(self.optimizer, self.config.optim.ema_decay, step + 1, skipped=numbers[2])
+        else:
+            forget_average(self.optimizer)  # which a run may have had before
         return StepResult(step + 1, learning_rate, numbers)
 
     @contextmanager

@@ -52,7 +52,7 @@ from guard import StopRequest
 from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
 from model import GPT, GPTConfig
-from optim import exchange, forget_average, last_at_peak, learning_rate_at
+from optim import exchange, last_at_peak, learning_rate_at
 from records import strict
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
 from shards import MANIFEST, VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
@@ -197,9 +197,7 @@ class Trainer:
             )
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.stepper.optimizer)
-        exchange(self.stepper.optimizer)  # a checkpoint's model is the average
-        if not self.config.optim.ema_decay:
-            forget_average(self.stepper.optimizer)
+        exchange(self.stepper.optimizer)  # a checkpoint's model is the average, if there is one
         if checkpoint.meta.scaler:
             self.stepper.scaler.load_state_dict(asdict(checkpoint.meta.scaler))
         self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
@@ -466,8 +464,8 @@ class Trainer:
         micro_batch = train.micro_batch_size * self.config.model.block_size
         device, dtype = device_name(self.ranks.device), self.stepper.dtype
         precision = str(dtype).removeprefix("torch.")
-        memory = estimated_memory(model, micro_batch, dtype, train.compile)
-        memory += 4 * model.num_parameters() if self.config.optim.ema_decay else 0
+        averaged = self.config.optim.ema_decay > 0
+        memory = estimated_memory(model, micro_batch, dtype, train.compile, averaged)
         return "\n".join(
             [
                 f"model       {model.num_parameters():,} parameters, vocabulary "

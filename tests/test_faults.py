@@ -32,7 +32,8 @@ from torch.testing import assert_close
 
 from guard import STORE_IS_GONE
 
-CANONICAL = ("--train.reduction", "canonical")
+# And with an average of the weights, which changes places with them to be evaluated or saved.
+CANONICAL = ("--train.reduction", "canonical", "--optim.ema_decay", "0.9")
 
 
 def lines_of(folder: Path, *kinds: str) -> list[dict]:
@@ -128,7 +129,7 @@ def test_a_canonical_run_is_the_same_to_the_bit_for_any_number_of_processes(
 
 def test_muon_shares_its_matrices_out_and_steps_to_the_same_bit(train, tmp_path):
     settings = (*CANONICAL, "--optim.name", "muon", "--train.max_steps", 6)
-    settings += ("--train.dtype", "bfloat16", "--optim.ema_decay", 0.5)
+    settings += ("--train.dtype", "bfloat16")
     for world_size in (1, 2, 4):
         assert train(tmp_path / str(world_size), world_size, *settings).status == 0
         assert lines_of(tmp_path / str(world_size)) == lines_of(tmp_path / "1")

@@ -112,12 +112,14 @@ def test_an_average_soon_forgets_the_first_weights_and_later_at_its_own_rate():
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     told = optimizer.state[weight]
-    follow(optimizer, 0.75, 1)
+    went, skipped = torch.tensor(0.0), torch.tensor(1.0)
+    follow(optimizer, 0.75, 1, went)
     with torch.no_grad():
         weight.fill_(1.0)
     expected = 0.0
     for step in range(2, 60):
-        follow(optimizer, 0.75, step)
+        follow(optimizer, 0.75, step, went)
+        follow(optimizer, 0.75, step, skipped)
         kept = min(0.75, step / (step + 10))
         expected = kept * expected + 1 - kept
         assert told[OTHER].tolist() == pytest.approx([expected] * 2)

@@ -30,6 +30,7 @@ from data import load_windows, step_windows
 from distributed import Ranks
 from metrics import Metrics, estimated_memory
 from model import GPT, GPTConfig
+from optim import exchange, forget_average
 from scoring import Estimate, Scorer, Validation
 from shards import TokenStream, encoding_of
 from step import Stepper, StepResult
@@ -163,6 +164,8 @@ def test_the_estimate_of_memory_is_near_what_autograd_keeps(dtype, recompute):
         model = GPT(GPTConfig(n_layer=n_layer, recompute=recompute, **shape))
         kept.append(bytes_kept(model, ids, dtype))
         parameters = 16 * model.num_parameters()
+        averaged = estimated_memory(model, ids.numel(), dtype, False, averaged=True)
+        assert averaged - estimated_memory(model, ids.numel(), dtype, False) == parameters / 4
         estimated.append(estimated_memory(model, ids.numel(), dtype, False) - parameters)
     assert estimated[0] - estimated[1] == pytest.approx(kept[0] - kept[1], rel=0.15)
 
@@ -572,6 +575,38 @@ def test_a_run_with_an_average_of_weights_goes_on_to_the_same_bits(configure, th
     is_averaged = not all(map(torch.equal, again.kept, again.model.parameters()))
     assert is_averaged == (now > 0)
     assert now == 0 or all(map(torch.equal, again.kept, straight.kept))
+
+
+def test_samples_and_examinations_are_the_averages(configure, monkeypatch):
+    trainer = train.Trainer(configure("--optim.ema_decay", 0.9, "--optim.warmup_steps", 0), ALONE)
+    for _ in range(4):
+        trainer.train_step()
+    seen = []
+    asked = SimpleNamespace(
+        name="lambada", ask=lambda *_, **__: seen.append(trainer.model.wte.weight.clone()) or {}
+    )
+    trainer.examinations = [asked]
+    told = trainer.sample()
+    trainer.examine(["lambada"], None)
+    exchange(trainer.stepper.optimizer)
+    forget_average(trainer.stepper.optimizer)  # so the model is the average for good
+    assert trainer.sample() == told
+    assert torch.equal(trainer.model.wte.weight, seen[0])
+
+
+def test_an_evaluation_that_is_made_up_for_is_of_the_model_that_was_saved(configure):
+    """Also if the run goes on without its average."""
+    changes = ("--train.max_steps", 3, "--log.eval_every", 3)
+    trainer = train.Trainer(configure(*changes, "--optim.ema_decay", 0.9), ALONE)
+    for _ in range(3):
+        trainer.train_step()
+    with trainer.own_folder():
+        trainer.prepare_folder()
+        trainer.save(None)
+    expected = trainer.validate().loss
+    train.train(configure(*changes))
+    found = newest_checkpoint(trainer.out / "checkpoints")
+    assert (found.meta.step, found.meta.val_loss) == (3, expected)
 
 
 def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_path):
