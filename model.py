@@ -254,7 +254,7 @@ class HeadLoss(torch.autograd.Function):
     twelve blocks keep. But each row's loss is independent of the other rows. So a slice of rows is
     computed, turned into its part of the loss and of both gradients, and forgotten, all in the
     forward pass (as in Liger Kernel, Hsu et al. 2024, section 3.2). What loss and gradient are:
-    README, "The head and the loss". PyTorch's own F.linear_cross_entropy (2.13) takes 1.4 times as
+    README, "The head and the loss". PyTorch's own F.linear_cross_entropy (2.13) takes 1.3 times as
     long on a CPU, and 7 times in chunks (results/linear_cross_entropy.json).
 
     The vocabulary of 50,257 is odd, and matrix units want multiples of 64: the copy of the weights
