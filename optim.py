@@ -1,4 +1,4 @@
-"""Who is decayed, how AdamW and Muon are made, and how fast they may go at each step."""
+"""How AdamW and Muon are made, how weights are averaged, and how fast they go at each step."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import recipe
@@ -138,6 +139,14 @@ def test_trainings_are_done_once_and_kept(begin, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipe, "train", lambda *_: pytest.fail("it has been done"))
     recipe.main(begin())
     assert recipe.load_found(tmp_path / "found.json").runs == kept.runs
+
+
+@pytest.mark.parametrize(("kind", "told"), [("cpu", "2 × EPYC"), ("cuda", "H200, 2 × EPYC")])
+def test_a_run_tells_the_gpu_that_it_ran_on_if_there_was_one(monkeypatch, kind, told):
+    monkeypatch.setattr(recipe, "choose_device", lambda _: torch.device(kind))
+    monkeypatch.setattr(recipe, "device_name", lambda _: "H200")
+    monkeypatch.setattr(recipe, "hardware", lambda: "2 × EPYC")
+    assert recipe.machine() == told
 
 
 @pytest.mark.parametrize("changes", [{"settings": {"optim.beta2": 0.5}}, {"floor": 0.5}])
