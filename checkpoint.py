@@ -327,11 +327,6 @@ def newest_checkpoint(
     return None
 
 
-def holds_checkpoints(folder: Path) -> bool:
-    """Whether there is any checkpoint in `folder`, damaged or not."""
-    return bool(checkpoints_in(folder))
-
-
 def find_checkpoint(name: str) -> Checkpoint:
     """A folder's checkpoint, to use its model: the folder is one, or a run's, of its newest.
 

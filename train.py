@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from config import Config, OptimSettings, load_config, make_config, task_names
+from config import Config, load_config, task_names
 from errors import Expendable, Stopped, UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -22,7 +22,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import tiktoken
@@ -30,18 +30,12 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
-    META,
-    MODEL,
-    OPTIMIZER,
     Checkpoint,
     Meta,
     ScalerMemory,
     add_losses,
     check_can_save,
     checkpoints_in,
-    holds_checkpoints,
-    newest_checkpoint,
-    read_checkpoint,
     save_checkpoint,
     step_name,
     step_of,
@@ -52,17 +46,17 @@ from guard import StopRequest
 from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
 from model import GPT, GPTConfig
-from optim import exchange, last_at_peak, learning_rate_at
+from optim import exchange, last_at_peak
 from records import strict
+from resume import agree_on_checkpoint, check_can_begin_with, check_can_go_on
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
-from shards import MANIFEST, VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
+from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
 from step import SAMPLE, Stepper, StepResult, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
 from writing import locked, sync, write_atomically
 
 SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
-FREE = ("dropout", "recompute")  # [model] settings that the weights don't depend on
 
 
 def say(text: str) -> None:
@@ -97,9 +91,7 @@ class Trainer:
         self.stepper = Stepper(config, ranks, self.model, self.shape, self.train_stream)
         self.stop = StopRequest()
         self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
-        self._resume(folder)
-        if self.step == 0 and config.train.init_from:
-            self._begin_with(config.train.init_from, folder)
+        self._resume()
         self.encoding = self._find_encoding(folder)
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
         self.examinations = [
@@ -141,60 +133,21 @@ class Trainer:
                     say(f"no bits per byte and no samples: {error}")
         return None if self.ranks.anywhere(not encoding) else encoding
 
-    def _resume(self, data: Path) -> None:
-        """Go on from the newest complete checkpoint, if there is one. Rank 0 chooses it."""
-        folder, checkpoint = self.out / "checkpoints", None
+    def _resume(self) -> None:
+        """Go on from the newest complete checkpoint, or begin with what train.init_from names."""
+        folder = self.out / "checkpoints"
         with self.ranks.together():
-            if self.ranks.is_first:
-                self.there = checkpoints_in(folder)
-                checkpoint = newest_checkpoint(folder)
-        step = self.ranks.agree(checkpoint.meta.step if checkpoint else 0)
-        with self.ranks.together():
-            if not self.ranks.is_first:
-                checkpoint = self._copy_here(folder, step)
-            if checkpoint:
-                self._go_on_from(checkpoint, data)
-        self.ranks.check_same("the checkpoint", checkpoint.description() if checkpoint else "")
+            self.there = checkpoints_in(folder) if self.ranks.is_first else []
+        checkpoint = agree_on_checkpoint(folder, self.ranks)
+        if checkpoint:
+            with self.ranks.together():
+                check_can_go_on(checkpoint, self.config, self.data)
+                self._go_on_from(checkpoint)
+        elif self.config.train.init_from:
+            self._begin_with(self.config.train.init_from)
 
-    def _copy_here(self, folder: Path, step: int) -> Checkpoint | None:
-        """What this machine has of the checkpoint that rank 0 chose; 0 stands for none.
-
-        Raises UserError if it is another, or damaged. One process of a machine looks for damage.
-        """
-        path = folder / step_name(step)
-        if step == 0 and holds_checkpoints(folder):
-            raise UserError(
-                f"{folder} holds checkpoints on this machine and none on that of rank 0: start "
-                "where it has them, or put train.out on a disk that all machines share"
-            )
-        if step and not path.is_dir():
-            raise UserError(
-                f"rank 0 goes on after step {step:,}, and this machine has no {path}: put "
-                "train.out on a disk that all machines share, or copy that folder here"
-            )
-        files = (MODEL, OPTIMIZER) if self.ranks.local_rank == 0 else ()
-        return read_checkpoint(path, files) if step else None
-
-    def _go_on_from(self, checkpoint: Checkpoint, data: Path) -> None:
-        """Set everything as it was when the checkpoint was saved.
-
-        Raises UserError if the settings or the data are others.
-        """
-        if not self.config.train.resume:
-            raise UserError(
-                f"{self.out} holds {checkpoint.path.name} and train.resume = false: "
-                "choose another --train.out or remove that folder"
-            )
-        checkpoint.check_vocabulary(data)
-        check_same_run(checkpoint.meta.config, self.config, checkpoint.path)
-        check_schedule(checkpoint, self.config)
-        then, now = checkpoint.meta.data.split(), self.data.split()
-        if not then or any(a != b for a, b in zip(then, now)):  # validation may come or go
-            raise UserError(
-                f"{checkpoint.path} was trained on other data than {data} holds now (see its "
-                f"{MANIFEST}): a run goes on with the same shards, or starts anew with another "
-                "--train.out"
-            )
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Set everything as it was when the checkpoint was saved."""
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.stepper.optimizer)
         exchange(self.stepper.optimizer)  # a checkpoint's model is the average, if there is one
@@ -208,19 +161,12 @@ class Trainer:
         if self.ranks.is_first:
             say(f"going on after step {self.step:,} from {checkpoint.path}")
 
-    def _begin_with(self, name: str, data: Path) -> None:
+    def _begin_with(self, name: str) -> None:
         """Take the weights of another run's checkpoint, to train them further on other text."""
         checkpoint = self.ranks.in_turn(lambda: find_model(name))
         self.ranks.check_same("the checkpoint to begin with", checkpoint.description())
         with self.ranks.together():
-            checkpoint.check_vocabulary(data)
-            theirs = asdict(checkpoint.meta.model)
-            for key, ours in asdict(self.config.model).items():
-                if key not in FREE and ours != theirs[key]:
-                    raise UserError(
-                        f"{checkpoint.path} has model.{key} = {theirs[key]}, this run {ours}: to "
-                        "begin with its weights, set it to theirs"
-                    )
+            check_can_begin_with(checkpoint, self.config)
             checkpoint.load_model(self.model)
         if self.ranks.is_first:
             say(f"beginning with the weights of {checkpoint.path}")
@@ -651,58 +597,6 @@ def shared_settings(config: Config) -> dict[str, dict]:
     settings = asdict(config)
     del settings["data"]["dir"], settings["train"]["out"], settings["train"]["init_from"]
     return settings
-
-
-def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
-    """Raises UserError if a checkpoint is of another model, or would go on with other batches."""
-    now = asdict(config)
-    names = [("model", key) for key in now["model"] if key not in FREE]
-    names += [("train", "seed"), ("train", "tokens_per_step"), ("optim", "name")]
-    if config.train.reduction == "canonical":
-        names += [("train", "reduction"), ("train", "micro_batch_size"), ("train", "dtype")]
-    for section, key in names:
-        before = then.get(section, {}).get(key, getattr(getattr(Config(), section), key))
-        if before != now[section][key]:
-            raise UserError(
-                f"{path} was trained with {section}.{key} = {before}, now it is "
-                f"{now[section][key]}: set it back, or choose another --train.out"
-            )
-
-
-def check_schedule(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises UserError if a learning rate that was kept up, and now falls, would rise again.
-
-    The checkpoint from before the fall is there to go on from, for a longer run.
-    """
-    before, step = settings_of(checkpoint), checkpoint.meta.step
-    level = last_at_peak(before.optim, before.train.max_steps) + 1
-    if (
-        before.optim.decay_steps
-        and step > level
-        and share_of_peak(step, config) > share_of_peak(step - 1, before)
-    ):
-        raise UserError(
-            f"{checkpoint.path} was saved while the learning rate fell, and now it would rise "
-            f"again. To train longer, copy a checkpoint up to step {level:,} into the folder "
-            "checkpoints of another run, and name that run's with --train.out"
-        )
-
-
-def settings_of(checkpoint: Checkpoint) -> Config:
-    """What decided the learning rate when it was saved. Raises UserError for impossible values."""
-    then, known = checkpoint.meta.config, {item.name for item in fields(OptimSettings)}
-    optim = {key: value for key, value in then.get("optim", {}).items() if key in known}
-    steps = {key: value for key, value in then.get("train", {}).items() if key == "max_steps"}
-    try:
-        return make_config({"optim": optim, "train": steps})
-    except UserError as error:
-        raise UserError(f"{checkpoint.path / META}: {error}") from error
-
-
-def share_of_peak(step: int, config: Config) -> float:
-    """The learning rate of a step, counted from 0, as a share of its peak."""
-    rate = learning_rate_at(step, config.optim, config.train.max_steps)
-    return rate / (config.optim.learning_rate or 1.0)
 
 
 def train(config: Config) -> None:

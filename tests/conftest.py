@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +256,22 @@ eval_every = 20
 eval_tokens = 512
 sample_every = 0
 """
+
+
+def exchange_shard(data: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a shard's tokens, given as bytes, as somebody could who knows the manifest."""
+    shard, manifest = data / name, data / "manifest.json"
+    before = shard.read_bytes()
+    shard.write_bytes(before[:1024] + change(before[1024:]))
+    hashes = [hashlib.sha256(content).hexdigest() for content in (before, shard.read_bytes())]
+    assert hashes[0] in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(*hashes))
+
+
+def metrics_of(run: Path, kind: str = "train") -> list[dict]:
+    """What a run told, line by line, of one kind."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
 @pytest.fixture(scope="session")

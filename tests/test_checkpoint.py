@@ -27,8 +27,8 @@ from checkpoint import (
     ScalerMemory,
     add_losses,
     check_can_save,
+    checkpoints_in,
     find_checkpoint,
-    holds_checkpoints,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one():
         Path(name).chmod(0o755)
         folder.chmod(0)
         with as_nobody():
-            for look in (newest_checkpoint, holds_checkpoints):
+            for look in (newest_checkpoint, checkpoints_in):
                 with pytest.raises(UserError, match="can't read .*checkpoints: Permission denied"):
                     look(folder)
         folder.chmod(0o700)

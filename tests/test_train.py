@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -13,19 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Result
+from conftest import ROOT, Result, exchange_shard, metrics_of
 from safetensors.torch import load_file
 
 import train
-from checkpoint import MODEL, OPTIMIZER, newest_checkpoint, read_checkpoint
-from config import Config, load_config
+from checkpoint import MODEL, newest_checkpoint, read_checkpoint
+from config import load_config
 from data import load_windows, step_windows
 from distributed import Ranks
 from metrics import Metrics, estimated_memory
@@ -37,11 +36,6 @@ from step import Stepper, StepResult
 from tasks import load_questions
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-
-
-def metrics_of(run: Path, kind: str = "train") -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
 # A run
@@ -401,103 +395,6 @@ def test_a_step_that_cannot_be_shared_out_is_one_line(call, tiny, shards, tmp_pa
     assert "nearest: 448 or 512" in result.error()
 
 
-def test_data_of_another_vocabulary_is_one_line(call, tiny, trained, tmp_path):
-    import prepare_fineweb
-
-    (tmp_path / "text.txt").write_text("Some other text, and then some more of it. " * 200)
-    prepare = f"--source {tmp_path}/text.txt --out {tmp_path}/data --tokenizer bpe:270"
-    prepare_fineweb.main(
-        prepare_fineweb.parse_arguments([*prepare.split(), "--val-tokens", "100", "--workers", "1"])
-    )
-    shutil.copytree(trained, tmp_path / "run")
-    arguments = ("--data.dir", tmp_path / "data", "--train.max_steps", 50)
-    result = call("train", tiny, *arguments, "--train.out", tmp_path / "run")
-    assert "has the vocabulary bpe-270 of 270 tokens" in result.error()
-    result = call("evaluate", "--checkpoint", trained, "--data", tmp_path / "data")
-    assert "has the vocabulary bpe-270 of 270 tokens" in result.error()
-
-
-@pytest.mark.parametrize(
-    ("change", "value"),
-    [
-        ("model.n_layer", 3),
-        ("model.n_embd", 64),
-        ("train.seed", 5),
-        ("train.tokens_per_step", 1024),
-    ],
-)
-def test_a_run_cannot_go_on_as_another_run(call, tiny, shards, trained, change, value):
-    arguments = ("--data.dir", shards, "--train.out", trained, "--train.max_steps", 50)
-    message = call("train", tiny, *arguments, f"--{change}", value).error()
-    assert f"was trained with {change} = " in message
-    assert f"now it is {value}" in message
-
-
-def test_a_checkpoint_that_tells_no_settings_is_taken_to_have_the_defaults(configure):
-    config = configure()
-    with pytest.raises(train.UserError, match="was trained with model.n_layer = 12, now it is 2"):
-        train.check_same_run({}, config, Path("step_000001"))
-
-
-def test_a_used_run_folder_is_not_overwritten_when_resuming_is_off(call, tiny, shards, trained):
-    arguments = ("--data.dir", shards, "--train.out", trained, "--train.resume", "false")
-    assert "holds step_000040 and train.resume = false" in call("train", tiny, *arguments).error()
-
-
-def test_a_run_does_not_go_on_with_other_data(call, tiny, shards, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    shutil.copytree(shards, tmp_path / "data")
-    arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "run")
-    assert call("train", tiny, *arguments, "--train.max_steps", 41).status == 0  # the same, moved
-    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
-    manifest["shards"].pop()
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
-    message = call("train", tiny, *arguments, "--train.max_steps", 42).error()
-    assert "was trained on other data" in message
-
-
-def test_fine_tuning_begins_with_the_weights_of_another_run(call, tiny, shards, trained, tmp_path):
-    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o", "--train.init_from", trained)
-    still = ("--optim.learning_rate", 0, "--optim.min_learning_rate", 0, "--train.max_steps", 1)
-    result = call("train", tiny, *arguments, *still, "--model.dropout", 0.2)
-    assert "beginning with the weights of" in result.err
-    ours, theirs = (newest_checkpoint(run / "checkpoints") for run in (tmp_path / "o", trained))
-    assert (ours.path / MODEL).read_bytes() == (theirs.path / MODEL).read_bytes()
-    state = load_file(ours.path / OPTIMIZER)
-    assert {state[name].item() for name in state if name.endswith("/step")} == {1}
-
-
-def test_a_fine_tuning_that_goes_on_keeps_what_it_has_learned(
-    call, tiny, shards, trained, tmp_path
-):
-    shutil.copytree(trained, tmp_path / "source")
-    begin = ("--train.init_from", tmp_path / "source")
-    arguments = (tiny, "--data.dir", shards, "--train.out", tmp_path / "o", *begin)
-    assert call("train", *arguments, "--train.max_steps", 2).status == 0
-    shutil.rmtree(tmp_path / "source")  # it isn't needed any more
-    result = call("train", *arguments, "--train.max_steps", 3)
-    assert "going on after step 2" in result.err
-    assert [line["step"] for line in metrics_of(tmp_path / "o")] == [1, 2, 3]
-    assert metrics_of(tmp_path / "o")[0]["loss"] < 0.8 * metrics_of(trained)[0]["loss"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--train.init_from", "nowhere"], "nowhere is no checkpoint"),
-        (["--model.n_layer", 1], "has model.n_layer = 2, this run 1"),
-        (["--model.block_size", 16], "has model.block_size = 32, this run 16"),
-    ],
-)
-def test_weights_that_do_not_fit_are_one_line(
-    call, tiny, shards, trained, tmp_path, arguments, complaint
-):
-    begin = ("--train.init_from", trained, *arguments)
-    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "o", *begin)
-    assert complaint in result.error()
-    assert not (tmp_path / "o" / "checkpoints").exists()
-
-
 def test_the_gradient_scaler_of_float16_is_resumed(configure):
     config = configure("--train.dtype", "float16", "--train.max_steps", 3)
     trainer = train.Trainer(config, ALONE)
@@ -607,70 +504,6 @@ def test_an_evaluation_that_is_made_up_for_is_of_the_model_that_was_saved(config
     train.train(configure(*changes))
     found = newest_checkpoint(trainer.out / "checkpoints")
     assert (found.meta.step, found.meta.val_loss) == (3, expected)
-
-
-def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_path):
-    """With the same losses as if it had been planned so long from the beginning."""
-    fall = ("--optim.schedule", "linear", "--optim.decay_steps", 6, "--log.eval_every", 0)
-    often = ("--train.checkpoint_every", 1, "--train.keep_checkpoints", 1)
-    changes = (*fall, *often, "--optim.warmup_steps", 2)
-    train.train(configure(*changes, "--train.max_steps", 12))
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step_000006", "step_000012"]
-    planned = (*changes, "--train.max_steps", 18, "--train.out", tmp_path / "planned")
-    train.train(configure(*planned))
-    (tmp_path / "longer" / "checkpoints").mkdir(parents=True)
-    before = Path("checkpoints", "step_000006")
-    shutil.copytree(tmp_path / "run" / before, tmp_path / "longer" / before)
-    train.train(configure(*planned, "--train.out", tmp_path / "longer"))
-    losses = [
-        [(line["step"], line["loss"]) for line in metrics_of(tmp_path / name)]
-        for name in ("planned", "longer")
-    ]
-    assert losses[1] == losses[0][6:]
-    with pytest.raises(train.UserError, match="copy a checkpoint up to step 6 into"):
-        train.train(configure(*changes, "--train.max_steps", 18))
-    train.train(configure(*changes, "--train.max_steps", 12))  # it may end as it was planned
-
-
-def saved_at(step: int, config: Config) -> SimpleNamespace:
-    """What `check_schedule` looks at."""
-    meta = SimpleNamespace(step=step, config=json.loads(json.dumps(asdict(config))))
-    return SimpleNamespace(path=Path("run/step"), meta=meta)
-
-
-LEVEL = ("--optim.schedule", "linear", "--optim.decay_steps", 10, "--optim.warmup_steps", 2)
-
-
-@pytest.mark.parametrize(
-    ("step", "changes", "is_refused"),
-    [
-        (30, ["--train.max_steps", 80], False),  # the rate is about to fall
-        (31, ["--train.max_steps", 80], True),
-        (31, [], False),
-        (31, ["--optim.learning_rate", 1e-3], False),  # another peak, but the same way down
-        (40, ["--train.max_steps", 60, "--optim.decay_steps", 30], True),
-        (40, ["--train.max_steps", 400, "--optim.decay_steps", 370], True),
-        (40, ["--train.max_steps", 400, "--optim.decay_steps", 0], True),
-        (35, ["--optim.warmup_steps", 50], True),
-    ],
-)
-def test_a_learning_rate_that_falls_does_not_rise_again(configure, step, changes, is_refused):
-    then, now = configure(*LEVEL), configure(*LEVEL, *changes)
-    if is_refused:
-        with pytest.raises(train.UserError, match="now it would rise again. .* up to step 30 into"):
-            train.check_schedule(saved_at(step, then), now)
-    else:
-        train.check_schedule(saved_at(step, then), now)
-
-
-def test_a_cosine_may_be_made_longer_and_settings_that_are_unknown_now_are_passed_over(configure):
-    checkpoint = saved_at(40, configure())
-    checkpoint.meta.config["optim"]["momentum"] = 1
-    train.check_schedule(checkpoint, configure("--train.max_steps", 80))
-    checkpoint.meta.config["optim"]["decay_steps"] = "x"
-    with pytest.raises(train.UserError, match="run/step/meta.json: optim.decay_steps = 'x'"):
-        train.check_schedule(checkpoint, configure())
 
 
 def test_an_update_that_spoils_the_weights_costs_no_checkpoint_from_before_it(configure, tmp_path):
@@ -798,39 +631,6 @@ def test_a_token_that_is_not_in_the_vocabulary_is_one_line(call, tiny, shards, t
         (tmp_path / "data" / name).unlink()
     result = call("train", tiny, *arguments)
     assert f"{shard} has a token 65535, its vocabulary only 50,257" in result.error()
-
-
-def exchange_shard(data: Path, name: str, change: Callable[[bytes], bytes]) -> None:
-    """Change a shard's tokens, given as bytes, as somebody could who knows the manifest."""
-    shard, manifest = data / name, data / "manifest.json"
-    before = shard.read_bytes()
-    shard.write_bytes(before[:1024] + change(before[1024:]))
-    hashes = [hashlib.sha256(content).hexdigest() for content in (before, shard.read_bytes())]
-    assert hashes[0] in manifest.read_text()
-    manifest.write_text(manifest.read_text().replace(*hashes))
-
-
-@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin"])
-def test_data_that_is_not_what_the_run_began_with_is_one_line(
-    call, tiny, shards, trained, tmp_path, name
-):
-    """The shards are whole, and so is their manifest; but they are others."""
-    shutil.copytree(trained, tmp_path / "o")
-    shutil.copytree(shards, tmp_path / "data")
-    exchange_shard(tmp_path / "data", name, lambda tokens: tokens[2:] + tokens[:2])
-    arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
-    result = call("train", tiny, *arguments, "--train.max_steps", 60)
-    assert "was trained on other data than" in result.error()
-
-
-def test_a_run_may_go_on_without_the_validation_that_it_had(call, tiny, shards, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "o")
-    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o")
-    for steps, every in ((41, 0), (42, 20)):
-        result = call(
-            "train", tiny, *arguments, "--train.max_steps", steps, "--log.eval_every", every
-        )
-        assert f"going on after step {steps - 1}" in result.err
 
 
 @pytest.mark.parametrize("name", ["train_000001.bin", "val_000000.bin"])
