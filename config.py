@@ -74,9 +74,9 @@ class OptimSettings:
     decay_steps: int = setting(
         0, "last steps, in which it falls; 0 = at once after its peak", minimum=0
     )
-    ema_decay: float = setting(
+    average_share: float = setting(
         0.0,
-        "what the weights' moving average keeps of itself per step; 0 = no average",
+        "weights' moving average: over about this share of the steps so far; 0 = none",
         minimum=0,
         below=1,
     )

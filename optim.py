@@ -67,27 +67,31 @@ def make_optimizer(model: GPT, settings: OptimSettings, ranks: Ranks) -> torch.o
     return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), **common)
 
 
-OTHER = "other"  # in a parameter's state: its average; while that is in its place, the parameter
+# In a parameter's state: its average; while that is in its place, the parameter.
+OTHER = "other_weights"
 
 
 @torch.no_grad()
-def follow(optimizer: torch.optim.Optimizer, decay: float, step: int, skipped: Tensor) -> None:
-    """Move each parameter's average towards it: average ← decay · average + (1 - decay) · it.
+def update_average(
+    optimizer: torch.optim.Optimizer, share: float, step: int, skipped: Tensor
+) -> None:
+    """Move each parameter's average towards it.
 
-    This exponential moving average (EMA) is a mean over the last 1 / (1 - decay) steps or so. After
-    `step` steps, counted from 1, it keeps no more than step / (step + 10) of itself: the first
-    weights, which have learned nothing, are soon forgotten. Where `skipped`, a scalar on the
-    device, is 1, it stays as it is.
+    After `step` steps, counted from 1, it is over about the last `share` of them: an exponential
+    moving average (EMA) whose memory grows with the run, so that the first weights, which have
+    learned nothing, are soon forgotten (as in Shamir and Zhang 2013, polynomial-decay averaging,
+    https://arxiv.org/abs/1212.1824). Where `skipped`, a scalar on the device, is 1, it stays as it
+    is.
     """
-    decay = min(decay, step / (step + 10))
+    pull = (1 - skipped) / (1 + share * step)
     for parameter, state in optimizer.state.items():
         if OTHER not in state:
             state[OTHER] = parameter.clone()
-        state[OTHER].lerp_(parameter, (1 - decay) * (1 - skipped))
+        state[OTHER].lerp_(parameter, pull)
 
 
 @torch.no_grad()
-def exchange(optimizer: torch.optim.Optimizer) -> None:
+def swap_average(optimizer: torch.optim.Optimizer) -> None:
     """Put each parameter's average, if there is one, in its place, or back."""
     for parameter, state in optimizer.state.items():
         if OTHER in state:
@@ -96,7 +100,7 @@ def exchange(optimizer: torch.optim.Optimizer) -> None:
             state[OTHER].copy_(kept)
 
 
-def forget_average(optimizer: torch.optim.Optimizer) -> None:
+def drop_average(optimizer: torch.optim.Optimizer) -> None:
     """Keep no averages of parameters any more."""
     for state in optimizer.state.values():
         state.pop(OTHER, None)

@@ -120,9 +120,10 @@ CANDIDATES = {
         MUON_LINEAR, "Muon, level, then 1 - √ for 40 %", LEVEL | {"optim.schedule": "sqrt"}
     ),
     "muon_ema": changed(
-        MUON_LINEAR,
-        "Muon, level to the end, weights averaged (EMA of 0.98)",
-        {"optim.decay_steps": 1, "optim.ema_decay": 0.98},
+        MUON,
+        "Muon, level to the end, weights averaged over the last tenth",
+        {"optim.average_share": 0.1},
+        floor=1.0,
     ),
 }
 

@@ -20,7 +20,13 @@ from distributed import Moment, Ranks, TreeSum, choose_dtype, keep_freed_memory
 from errors import UserError
 from guard import SpikeFilter
 from model import GPT
-from optim import exchange, follow, forget_average, learning_rate_at, make_optimizer
+from optim import (
+    drop_average,
+    learning_rate_at,
+    make_optimizer,
+    swap_average,
+    update_average,
+)
 from shards import TokenStream
 
 DROPOUT, SAMPLE = 0, 1  # what a random draw is for
@@ -190,20 +196,21 @@ class Stepper:
         asked = torch.full((), float(asked_to_stop), device=self.ranks.device)
         accumulate = self.canonical_gradients if self.is_canonical else self.gradients
         numbers = self.update(accumulate(step, asked))
-        if self.config.optim.ema_decay:
-            follow(self.optimizer, self.config.optim.ema_decay, step + 1, skipped=numbers[2])
+        share = self.config.optim.average_share
+        if share:
+            update_average(self.optimizer, share, step + 1, skipped=numbers[2])
         else:
-            forget_average(self.optimizer)  # which a run may have had before
+            drop_average(self.optimizer)  # which a run may have had before
         return StepResult(step + 1, learning_rate, numbers)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the model's weights are their average, if one is kept."""
-        exchange(self.optimizer)
+        swap_average(self.optimizer)
         try:
             yield
         finally:
-            exchange(self.optimizer)
+            swap_average(self.optimizer)
 
     def gradients(self, step: int, asked: Tensor) -> Tensor:
         """Accumulate the gradients of all micro-batches; DDP averages them over the ranks.

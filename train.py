@@ -46,7 +46,7 @@ from guard import StopRequest
 from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
 from model import GPT, GPTConfig
-from optim import exchange, last_at_peak
+from optim import last_at_peak, swap_average
 from records import strict
 from resume import agree_on_checkpoint, check_can_begin_with, check_can_go_on
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
@@ -150,7 +150,7 @@ class Trainer:
         """Set everything as it was when the checkpoint was saved."""
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.stepper.optimizer)
-        exchange(self.stepper.optimizer)  # a checkpoint's model is the average, if there is one
+        swap_average(self.stepper.optimizer)  # a checkpoint's model is the average, if there is one
         if checkpoint.meta.scaler:
             self.stepper.scaler.load_state_dict(asdict(checkpoint.meta.scaler))
         self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
@@ -410,7 +410,7 @@ class Trainer:
         micro_batch = train.micro_batch_size * self.config.model.block_size
         device, dtype = device_name(self.ranks.device), self.stepper.dtype
         precision = str(dtype).removeprefix("torch.")
-        averaged = self.config.optim.ema_decay > 0
+        averaged = self.config.optim.average_share > 0
         memory = estimated_memory(model, micro_batch, dtype, train.compile, averaged)
         return "\n".join(
             [

@@ -33,7 +33,7 @@ from torch.testing import assert_close
 from guard import STORE_IS_GONE
 
 # And with an average of the weights, which changes places with them to be evaluated or saved.
-CANONICAL = ("--train.reduction", "canonical", "--optim.ema_decay", "0.9")
+CANONICAL = ("--train.reduction", "canonical", "--optim.average_share", "0.1")
 
 
 def lines_of(folder: Path, *kinds: str) -> list[dict]:

@@ -39,7 +39,7 @@ from config import make_config, read_toml
 from errors import UserError
 from metrics import Metrics
 from model import GPT
-from optim import follow
+from optim import update_average
 from records import as_record
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, open_shard
 from tokenizer import load_vocabulary
@@ -302,7 +302,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(tmp_path
 @pytest.mark.parametrize("change", ["without", "renamed", "a number", "another type"])
 def test_optimizer_state_of_another_kind_is_refused(tmp_path, optimizer, kind, change):
     model, state = trained(name=optimizer)
-    follow(state, 0.9, step=1, skipped=torch.tensor(0.0))
+    update_average(state, 0.9, step=1, skipped=torch.tensor(0.0))
     path = save_checkpoint(tmp_path, META_1, model, state, keep=1)
     keys = [key for key in load_file(path / OPTIMIZER) if key.endswith(f"/{kind}")]
     if kind == "other":  # without all of them it is a run that keeps no average

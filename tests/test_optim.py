@@ -13,12 +13,12 @@ from model import GPT, GPTConfig
 from optim import (
     FALLS,
     OTHER,
-    exchange,
-    follow,
-    forget_average,
+    drop_average,
     learning_rate_at,
     make_optimizer,
     parameter_groups,
+    swap_average,
+    update_average,
 )
 
 SMALL = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -108,23 +108,24 @@ def test_the_learning_rate_is_never_zero_nor_above_its_peak(warmup_steps, schedu
         assert all(0 < rate <= 1.0 for rate in rates)
 
 
-def test_an_average_soon_forgets_the_first_weights_and_later_at_its_own_rate():
+@pytest.mark.parametrize("steps", [100, 3_000])
+def test_an_average_is_over_the_same_share_of_a_short_run_and_of_a_long_one(steps):
+    """A weight is 0, and 1 in the last tenth: of that, 1 - 1/e and a bit come into the average."""
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     told = optimizer.state[weight]
     went, skipped = torch.tensor(0.0), torch.tensor(1.0)
-    follow(optimizer, 0.75, 1, went)
-    with torch.no_grad():
-        weight.fill_(1.0)
     expected = 0.0
-    for step in range(2, 60):
-        follow(optimizer, 0.75, step, went)
-        follow(optimizer, 0.75, step, skipped)
-        kept = min(0.75, step / (step + 10))
-        expected = kept * expected + 1 - kept
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            weight.fill_(step > 0.9 * steps)
+        update_average(optimizer, 0.1, step, went)
+        update_average(optimizer, 0.1, step, skipped)
+        expected += (weight[0].item() - expected) * 10 / (step + 10)
         assert told[OTHER].tolist() == pytest.approx([expected] * 2)
-    exchange(optimizer)
+    assert 0.63 < expected < 0.66
+    swap_average(optimizer)
     assert weight.tolist() == pytest.approx([expected] * 2) and told[OTHER].tolist() == [1.0, 1.0]
-    forget_average(optimizer)
-    exchange(optimizer)
+    drop_average(optimizer)
+    swap_average(optimizer)
     assert weight.tolist() == pytest.approx([expected] * 2) and OTHER not in told

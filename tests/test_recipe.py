@@ -100,7 +100,7 @@ def test_the_candidates_are_what_they_are_called():
         floor = optim.min_learning_rate / optim.learning_rate
         told[name] = (optim.name, optim.schedule, floor, optim.warmup_steps, optim.beta2)
         told[name] += (optim.decay_steps,) if optim.decay_steps else ()
-        told[name] += (optim.ema_decay,) if optim.ema_decay else ()
+        told[name] += (optim.average_share,) if optim.average_share else ()
     assert told == {
         "nanogpt": ("adamw", "cosine", 0.1, 100, 0.99),
         "adamw_linear": ("adamw", "linear", 0.0, 100, 0.99),
@@ -108,7 +108,7 @@ def test_the_candidates_are_what_they_are_called():
         "muon_linear": ("muon", "linear", 0.0, 20, 0.95),
         "muon_wsd": ("muon", "linear", 0.0, 20, 0.95, 160),
         "muon_sqrt": ("muon", "sqrt", 0.0, 20, 0.95, 160),
-        "muon_ema": ("muon", "linear", 0.0, 20, 0.95, 1, 0.98),
+        "muon_ema": ("muon", "cosine", 1.0, 20, 0.95, 0.1),
     }
 
 

@@ -151,7 +151,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "changes",
-    [(), ("--optim.name", "muon"), ("--train.skip_spikes", 3), ("--optim.ema_decay", 0.9)],
+    [(), ("--optim.name", "muon"), ("--train.skip_spikes", 3), ("--optim.average_share", 0.1)],
 )
 def test_nothing_in_a_step_waits_for_the_device(configure, stepper_of, changes):
     stepper = stepper_of(configure("--train.reduction", "ddp", *changes))
@@ -168,7 +168,9 @@ def test_nothing_in_a_step_waits_for_the_device(configure, stepper_of, changes):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_on_a_gpu_nothing_in_a_step_waits_for_the_device(configure, shards, name):
     device = torch.device("cuda", 0)
-    config = configure("--optim.name", name, "--train.dtype", "bfloat16", "--optim.ema_decay", 0.9)
+    config = configure(
+        "--optim.name", name, "--train.dtype", "bfloat16", "--optim.average_share", 0.1
+    )
     shape = BatchShape(512, 32, config.train.micro_batch_size, world_size=1)
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=device)
     model = tiny_model(config).to(device)

@@ -29,7 +29,7 @@ from data import load_windows, step_windows
 from distributed import Ranks
 from metrics import Metrics, estimated_memory
 from model import GPT, GPTConfig
-from optim import exchange, forget_average
+from optim import drop_average, swap_average
 from scoring import Estimate, Scorer, Validation
 from shards import TokenStream, encoding_of
 from step import Stepper, StepResult
@@ -429,7 +429,7 @@ def test_an_average_of_weights_is_evaluated_and_saved_and_changes_nothing_that_i
     often = ("--train.checkpoint_every", 1, "--train.keep_checkpoints", 9, "--log.eval_every", 6)
     changes = ("--optim.name", name, "--train.max_steps", 6, *often)
     train.train(configure(*changes))
-    averaged = (*changes, "--optim.ema_decay", 0.25, "--train.out", tmp_path / "averaged")
+    averaged = (*changes, "--optim.average_share", 0.25, "--train.out", tmp_path / "averaged")
     train.train(configure(*averaged))
     plain, other = (tmp_path / run / "checkpoints" for run in ("run", "averaged"))
     told = [[line["loss"] for line in metrics_of(path.parent)] for path in (plain, other)]
@@ -438,7 +438,7 @@ def test_an_average_of_weights_is_evaluated_and_saved_and_changes_nothing_that_i
     for step in range(1, 7):
         weights = [weight.double() for weight in weights_of(plain / f"step_{step:06}")]
         expected = expected or weights
-        decay = min(0.25, step / (step + 10))
+        decay = 0.25 * step / (0.25 * step + 1)
         expected = [decay * mean + (1 - decay) * w for mean, w in zip(expected, weights)]
         for mean, weight in zip(weights_of(other / f"step_{step:06}"), expected):
             torch.testing.assert_close(mean.double(), weight, rtol=1e-5, atol=1e-7)
@@ -448,10 +448,10 @@ def test_an_average_of_weights_is_evaluated_and_saved_and_changes_nothing_that_i
     assert f"loss            {validation['loss']:.4f} nats" in result.out
 
 
-@pytest.mark.parametrize(("then", "now"), [(0.9, 0.9), (0.9, 0.0), (0.0, 0.9)])
+@pytest.mark.parametrize(("then", "now"), [(0.1, 0.1), (0.1, 0.0), (0.0, 0.1)])
 def test_a_run_with_an_average_of_weights_goes_on_to_the_same_bits(configure, then, now):
     """Also one that begins with it, or does without, on its way."""
-    config = configure("--optim.ema_decay", then, "--train.max_steps", 6)
+    config = configure("--optim.average_share", then, "--train.max_steps", 6)
     straight = train.Trainer(config, ALONE)
     for _ in range(3):
         straight.train_step()
@@ -460,7 +460,7 @@ def test_a_run_with_an_average_of_weights_goes_on_to_the_same_bits(configure, th
         straight.prepare_folder()
         straight.save(None)
     assert all(map(torch.equal, straight.model.parameters(), before))
-    again = train.Trainer(replace(config, optim=replace(config.optim, ema_decay=now)), ALONE)
+    again = train.Trainer(replace(config, optim=replace(config.optim, average_share=now)), ALONE)
     for trainer in (straight, again):
         trainer.stepper.config = again.config
         for _ in range(2):
@@ -475,7 +475,8 @@ def test_a_run_with_an_average_of_weights_goes_on_to_the_same_bits(configure, th
 
 
 def test_samples_and_examinations_are_the_averages(configure, monkeypatch):
-    trainer = train.Trainer(configure("--optim.ema_decay", 0.9, "--optim.warmup_steps", 0), ALONE)
+    config = configure("--optim.average_share", 0.1, "--optim.warmup_steps", 0)
+    trainer = train.Trainer(config, ALONE)
     for _ in range(4):
         trainer.train_step()
     seen = []
@@ -485,8 +486,8 @@ def test_samples_and_examinations_are_the_averages(configure, monkeypatch):
     trainer.examinations = [asked]
     told = trainer.sample()
     trainer.examine(["lambada"], None)
-    exchange(trainer.stepper.optimizer)
-    forget_average(trainer.stepper.optimizer)  # so the model is the average for good
+    swap_average(trainer.stepper.optimizer)
+    drop_average(trainer.stepper.optimizer)  # so the model is the average for good
     assert trainer.sample() == told
     assert torch.equal(trainer.model.wte.weight, seen[0])
 
@@ -494,7 +495,7 @@ def test_samples_and_examinations_are_the_averages(configure, monkeypatch):
 def test_an_evaluation_that_is_made_up_for_is_of_the_model_that_was_saved(configure):
     """Also if the run goes on without its average."""
     changes = ("--train.max_steps", 3, "--log.eval_every", 3)
-    trainer = train.Trainer(configure(*changes, "--optim.ema_decay", 0.9), ALONE)
+    trainer = train.Trainer(configure(*changes, "--optim.average_share", 0.1), ALONE)
     for _ in range(3):
         trainer.train_step()
     with trainer.own_folder():
