@@ -104,7 +104,7 @@ import torch
 
 from config import Config, load_config
 from data import BatchShape
-from distributed import choose_device
+from device import choose_device
 from metrics import estimated_memory
 from model import GPT, GPTConfig
 from scaling import Cluster, step_time

@@ -30,7 +30,8 @@ from checkpoint import Meta, save_checkpoint
 from config import Config, DataSettings, LogSettings, ModelSettings, TrainSettings
 from data import BatchShape, micro_batches
 from decoding import pack_weights
-from distributed import Ranks, choose_device, choose_dtype, device_name, peak_flops
+from device import choose_device, choose_dtype, device_name, peak_flops
+from distributed import Ranks
 from errors import UserError, run_script
 from model import GPT, GPTConfig
 from shards import (

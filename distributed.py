@@ -1,4 +1,4 @@
-"""Where the work runs: the device, its arithmetic, and the processes that torchrun started.
+"""The processes that torchrun started: how they find one another, talk, and notice who is missing.
 
 torchrun starts one process per GPU and tells each its place by environment variables: RANK (which
 of all processes), LOCAL_RANK (which on this machine) and WORLD_SIZE (how many there are). Started
@@ -8,7 +8,6 @@ through gloo; the code is the same.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import time
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from device import choose_device
 from errors import UserError
 from guard import RollCall
 
@@ -31,134 +31,6 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # 
 
 Result = TypeVar("Result")
 GRACE = 30  # seconds that a collective waits longer than RollCall, which can say for whom
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of settings in glibc's malloc.h
-
-# Dense bf16 matrix products per second, in FLOP/s, by what the device calls itself: the vendor's
-# datasheet for each. A device that isn't here has no MFU: better none than a wrong one.
-PEAK_FLOPS = {
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-}
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of this process; "auto" takes CUDA, else Apple's mps, else the CPU.
-
-    On a machine with several GPUs, LOCAL_RANK picks one. Raises UserError if it isn't there.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps: this machine has none; use cpu")
-    if name != "cuda":
-        return torch.device(name)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"device cuda:{local_rank}: this machine shows {torch.cuda.device_count()} GPUs; "
-            "start fewer processes with --nproc-per-node, or use cpu"
-        )
-    return torch.device("cuda", local_rank)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of matrix products; "auto" takes bfloat16 where the hardware multiplies in it.
-
-    That is CUDA from compute capability 8.0 on and CPUs with AMX or AVX512-BF16. Older GPUs get
-    float16, which needs a gradient scaler, everything else float32.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return (
-            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        )
-    if device.type == "cpu" and _cpu_has_bfloat16():
-        return torch.bfloat16
-    return torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
-        return False
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself, such as "NVIDIA H100 80GB HBM3", or else its kind."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-class Moment:
-    """When a device is done with what it has been given so far. A CPU is done already.
-
-    A GPU works on by itself, so that its moments may lie ahead: to ask for one is to wait for it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.event = torch.cuda.Event(enable_timing=True) if self.on_gpu else None
-        self.time = time.perf_counter()
-        if self.on_gpu:
-            self.event.record(torch.cuda.current_stream(device))
-
-    def wait(self) -> None:
-        """Return when it has come."""
-        if self.on_gpu:
-            self.event.synchronize()
-
-    def seconds_after(self, earlier: Moment) -> float:
-        """How long after another moment of the same device it comes."""
-        if not self.on_gpu:
-            return self.time - earlier.time
-        self.wait()
-        return earlier.event.elapsed_time(self.event) / 1000
-
-
-@contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """Turn the error of a tensor that found no room into a UserError that gives this advice."""
-    try:
-        yield
-    except RuntimeError as error:  # on a CPU, torch tells it by a message only
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"out of memory: {advice}") from error
-        raise
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what a process frees, to hand it out again: for training on a CPU.
-
-    glibc gives large blocks back to the system at once. The next step asks for them again and gets
-    them page by page, each cleared first. The price is a heap with gaps: a tenth more memory was
-    seen with compiled models, and up to half more without, whose blocks come in more sizes.
-    Without glibc nothing is done.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)  # no block has a mapping of its own …
-        mallopt(M_TRIM_THRESHOLD, -1)  # … and the heap's end is never given back
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The datasheet's bf16 FLOP/s of a GPU, or None for one that the table doesn't know."""
-    return PEAK_FLOPS.get(device_name(device))
 
 
 class TreeSum:
@@ -308,9 +180,10 @@ class Ranks:
 
 @contextmanager
 def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
-    """Join the processes that torchrun started; leave them whatever happens inside.
+    """Join the processes that torchrun started, and leave them when all have done their work.
 
-    Raises UserError if the device isn't there.
+    NCCL's leaving waits for all ranks. Where one has failed, the process's end has to do
+    (`run_script`). Raises UserError if the device isn't there.
     """
     device = choose_device(device_name)
     if device.type == "cuda":
@@ -343,9 +216,9 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     try:
         with roll_call.telling_failures():
             yield replace(ranks, roll_call=roll_call)
+        dist.destroy_process_group()
     finally:
         roll_call.close()
-        dist.destroy_process_group()
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:

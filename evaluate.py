@@ -109,7 +109,8 @@ import tiktoken
 import torch
 
 from checkpoint import Checkpoint
-from distributed import Ranks, device_name, process_group
+from device import device_name
+from distributed import Ranks, process_group
 from huggingface import find_model
 from records import strict
 from scoring import Estimate, Scorer, evaluating, validate, window_losses

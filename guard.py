@@ -6,6 +6,7 @@ step, and nobody waits for it. And a rank that stands still is noticed by the ot
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import signal
@@ -13,16 +14,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import Store
 
 from errors import Stopped, UserError
+
+Answer = TypeVar("Answer")
 
 # A repeat that comes sooner is the same request: SLURM and systemd signal torchrun and its workers
 # together, as a terminal does on Ctrl-C, and torchrun then hands the signal on to its workers.
@@ -31,6 +35,9 @@ ECHO_SECONDS = 2
 # The store is torchrun's, or else rank 0's, and on that machine.
 STORE_IS_GONE = "torchrun or rank 0 has ended, or its machine can't be reached"
 ANSWER_SECONDS = 10  # that the store has for an answer; fewer than distributed.GRACE
+
+# After a failure elsewhere, gloo tells who waits for that rank, at once; NCCL lets them wait.
+FAILURE_SECONDS = 5
 
 WINDOW = 128  # steps whose gradient norms a spike is told from
 
@@ -142,7 +149,7 @@ class SpikeFilter:
 
 
 class RollCall:
-    """Names a rank that keeps the others waiting, and ends the process that waited too long.
+    """Names a rank that has failed or keeps the others waiting, and ends the process that waits.
 
     Every rank counts how often it came to where ranks meet, and tells it a store that all of them
     reach. Who has waited for longer than the timeout looks up there who has come less often.
@@ -179,20 +186,22 @@ class RollCall:
         except Stopped:  # as all have
             raise
         except BaseException as error:  # whatever it is, the others are told, and it goes on
-            if isinstance(error, RuntimeError) and (failed := self._failed()):
-                raise UserError(failed) from error
+            if isinstance(error, RuntimeError):
+                try:
+                    failed = self._failed()
+                except RuntimeError:
+                    failed = STORE_IS_GONE
+                if failed:
+                    raise UserError(failed) from error
             with suppress(RuntimeError):
                 self.store.set("failed", f"rank {self.rank} on {socket.gethostname()}")
             raise
 
     def _failed(self) -> str | None:
-        """Who has failed, if somebody has said so."""
-        try:
-            if not self.store.check(["failed"]):
-                return None
-            return f"{self.store.get('failed').decode()} can't go on, see there"
-        except RuntimeError:
-            return STORE_IS_GONE
+        """Who has failed, if somebody has said so. Raises RuntimeError if the store is gone."""
+        if not self.store.check(["failed"]):
+            return None
+        return f"{self.store.get('failed').decode()} can't go on, see there"
 
     def _tell(self) -> None:
         self.store.set(str(self.rank), f"{self.arrived[0]} {socket.gethostname()}")
@@ -211,7 +220,7 @@ class RollCall:
         waited = time.monotonic() - since
         if waited <= self.timeout_seconds:
             return None
-        told = self._told()
+        told = self._answer(self._told)
         if told is None:
             return STORE_IS_GONE
         missing = [
@@ -226,18 +235,21 @@ class RollCall:
             "(train.timeout_seconds): see to it, then give the same command again"
         )
 
-    def _told(self) -> list[list[str]] | None:
-        """What each rank has told last: [how often it came, host]; None if there is no answer.
+    def _told(self) -> list[list[str]]:
+        """What each rank has told last: [how often it came, host]."""
+        return [self.store.get(str(rank)).decode().split() for rank in range(self.world_size)]
+
+    def _answer(self, question: Callable[[], Answer]) -> Answer | None:
+        """The store's answer to a question; None if none comes.
 
         The store's own timeout doesn't help: after it, a request waits for the store to confirm
         that it has been called off. So it is made by a thread that can be left to wait.
         """
-        answers: queue.SimpleQueue[list[list[str]] | None] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
 
         def ask() -> None:
-            ranks = range(self.world_size)
             try:
-                answers.put([self.store.get(str(rank)).decode().split() for rank in ranks])
+                answers.put(question())
             except RuntimeError:
                 answers.put(None)
 
@@ -248,8 +260,12 @@ class RollCall:
             return None
 
     def _watch(self) -> None:
+        heard_at = math.inf
         while not self.closed.wait(min(1.0, self.timeout_seconds / 4)):
-            if complaint := self.complaint():
+            if failed := self._answer(self._failed):
+                heard_at = min(heard_at, time.monotonic())
+            is_over = time.monotonic() - heard_at > FAILURE_SECONDS
+            if complaint := failed if is_over else self.complaint():
                 here = f"[rank {self.rank} on {socket.gethostname()}]"
                 print(f"\nerror: {here} {complaint}", file=sys.stderr, flush=True)
                 os._exit(1)

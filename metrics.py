@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from config import Config
-from distributed import Moment, Ranks, peak_flops
+from device import Moment, peak_flops
+from distributed import Ranks
 from errors import UserError
 from model import GPT, HeadLoss
 from records import strict

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distributed import Ranks, choose_dtype
+from device import choose_dtype
+from distributed import Ranks
 
 MOMENTUM = 0.95  # Jordan's
 # Of a x + b x³ + c x⁵, which drives singular values from (0, 1] to around 1: Jordan's as well.

@@ -51,7 +51,8 @@ from datetime import date
 
 from bench import hardware, print_table, versions
 from config import OptimSettings, make_config, read_toml
-from distributed import Ranks, choose_device, device_name
+from device import choose_device, device_name
+from distributed import Ranks
 from errors import UserError
 from records import as_record, read_json
 from train import Trainer

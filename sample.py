@@ -78,7 +78,7 @@ import tiktoken
 import torch
 
 from decoding import pack_weights
-from distributed import choose_device, choose_dtype, memory_errors
+from device import choose_device, choose_dtype, memory_errors
 from huggingface import find_model
 from model import GPT
 

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
 from data import BatchShape, StepLoader
-from distributed import Moment, Ranks, TreeSum, choose_dtype, keep_freed_memory
+from device import Moment, choose_dtype, keep_freed_memory
+from distributed import Ranks, TreeSum
 from errors import UserError
 from guard import SpikeFilter
 from model import GPT

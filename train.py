@@ -41,7 +41,8 @@ from checkpoint import (
     step_of,
 )
 from data import BatchShape, step_windows
-from distributed import Ranks, device_name, memory_errors, process_group
+from device import device_name, memory_errors
+from distributed import Ranks, process_group
 from guard import StopRequest
 from huggingface import find_model
 from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told

@@ -203,6 +203,35 @@ def test_a_rank_that_cannot_reach_another_names_the_one_that_failed(error):
             raise RuntimeError("Connection closed by peer")
 
 
+WAITING = """
+import time
+from torch.distributed import HashStore
+import guard
+
+guard.FAILURE_SECONDS = 0.5
+first, second = (guard.RollCall(HashStore(), rank, 2, timeout_seconds=60) for rank in range(2))
+second.store = first.store
+first.watch()
+try:
+    with second.telling_failures():
+        raise ZeroDivisionError
+except ZeroDivisionError:
+    print("failed", flush=True)
+time.sleep(60)  # as in a kernel that waits for the other GPU
+"""
+
+
+def test_a_rank_that_waits_for_one_that_failed_does_not_wait_for_long():
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", WAITING], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (1, "failed\n")
+    here = socket.gethostname()
+    assert result.stderr == f"\nerror: [rank 0 on {here}] rank 1 on {here} can't go on, see there\n"
+    assert time.monotonic() - began < 40
+
+
 def test_a_rank_that_fails_by_itself_says_so_though_another_has_failed():
     first, second = roll_calls(HashStore())
     for rank in (second, first):

@@ -21,7 +21,8 @@ import pytest
 from bench import hardware
 from checkpoint import find_checkpoint
 from convert import to_hf
-from distributed import Ranks, choose_device
+from device import choose_device
+from distributed import Ranks
 from model import GPT
 from scoring import Scorer, evaluating
 from tasks import hellaswag_choices, lambada_requests, load_questions

@@ -191,7 +191,7 @@ def test_speed_is_that_of_steps_whenever_they_are_looked_at_and_whatever_comes_b
 
         return call
 
-    monkeypatch.setattr("distributed.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("device.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(Stepper, "update", passes(1, Stepper.update))
     monkeypatch.setattr(train.Trainer, "check", passes(0.3, train.Trainer.check))
     monkeypatch.setattr(train.Trainer, "validate", passes(100, train.Trainer.validate))

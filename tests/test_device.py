@@ -1,0 +1,144 @@
+"""What a device is chosen for, how it is waited for, and what its clock says."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from device import Moment, choose_device, memory_errors
+from distributed import Ranks
+from errors import UserError
+from metrics import Speed
+from step import StepResult
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("CUDA error: out of memory"),  # of pinned memory, a graph, NCCL
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_memory_that_ran_out_is_told_with_advice(error):
+    with pytest.raises(UserError, match="^out of memory: take less$"):
+        with memory_errors("take less"):
+            raise error
+
+
+def test_other_errors_are_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        with memory_errors("take less"):
+            raise RuntimeError("shapes don't fit")
+
+
+@pytest.mark.parametrize(
+    ("count", "advice"),
+    [
+        (0, "device cuda: no NVIDIA GPU can be seen by this PyTorch"),
+        (1, "device cuda:1: this process sees 1 of the GPUs; start as many"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_told_with_advice(monkeypatch, count, advice):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=advice):
+        choose_device("cuda")
+
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from device import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(20):  # until the heap has its shape
+    torch.ones(25_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(25_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+def test_memory_that_is_freed_is_used_again_without_asking_the_system():
+    def page_faults(mode: str) -> int:
+        command = [sys.executable, "-c", PAGE_FAULTS, mode]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+
+    assert page_faults("let go") > 1000  # pages of 4 KB: some 24,000 for each of the ten
+    assert page_faults("keep") < 100
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def clock(request, monkeypatch) -> SimpleNamespace:
+    """A device's clock: `now`, and how far the CPU has gone on by itself, `cpu`."""
+    clock = SimpleNamespace(now=100.0, cpu=100.0, device=torch.device(request.param))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: torch.device) -> None:
+            assert stream == clock.device
+            self.time = clock.now
+
+        def synchronize(self) -> None:
+            clock.cpu = max(clock.cpu, self.time)
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1000 * (later.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    on_cpu = request.param == "cpu"
+    reading = SimpleNamespace(perf_counter=lambda: clock.now if on_cpu else clock.cpu)
+    monkeypatch.setattr("device.time", reading)
+    monkeypatch.setattr("metrics.peak_flops", lambda device: 1000.0)
+    return clock
+
+
+def test_speed_is_told_by_when_steps_end_not_by_when_they_are_looked_at(clock):
+    speed = Speed(0, 2, Ranks(rank=0, local_rank=0, world_size=1, device=clock.device))
+    ends = []
+    for clock.now in (101.0, 103.0):
+        ends.append(Moment(clock.device))
+    assert speed.measure(400, ends[0]) == (400.0, 0.8)
+    assert speed.measure(1200, ends[1]) == (400.0, 0.8)
+    for clock.now in (104.0, 110.0):
+        with speed.paused():
+            clock.now += 5
+    clock.now = 117.0
+    assert speed.measure(2800, Moment(clock.device)) == (400.0, 0.8)  # 14 s, ten of them paused
+    clock.now = 118.0
+    assert speed.measure(3200, Moment(clock.device)) == (400.0, 0.8)
+    assert clock.cpu == (100.0 if clock.device.type == "cpu" else 118.0)
+
+
+def test_what_a_step_tells_is_read_when_it_has_arrived(clock):
+    """On a GPU the copy is begun, then its moment is noted, and that is waited for."""
+    copied = []
+
+    class Numbers:
+        device, is_cuda = clock.device, clock.device.type == "cuda"
+
+        def to(self, device: str, non_blocking: bool) -> torch.Tensor:
+            assert (device, non_blocking) == ("cpu", self.is_cuda)
+            clock.now += 5  # until the copy is there
+            copied.append(clock.now)
+            return torch.tensor([2.5, 1.0, 0.0, 0.0])
+
+    result = StepResult(1, 0.1, Numbers())
+    assert result.is_queued == Numbers.is_cuda
+    assert clock.cpu == 100.0
+    assert result.loss == 2.5
+    assert clock.cpu == (copied[0] if Numbers.is_cuda else 100.0)
