@@ -176,10 +176,11 @@ def log_probabilities(model: GPT, hidden: Tensor, targets: Tensor) -> tuple[Tens
     hidden (N, C), targets (N).
     """
     logs, hits = [], []
-    for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS)):
-        logits = model.logits(rows).float()  # (≤ ROWS, V)
-        hits.append(logits.argmax(dim=-1) == wanted)
-        logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None]).squeeze(1))
+    with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16 the likeliest would tie
+        for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS)):
+            logits = model.logits(rows.to(model.wte.weight.dtype)).float()  # (≤ ROWS, V)
+            hits.append(logits.argmax(dim=-1) == wanted)
+            logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None]).squeeze(1))
     return torch.cat(logs), torch.cat(hits)
 
 

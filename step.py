@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
-from data import BatchShape, StepLoader
+from data import BatchShape, StepLoader, micro_batches
 from device import Moment, choose_dtype, keep_freed_memory
 from distributed import Ranks, TreeSum
 from errors import UserError
@@ -31,6 +31,7 @@ from optim import (
 from shards import TokenStream
 
 DROPOUT, SAMPLE = 0, 1  # what a random draw is for
+LOSS, GRAD_NORM, SKIPPED, STOP = range(4)  # the places of a step's numbers in their tensor
 
 
 def draw_seed(purpose: int, seed: int, step: int, micro_batch: int) -> int:
@@ -45,14 +46,14 @@ def draw_seed(purpose: int, seed: int, step: int, micro_batch: int) -> int:
 
 
 class StepResult:
-    """What one optimizer step tells, once the device has come to its end.
+    """One optimizer step's numbers. On a GPU they arrive later: its work is only queued here.
 
-    On a GPU, work is only queued by the code here. Whoever reads `loss` or `grad_norm` waits for
-    it, so they are read a step late, when the GPU has been given the next step to do.
+    Whoever reads `loss` or `grad_norm` waits for them, so they are read a step late, when the GPU
+    has been given the next step to do.
     """
 
     def __init__(self, step: int, learning_rate: float, numbers: Tensor) -> None:
-        """`step` is counted from 1; `numbers` (4,), on the device, are what the properties tell."""
+        """`step` is counted from 1; `numbers` (4,) are on the device, at LOSS and so on."""
         self.step, self.learning_rate = step, learning_rate
         self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)  # mps couldn't be waited for
         self.end = Moment(numbers.device)
@@ -69,22 +70,22 @@ class StepResult:
     @property
     def loss(self) -> float:
         """Nats per token, the mean over the whole step and all ranks."""
-        return self._read(0)
+        return self._read(LOSS)
 
     @property
     def grad_norm(self) -> float:
         """The gradient's norm before clipping."""
-        return self._read(1)
+        return self._read(GRAD_NORM)
 
     @property
     def was_skipped(self) -> bool:
         """Whether the weights were left as they are."""
-        return self._read(2) > 0
+        return self._read(SKIPPED) > 0
 
     @property
     def stop_asked(self) -> bool:
         """Whether a process was asked to stop before this step's end."""
-        return self._read(3) > 0
+        return self._read(STOP) > 0
 
 
 class Stepper:
@@ -97,7 +98,8 @@ class Stepper:
 
         Raises UserError if the settings don't go together.
         """
-        self.config, self.ranks, self.model, self.shape = config, ranks, model, shape
+        self.config, self.ranks, self.model = config, ranks, model
+        self.shape, self.stream = shape, stream
         self.dtype = choose_dtype(config.train.dtype, ranks.device)
         if config.train.skip_spikes and self.dtype == torch.float16:
             raise UserError("train.skip_spikes doesn't go with float16: choose another train.dtype")
@@ -123,7 +125,8 @@ class Stepper:
     def _wrap(self) -> nn.Module:
         """The model as it is trained: compiled if asked for, and under DDP if there are others.
 
-        It shares its weights with `self.model`, which is the one to save and to sample from.
+        It shares its weights with `self.model`, which is the one to save and to sample from. That
+        one's blocks are what is compiled, too: who calls it for another shape asks for plain code.
         """
         if self.config.train.compile:
             self.model.compile_parts()
@@ -159,16 +162,17 @@ class Stepper:
         return self.wrapped.no_sync()
 
     def rehearse(self, step: int) -> None:
-        """Run a micro-batch of a step, forward and backward, and forget its gradients.
+        """Run a micro-batch of a step, forward and backward, and an update that changes nothing.
 
         It lets torch.compile compile, and memory run out, before the first step rather than in it.
         And DDP, after its first backward pass, orders its buckets anew by the order in which
         gradients came; had that happened in a real step, a resumed run would round differently from
         one that was never stopped.
         """
-        _, inputs, targets = next(self._micro_batches(step))
+        seed, rank, device = self.config.train.seed, self.ranks.rank, self.ranks.device
+        _, inputs, targets = next(micro_batches(self.stream, self.shape, seed, step, rank))
         try:
-            loss = self.loss_of(inputs, targets)
+            loss = self.loss_of(inputs.to(device), targets.to(device))
             if self.wrapped is not self.model:
                 self.ranks.arrive()  # DDP's backward pass waits for all the others
             loss.backward()
@@ -177,6 +181,8 @@ class Stepper:
             raise UserError(
                 f"torch.compile failed ({reason}): give --train.compile false to do without"
             ) from error
+        self.optimizer.found_inf = torch.ones((), device=device)  # as if a number weren't finite
+        self.optimizer.step()  # makes the optimizer's state
         self.optimizer.zero_grad(set_to_none=True)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -199,7 +205,7 @@ class Stepper:
         numbers = self.update(accumulate(step, asked))
         share = self.config.optim.average_share
         if share:
-            update_average(self.optimizer, share, step + 1, skipped=numbers[2])
+            update_average(self.optimizer, share, step + 1, skipped=numbers[SKIPPED])
         else:
             drop_average(self.optimizer)  # which a run may have had before
         return StepResult(step + 1, learning_rate, numbers)
@@ -256,17 +262,17 @@ class Stepper:
             parameter.grad = part.view_as(parameter)
         return mean[-2:]
 
-    def update(self, told: Tensor) -> Tensor:
-        """Clip the gradients and let the optimizer use them.
+    def update(self, loss_and_stop: Tensor) -> Tensor:
+        """Clip the gradients and let the optimizer use them; returns a StepResult's numbers (4,).
 
         If loss or gradient are not finite, or the gradient is a spike, the optimizer leaves the
-        weights as they are: decided on the device, for the CPU to find out later. `told`, what
-        `gradients` returned, becomes the numbers of a StepResult (4,).
+        weights as they are: decided on the device, for the CPU to find out later. `loss_and_stop`
+        is what `gradients` returned.
         """
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optim.grad_clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        loss, asked = told.unbind()
+        loss, asked = loss_and_stop.unbind()
         skip = ~(loss.isfinite() & grad_norm.isfinite()) | self.spikes.is_spike(grad_norm)
         # AdamW skips its update where this is 1; the gradient scaler sets the same for float16.
         self.optimizer.found_inf = skip.float()

@@ -269,18 +269,20 @@ class Trainer:
         for questions in self.examinations:
             if questions.name not in names:
                 continue
-            with (
-                self.stepper.averaged(),
-                evaluating(self.model),
-                torch.compiler.set_stance("force_eager"),
-                self.stepper.in_its_arithmetic(),
-            ):
+            with self._plain_model(), self.stepper.in_its_arithmetic():
                 found = questions.ask(scorer, stride=self.config.model.block_size)
             if metrics:
                 values = {name: estimate.value for name, estimate in found.items()}
                 metrics.write(questions.name, self.step, values)
                 told = ", ".join(f"{name} {estimate}" for name, estimate in found.items())
                 say(f"step {self.step:,}: {questions.name} {told}")
+
+    @contextmanager
+    def _plain_model(self) -> Iterator[GPT]:
+        """The averaged weights, without dropout, gradients or compiled code."""
+        eager = torch.compiler.set_stance("force_eager")
+        with self.stepper.averaged(), evaluating(self.model), eager:
+            yield self.model
 
     def _scorer(self) -> Scorer:
         batch_tokens = self.config.train.micro_batch_size * self.config.model.block_size
@@ -294,18 +296,11 @@ class Trainer:
         generator = torch.Generator(self.ranks.device)
         generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, self.step, 0))
         start = torch.tensor([[self.encoding.eot_token]], device=self.ranks.device)
-        with (
-            self.stepper.averaged(),
-            evaluating(self.model),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            ids = [
-                int(token)
-                for token in self.model.generate(
-                    start, SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator
-                )
-            ]
-        return self.encoding.decode(ids)
+        with self._plain_model() as model:
+            tokens = model.generate(
+                start, SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator
+            )
+            return self.encoding.decode([int(token) for token in tokens])
 
     def save(self, val_loss: float | None) -> None:
         """Write a checkpoint (rank 0) while the others wait."""

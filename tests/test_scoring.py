@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distributed import Ranks
 from errors import UserError
 from model import GPT, GPTConfig
-from scoring import Estimate, Request, Scorer
+from scoring import Estimate, Request, Scorer, log_probabilities
 from tokenizer import make_encoding
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -26,6 +26,19 @@ BYTES = make_encoding({bytes([byte]): byte for byte in range(256)})
 def model() -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig(vocab_size=257, block_size=24, n_layer=2, n_head=2, n_embd=16)).eval()
+
+
+def test_logits_are_compared_in_float32_whatever_the_model_computes_in(model):
+    """In bfloat16, of numbers around 8 every other is lost, and the likeliest two are often one."""
+    hidden = 30 * torch.randn(500, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        best, second = model.logits(hidden.float()).topk(2).indices.unbind(dim=1)
+        for targets, is_right in ((best, True), (second, False)):
+            with torch.autocast("cpu", torch.bfloat16):
+                logs, hits = log_probabilities(model, hidden, targets)
+            assert (hits == is_right).all()
+            expected = model.logits(hidden.float()).log_softmax(dim=-1)
+            torch.testing.assert_close(logs, expected.gather(1, targets[:, None])[:, 0])
 
 
 def requests_of_all_lengths() -> list[Request]:

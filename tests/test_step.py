@@ -128,11 +128,18 @@ def test_dropout_depends_on_the_step_and_micro_batch_not_on_what_was_drawn_befor
     assert draw_seed(0, 1, 10, 0) != draw_seed(1, 1, 10, 0)
 
 
-def test_the_rehearsal_leaves_no_trace(configure, stepper_of):
-    rehearsed, plain = (stepper_of(configure()) for _ in range(2))
-    rehearsed.rehearse(0)
-    for one, other in zip(take(rehearsed, 2), take(plain, 2)):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_rehearsal_takes_the_memory_of_a_step_and_leaves_no_trace(configure, stepper_of, name):
+    rehearsed, plain = (stepper_of(configure("--optim.name", name)) for _ in range(2))
+    for step in range(3):
+        rehearsed.rehearse(step)
+        assert len(rehearsed.optimizer.state) == len([*rehearsed.model.parameters()])
+        one, other = (stepper.take(step) for stepper in (rehearsed, plain))
         assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
+    weights, others = (stepper.model.state_dict() for stepper in (rehearsed, plain))
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
+    states, others = (stepper.optimizer.state_dict()["state"] for stepper in (rehearsed, plain))
+    torch.testing.assert_close(states, others, rtol=0, atol=0)
 
 
 class Waits(TorchDispatchMode):
