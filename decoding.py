@@ -1,4 +1,4 @@
-"""Faster generation: the same tokens, from a step that the hardware likes better.
+"""Faster generation: the same tokens, by a step that suits the hardware.
 
 Nothing here is needed to understand how text grows (`GPT.generate` in model.py). On a CPU a step is
 as fast as the weights can be read, so they are laid out for reading. On a GPU it is as fast as its

@@ -1,4 +1,4 @@
-"""GPT-2 in one file, from the top: attention, MLP, block, model, and how text grows out of it.
+"""GPT-2 in one file: attention, MLP, block, KV cache, loss, model, and how text grows out of it.
 
 Names are OpenAI's (wte, wpe, c_attn, c_proj, …), so that published weights fit by name. Letters in
 the shape comments:
@@ -7,7 +7,8 @@ the shape comments:
     T   time: positions in a sequence
     C   channels: numbers per position (n_embd)
     nh  heads of attention, hs their size: nh · hs = C
-    V   vocabulary: 50,257 for GPT-2
+    V   vocabulary: 50,257 for GPT-2; V' with padding
+    N   rows of a batch, B · T
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2
 paper), and OpenAI's released code, openai/gpt-2 `src/model.py`.
@@ -49,6 +50,90 @@ class GPTConfig:
             raise ValueError(f"dropout is {self.dropout}, expected 0 or more and less than 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+
+def attention_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention step by step: softmax(q kᵀ / √hs) v, with the future masked out.
+
+    q, k, v: (B, nh, T, hs) -> (B, nh, T, hs). The model calls PyTorch's fused kernel, which
+    computes the same without ever storing the (T, T) matrix (FlashAttention, Dao et al. 2022); this
+    one is here to be read, and to test the other by.
+    """
+    T, hs = q.shape[-2:]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
+    causal_mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
+    scores = scores.masked_fill(~causal_mask, -math.inf)  # row t: nothing right of column t
+    return scores.softmax(dim=-1) @ v  # (B, nh, T, hs)
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position gathers from itself and the positions before it. (B, T, C) -> (B, T, C).
+
+    Explained in README, "Transformers and attention".
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=-1)  # 3 × (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            y = cache.attend(q, k, v)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Each position thinks for itself: four times wider, GELU, and back. (B, T, C) -> (B, T, C).
+
+    Explained in README, "The block".
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # GPT-2 was trained with the approximation
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C) -> (B, T, C)."""
+        x = self.gelu(self.c_fc(x))  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream x. (B, T, C) -> (B, T, C).
+
+    The layer norms stand before the sublayers ("pre-norm"): x itself is never normalised on its
+    way, so that gradients reach the first layer unhindered (GPT-2 paper, section 2.3).
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class LayerCache:
@@ -138,90 +223,6 @@ class KVCache:
         self.position.fill_(length)
 
 
-def attention_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention step by step: softmax(q kᵀ / √hs) v, with the future masked out.
-
-    q, k, v: (B, nh, T, hs) -> (B, nh, T, hs). The model calls PyTorch's fused kernel, which
-    computes the same without ever storing the (T, T) matrix (FlashAttention, Dao et al. 2022); this
-    one is here to be read, and to test the other by.
-    """
-    T, hs = q.shape[-2:]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
-    causal_mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
-    scores = scores.masked_fill(~causal_mask, -math.inf)  # row t: nothing right of column t
-    return scores.softmax(dim=-1) @ v  # (B, nh, T, hs)
-
-
-class CausalSelfAttention(nn.Module):
-    """Each position gathers from itself and the positions before it. (B, T, C) -> (B, T, C).
-
-    Explained in README, "Transformers and attention".
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds."""
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=-1)  # 3 × (B, T, C)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        else:
-            y = cache.attend(q, k, v)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
-
-
-class MLP(nn.Module):
-    """Each position thinks for itself: four times wider, GELU, and back. (B, T, C) -> (B, T, C).
-
-    Explained in README, "The block".
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")  # GPT-2 was trained with the approximation
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, C) -> (B, T, C)."""
-        x = self.gelu(self.c_fc(x))  # (B, T, 4C)
-        return self.dropout(self.c_proj(x))  # (B, T, C)
-
-
-class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream x. (B, T, C) -> (B, T, C).
-
-    The layer norms stand before the sublayers ("pre-norm"): x itself is never normalised on its
-    way, so that gradients reach the first layer unhindered (GPT-2 paper, section 2.3).
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
-
-
 def dtype_of_products(x: Tensor) -> torch.dtype:
     """The precision of matrix products with x: autocast's, or its own."""
     device = x.device.type
@@ -236,8 +237,8 @@ def logits_to_gradient(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     with respect to the logits is softmax(logits), less 1 at the target.
 
     Columns from V on are padding: exp(-∞) is 0, so that they count for nothing and get a gradient
-    of 0. To compute whole rows all the same, with column numbers of 32 bits, lets a GPU read and
-    write in large pieces.
+    of 0. Whole rows, padding included, and column numbers of 32 bits let a GPU read and write in
+    large pieces.
     """
     columns = torch.arange(logits.size(1), device=logits.device, dtype=torch.int32)  # (V')
     real = logits.float().masked_fill(columns >= V, -math.inf)  # (N, V')
@@ -280,7 +281,8 @@ class HeadLoss(torch.autograd.Function):
             loss += (logits_to_gradient(logits, targets[rows], V) - wanted).sum()
             if want_gradients:
                 grad_hidden[rows] = logits @ padded  # (n, C)
-                grad_weight += (logits.T @ hidden[rows])[:V]  # (V, C)
+                small = hidden[rows] * 2**-8  # float16 ends at 65,504, which 8,192 rows may exceed
+                grad_weight.add_((logits.T @ small)[:V], alpha=2**8)  # (V, C)
         if want_gradients:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.count = N
@@ -306,7 +308,7 @@ class GPT(nn.Module):
 
         As in the paper, the projections into the residual stream start smaller, by 1/√(2·n_layer),
         because that many of them add up. OpenAI's released code starts them at 0.02 like all other
-        matrices. Positions start at 0.01, which the paper doesn't tell and the code does.
+        matrices. Positions start at 0.01, as in that code; the paper doesn't say.
         """
         super().__init__()
         self.config = config
@@ -362,9 +364,14 @@ class GPT(nn.Module):
         hidden = self.hidden_states(ids)  # (B, T, C)
         if targets is None:
             return self.logits(hidden)  # (B, T, V)
-        rows = hidden.flatten(0, 1)  # (B·T, C)
-        how = (self.logits_to_gradient, torch.is_grad_enabled())
-        return HeadLoss.apply(rows, self.wte.weight, targets.flatten(), *how)
+        # F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten()), slice by slice:
+        return HeadLoss.apply(
+            hidden.flatten(0, 1),  # (N, C)
+            self.wte.weight,
+            targets.flatten(),  # (N)
+            self.logits_to_gradient,
+            torch.is_grad_enabled(),  # which it can't see by itself
+        )
 
     def compile_parts(self) -> None:
         """Let torch.compile make fast kernels of a block, once for all of them, and of the loss.

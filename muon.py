@@ -27,8 +27,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: (n, rows, columns) -> the same, by Newton–Schulz iteration.
 
     Only matrix products are needed, and bfloat16 is exact enough where the hardware multiplies in
-    it, whatever train.dtype is. Singular values end between 0.7 and 1.2, which is as good as 1 for
-    a step; only those below 0.0015 of the matrix's norm stay smaller.
+    it, whatever train.dtype is: the result is in it, too. Singular values end between 0.7 and 1.2,
+    which is as good as 1 for a step; only those below 0.0015 of the matrix's norm stay smaller.
     """
     a, b, c = COEFFICIENTS
     is_quick = choose_dtype("auto", matrices.device) == torch.bfloat16
@@ -39,7 +39,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         squares = x @ x.mT  # (n, rows, rows)
         x = a * x + (b * squares + c * squares @ squares) @ x  # (n, rows, columns)
-    return (x.mT if is_tall else x).to(matrices.dtype)
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.AdamW):
@@ -71,14 +71,15 @@ class Muon(torch.optim.AdamW):
             parameter.grad = gradient
         found_inf = getattr(self, "found_inf", torch.zeros((), device=self.ranks.device))
         for group in hidden:
-            steps = self._orthogonal([self._momentum(p, found_inf, group) for p in group["params"]])
+            momenta = [self._momentum(p, found_inf, group["matrices"]) for p in group["params"]]
             rate = group["lr"] * (1 - found_inf)
-            for parameter, step in zip(group["params"], steps):
-                rows, columns = step.shape[-2:]
-                parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.sub_(step.view_as(parameter) * (rate * max(1, rows / columns) ** 0.5))
+            kept = 1 - rate * group["weight_decay"]
+            for parameter, update in zip(group["params"], self._orthogonal(momenta)):
+                rows, columns = update.shape[-2:]
+                scale = max(1, rows / columns) ** 0.5  # of tall matrices: Jordan's
+                parameter.mul_(kept).sub_(update.view_as(parameter).float() * (rate * scale))
 
-    def _momentum(self, parameter: Tensor, found_inf: Tensor, group: dict) -> Tensor:
+    def _momentum(self, parameter: Tensor, found_inf: Tensor, n: int) -> Tensor:
         """The parameter's momentum, a gradient ahead (Nesterov's): (n, rows, columns)."""
         gradient = torch.where(found_inf > 0, 0.0, parameter.grad)
         state = self.state[parameter]
@@ -86,19 +87,18 @@ class Muon(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"]
         momentum.lerp_(gradient, (1 - MOMENTUM) * (1 - found_inf))
-        return gradient.lerp(momentum, MOMENTUM).unflatten(0, (group["matrices"], -1))
+        return gradient.lerp(momentum, MOMENTUM).unflatten(0, (n, -1))
 
     def _orthogonal(self, momenta: list[Tensor]) -> list[Tensor]:
         """`orthogonalise` all of them, those of one shape at once and shared out over the ranks."""
         by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for place, momentum in enumerate(momenta):
             by_shape[momentum.shape].append(place)
-        steps = [*momenta]
+        updates: dict[int, Tensor] = {}
         for (n, *_), places in by_shape.items():
             matrices = torch.cat([momenta[place] for place in places])
             padded = F.pad(matrices, (0, 0, 0, 0, 0, -len(matrices) % self.ranks.world_size))
             mine = padded.chunk(self.ranks.world_size)[self.ranks.rank]
-            done = self.ranks.gather(orthogonalise(mine))
-            for place, step in zip(places, done.split(n)):
-                steps[place] = step
-        return steps
+            orthogonal = self.ranks.gather(orthogonalise(mine))
+            updates.update(zip(places, orthogonal.split(n)))
+        return [updates[place] for place in range(len(momenta))]

@@ -204,6 +204,17 @@ def test_in_half_precision_the_loss_and_its_gradients_lose_no_more_than_that_pre
         assert error < torch.finfo(dtype).eps
 
 
+def test_a_frequent_token_does_not_overflow_the_gradient_in_float16():
+    """Each of 8,192 rows pulls the same way; the loss's scale comes later and couldn't help."""
+    hidden = torch.full((8192, 8), 20.0)
+    weight = torch.zeros(100, 8, requires_grad=True)
+    targets = torch.full((8192,), 7)
+    with torch.autocast("cpu", torch.float16):
+        HeadLoss.apply(hidden, weight, targets, logits_to_gradient, True).backward()
+    expected = torch.full((100, 1), 0.01) - torch.eye(100)[:, 7:8]
+    torch.testing.assert_close(weight.grad, (20 * expected).expand(100, 8), rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("offset", [0, -100, 300])
 def test_a_small_loss_keeps_its_digits_wherever_the_logits_lie(offset):
     """A hidden state of 1 and a weight for each target: eight thousand rows of little loss."""

@@ -43,7 +43,8 @@ def test_orthogonal_matrices_keep_their_directions_and_lose_their_lengths(
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
-    core = U.mT @ orthogonalise(matrices) @ Vh.mT  # diagonal, if the directions are the same
+    found = orthogonalise(matrices).float()
+    core = U.mT @ found @ Vh.mT  # diagonal, if the directions are the same
     lengths = core.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(core, torch.diag_embed(lengths), atol=error, rtol=0)
     large = S > 0.05 * S.amax(dim=-1, keepdim=True)  # five iterations can't lift the tiniest
@@ -102,8 +103,9 @@ def test_matrices_step_as_with_torchs_muon_and_the_rest_as_with_adamw():
             assert (p - q).norm() < 0.05 * moved, name
 
 
-def test_queries_keys_and_values_are_matrices_of_their_own(arithmetic):
-    arithmetic(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_keys_and_values_are_matrices_of_their_own(arithmetic, dtype):
+    arithmetic(dtype)
     torch.manual_seed(0)
     model = GPT(SMALL)
     optimizer = make_optimizer(model, SETTINGS, ALONE)
@@ -112,9 +114,25 @@ def test_queries_keys_and_values_are_matrices_of_their_own(arithmetic):
     before, gradient = weight.detach().clone(), weight.grad.clone()
     rate = next(g["lr"] for g in optimizer.param_groups if g.get("matrices") == 3)
     optimizer.step()
-    step = torch.cat([*orthogonalise(gradient.view(3, 32, 32))])
+    momentum = gradient.lerp(torch.zeros_like(gradient).lerp(gradient, 0.05), 0.95)
+    step = torch.cat([*orthogonalise(momentum.view(3, 32, 32))]).float()
     expected = before * (1 - rate * 0.1) - rate * step
-    torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(weight.detach(), expected, atol=1e-6, rtol=0)
+
+
+def test_matrices_and_embeddings_decay_and_vectors_do_not():
+    """By rate × weight decay, where the gradient is 0 and nothing else happens."""
+    model = GPT(SMALL)
+    before = copy.deepcopy(model)
+    optimizer = make_optimizer(model, SETTINGS, ALONE)
+    for group in optimizer.param_groups:
+        group["lr"] = SETTINGS.learning_rate * group.get("relative_rate", 1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for (name, after), old in zip(model.named_parameters(), before.parameters()):
+        rate = 0.0 if old.dim() == 1 else 0.02 if ".c_" in name else 0.01
+        torch.testing.assert_close(after, old * (1 - rate * 0.1), rtol=1e-6, atol=0, msg=name)
 
 
 def test_a_step_that_is_passed_over_changes_nothing():
