@@ -72,7 +72,7 @@ class Meta:
     best_val_loss: float | None  # the lowest so far
     scaler: ScalerMemory | None  # the gradient scaler's state, for float16
     data: str  # TokenStream.fingerprint of the training data and, if used, of the validation data
-    skipped: int = 0  # steps in a row that were passed over, this one the last
+    skipped: int = 0  # steps in a row that were skipped, this one the last
     spikes: SpikeMemory | None = None  # if guard.SpikeFilter is in use
 
     def __post_init__(self) -> None:
@@ -202,7 +202,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint into `folder`, then remove old ones.
 
-    The `keep` newest stay, and as many that weren't saved after a step that was passed over, and
+    The `keep` newest stay, and as many that weren't saved after a skipped step, and
     the best, and the newest that is not after step `keep_until`.
     """
     final = folder / step_name(meta.step)
@@ -310,7 +310,7 @@ def newest_checkpoint(
 ) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose `files` are undamaged, or None if there is none.
 
-    A damaged one is named on standard error and passed over. Raises UserError if all are damaged.
+    A damaged one is named on standard error and skipped. Raises UserError if all are damaged.
     """
     complaints = []
     for path in reversed(checkpoints_in(folder)):
@@ -321,7 +321,7 @@ def newest_checkpoint(
             return found
         except UserError as error:
             complaints.append(str(error))
-            print(f"passed over: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
     if complaints:
         raise UserError(f"no checkpoint in {folder} is undamaged: {complaints[0]}")
     return None
@@ -420,7 +420,7 @@ def _remove_old(folder: Path, newest: Path, keep: int, keep_until: int) -> None:
 
 def _loss_and_skipped(path: Path) -> tuple[float, bool]:
     """A checkpoint's validation loss, infinity if it has none or its meta.json can't be read, and
-    whether the step before it was passed over.
+    whether the step before it was skipped.
     """
     try:
         meta = _read_meta(path)

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 from errors import Parser, UserError
 
-EXAMINATIONS = ("hellaswag", "lambada", "wikitext2", "wikitext103")  # tasks.py asks them
+TASK_NAMES = ("hellaswag", "lambada", "wikitext2", "wikitext103")  # tasks.py asks them
 
 
 def setting(
@@ -112,10 +112,11 @@ class TrainSettings:
         choices=("ddp", "canonical"),
     )
     checkpoint_every: int = setting(1000, "steps between checkpoints; the last is saved", minimum=1)
+    save_best: bool = setting(False, "also save whenever the validation loss is the lowest so far")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best", minimum=1)
     timeout_seconds: int = setting(600, "how long ranks wait for one another", minimum=1)
     max_skipped_steps: int = setting(
-        10, "steps in a row that may be passed over (not finite, or a spike)", minimum=0
+        10, "steps in a row that may be skipped (not finite, or a spike)", minimum=0
     )
     skip_spikes: float = setting(
         0.0, "standard deviations of the gradient norm that make a spike; 0 = off", minimum=0
@@ -129,8 +130,8 @@ class LogSettings:
     log_every: int = setting(1, "steps between lines in metrics.jsonl", minimum=1)
     eval_every: int = setting(250, "steps between validations; 0 = never", minimum=0)
     eval_tokens: int = setting(10_485_760, "validation tokens, from the split's start", minimum=1)
-    eval_tasks: str = setting("", f"examinations: some of {','.join(EXAMINATIONS)}; empty = none")
-    eval_tasks_every: int = setting(1000, "steps between examinations; 0 = never", minimum=0)
+    eval_tasks: str = setting("", f"benchmarks: some of {','.join(TASK_NAMES)}; empty = none")
+    eval_tasks_every: int = setting(1000, "steps between benchmarks; 0 = never", minimum=0)
     sample_every: int = setting(1000, "steps between printed samples; 0 = never", minimum=0)
     tensorboard: bool = setting(False, "write TensorBoard events into the run folder")
     wandb: str = setting("", "Weights & Biases project; empty = off")
@@ -200,13 +201,14 @@ def load_config(arguments: list[str] | None = None) -> Config:
             section, key = name.split(".")
             values.setdefault(section, {})[key] = _from_text(name, _type(section, key), text)
         train = values.setdefault("train", {})
-        train["out"] = train.get("out") or f"out/{parsed.config.stem}"
+        if train.get("out", "") == "":
+            train["out"] = f"out/{parsed.config.stem}"
         return make_config(values)
     except UserError as error:
         parser.error(str(error))
 
 
-def task_names(text: str, known: tuple[str, ...] = EXAMINATIONS) -> list[str]:
+def task_names(text: str, known: tuple[str, ...] = TASK_NAMES) -> list[str]:
     """The names in "hellaswag,lambada", each once. Raises UserError for an unknown one."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +127,16 @@ def memory_errors(advice: str) -> Iterator[None]:
         if "out of memory" in told or "can't allocate memory" in told:
             raise UserError(f"out of memory: {advice}") from error
         raise
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: on a GPU by torch, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # which Windows doesn't have
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def keep_freed_memory() -> None:

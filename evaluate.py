@@ -1,4 +1,4 @@
-"""How good is a model? Its loss on text that it has never seen, and what it gets in examinations.
+"""How good is a model? Its loss on text that it has never seen, and its scores in tasks.
 
     python evaluate.py --checkpoint out/demo
     python evaluate.py --checkpoint gpt2 --tasks hellaswag,lambada,wikitext2
@@ -23,7 +23,7 @@ import stat
 import sys
 from pathlib import Path
 
-from config import EXAMINATIONS, task_names
+from config import TASK_NAMES, task_names
 from errors import Parser, UserError, one_line, positive, run_script
 
 TOKENS = 10_485_760  # of the validation split: 20 of llm.c's batches of 524,288
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--tasks",
         default="val",
-        help=f"some of val (the default: loss on validation shards), {', '.join(EXAMINATIONS)}",
+        help=f"some of val (the default: loss on validation shards), {', '.join(TASK_NAMES)}",
     )
     add("--data", type=Path, help="val: shard folder (the one it was trained on)")
     add(
@@ -64,7 +64,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if not names:
         raise UserError("--tasks is empty: no task is named")
     if arguments.file and (len(names) != 1 or names == ["val"]):
-        raise UserError(f"--file holds one examination's questions, --tasks is {arguments.tasks}")
+        raise UserError(f"--file holds one task's questions, --tasks is {arguments.tasks}")
     if arguments.stride and not any(name.startswith("wikitext") for name in names):
         raise UserError(f"--stride is wikitext's, --tasks is {arguments.tasks}")
     for option, given in (("data", arguments.data), ("tokens", arguments.tokens != TOKENS)):
@@ -91,7 +91,7 @@ def check_output(output: Path) -> None:
 
 def asked(arguments: argparse.Namespace) -> list[str]:
     """The tasks that --tasks names. Raises UserError for an unknown one."""
-    return task_names(arguments.tasks, known=("val", *EXAMINATIONS))
+    return task_names(arguments.tasks, known=("val", *TASK_NAMES))
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -172,8 +172,8 @@ def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer) -> Found:
     return lines, record("val", str(stream.folder), stream.fingerprint, result.tokens, metrics)
 
 
-def examine(questions: Questions, stride: int, scorer: Scorer) -> Found:
-    """What the model gets in an examination."""
+def run_task(questions: Questions, stride: int, scorer: Scorer) -> Found:
+    """The model's scores in a task."""
     metrics, count = questions.ask(scorer, stride), len(questions.rows)
     lines = [f"{questions.name:<16}{count:,} of {questions.told}"]
     lines += [f"{name:<16}{estimate}" for name, estimate in metrics.items()]
@@ -202,7 +202,7 @@ def look_up(
     stride = choose_stride(arguments, scorer.model.config.block_size)
     questions = scorer.ranks.in_turn(lambda: load_questions(name, arguments.file))
     questions.check_lengths(scorer)
-    return partial(examine, questions, stride, scorer)
+    return partial(run_task, questions, stride, scorer)
 
 
 def choose_stride(arguments: argparse.Namespace, block_size: int) -> int:

@@ -1,4 +1,4 @@
-"""What makes a run stop early or pass over a step: signals, numbers that are not finite, a spike.
+"""What makes a run stop early or skip a step: signals, numbers that are not finite, a spike.
 
 Signals and bad numbers go through the step's all-reduce, so that all ranks do the same at the same
 step, and nobody waits for it. And a rank that stands still is noticed by the others, and named.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -42,7 +43,7 @@ def _step_of(line: str) -> float:
 
 
 def kinds_told(folder: Path, step: int) -> set[str]:
-    """The kinds of lines ("train", "val", an examination) that a run wrote after a step.
+    """The kinds of lines ("train", "val", a task) that a run wrote after a step.
 
     Raises UserError if metrics.jsonl can't be read.
     """
@@ -73,16 +74,22 @@ class Metrics:
             if config.log.wandb:
                 import wandb
 
-                name = folder.name
                 self.wandb = wandb.init(
                     project=config.log.wandb,
-                    id=name,
-                    name=name,
+                    id=self._wandb_id(folder / "wandb_id", start),
+                    name=folder.name,
                     config=asdict(config),
                     resume="allow",
                 )
         except ImportError as error:
             raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
+
+    def _wandb_id(self, path: Path, start: int) -> str:
+        """What Weights & Biases is to know this run by, also when it goes on."""
+        with self._disk_errors():
+            if start == 0 or not path.exists():
+                write_atomically(path, uuid.uuid4().hex)
+            return path.read_text(encoding="utf-8")
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ class Muon(torch.optim.AdamW):
     """Muon for the groups with `matrices` = n, AdamW for those without.
 
     A parameter (n · rows, columns) of such a group is n matrices, one below the other. Beyond
-    torch.optim.Muon this takes queries, keys and values apart, passes over a step without asking
+    torch.optim.Muon this takes queries, keys and values apart, skips a step without asking
     the device, and shares the matrices out, so that each rank orthogonalises some of them.
     """
 
@@ -65,7 +65,7 @@ class Muon(torch.optim.AdamW):
         hidden = [group for group in self.param_groups if "matrices" in group]
         gradients = {parameter: parameter.grad for group in hidden for parameter in group["params"]}
         for parameter in gradients:
-            parameter.grad = None  # AdamW passes over those without
+            parameter.grad = None  # AdamW leaves those without alone
         super().step()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient

@@ -206,7 +206,7 @@ def line_batches(source: Source, file: str) -> Iterator[Batch]:
 
 
 def line_documents(file: str, first: int, lines: list[bytes]) -> Iterator[Document]:
-    """The `text` of each line's object. Empty lines are passed over."""
+    """The `text` of each line's object. Empty lines are skipped."""
     for number, line in enumerate(lines, first):
         if line.strip():
             try:

@@ -1,4 +1,4 @@
-"""The examinations that people quote: HellaSwag, LAMBADA, WikiText.
+"""The benchmarks that people quote: HellaSwag, LAMBADA, WikiText.
 
 Each has its questions in a dataset of the Hugging Face Hub; a local copy, Parquet or JSON lines
 with the same columns, does as well. They are asked as EleutherAI's lm-evaluation-harness asks them,
@@ -30,7 +30,7 @@ KINDS = {str: "text", list: "a list"}
 
 @dataclass(frozen=True)
 class Task:
-    """An examination: where its questions are, and how they are asked."""
+    """A task: where its questions are, and how they are asked."""
 
     repository: str  # on the Hub
     config: str | None

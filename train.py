@@ -41,7 +41,7 @@ from checkpoint import (
     step_of,
 )
 from data import BatchShape, step_windows
-from device import device_name, memory_errors
+from device import device_name, memory_errors, peak_memory
 from distributed import Ranks, process_group
 from guard import StopRequest
 from huggingface import find_model
@@ -76,9 +76,6 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.out = Path(config.train.out)
         folder = Path(config.data.dir)
-        with ranks.together():
-            self._open_data(folder)
-        ranks.check_same("the data", self.data)
         ranks.check_same("a setting", repr(shared_settings(config)))
         self.shape = BatchShape(
             config.train.tokens_per_step,
@@ -86,6 +83,9 @@ class Trainer:
             config.train.micro_batch_size,
             ranks.world_size,
         )
+        with ranks.together():
+            self._open_data(folder)
+        ranks.check_same("the data", self.data)
         torch.manual_seed(config.train.seed)
         self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, **asdict(config.model)))
         self.model.to(ranks.device)
@@ -95,13 +95,13 @@ class Trainer:
         self._resume()
         self.encoding = self._find_encoding(folder)
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
-        self.examinations = [
+        self.tasks = [
             ranks.in_turn(lambda name=name: load_questions(name))
             for name in task_names(config.log.eval_tasks)
         ]
-        if self.examinations and not self.encoding:
+        if self.tasks and not self.encoding:
             raise UserError("log.eval_tasks needs GPT-2's vocabulary, which can't be had here")
-        for questions in self.examinations:  # now, rather than at the first examination
+        for questions in self.tasks:  # now, rather than at the first of them
             questions.check_lengths(self._scorer())
 
     def _open_data(self, folder: Path) -> None:
@@ -138,7 +138,7 @@ class Trainer:
         """Go on from the newest complete checkpoint, or begin with what train.init_from names."""
         folder = self.out / "checkpoints"
         with self.ranks.together():
-            self.there = checkpoints_in(folder) if self.ranks.is_first else []
+            self.checkpoints_at_start = checkpoints_in(folder) if self.ranks.is_first else []
         checkpoint = agree_on_checkpoint(folder, self.ranks)
         if checkpoint:
             with self.ranks.together():
@@ -192,7 +192,7 @@ class Trainer:
         return result
 
     def check(self, result: StepResult, metrics: Metrics | None) -> bool:
-        """Count and tell a step that was passed over, and return whether this one was.
+        """Count and tell a skipped step, and return whether this one was.
 
         Every rank sees the same numbers, so all of them do the same.
         Raises UserError if there were too many in a row. In float16 an overflowing gradient is
@@ -210,12 +210,12 @@ class Trainer:
         told = f"step {result.step:,}: loss {result.loss}, gradient norm {result.grad_norm}"
         if self.skipped > self.config.train.max_skipped_steps:
             raise UserError(
-                f"{told}: passed over, {self.skipped} in a row, which is one too many "
+                f"{told}: skipped, {self.skipped} in a row, which is one too many "
                 f"(train.max_skipped_steps); it saw windows {self._windows(result.step)[:4]} … of "
                 f"{self.config.data.dir}. {self._way_out(result)}"
             )
         if self.ranks.is_first:
-            say(f"{told}: passed over, the weights stay as they are")
+            say(f"{told}: skipped, the weights stay as they are")
         return True
 
     def _way_out(self, result: StepResult) -> str:
@@ -263,10 +263,10 @@ class Trainer:
         self.best_val_loss = min(self.best_val_loss, result.loss)
         return result
 
-    def examine(self, names: list[str], metrics: Metrics | None) -> None:
-        """Put the model to those examinations, shared out over the ranks, and tell what it got."""
+    def run_tasks(self, names: list[str], metrics: Metrics | None) -> None:
+        """Have the model do those tasks, shared out over the ranks, and tell what it got."""
         scorer = self._scorer()
-        for questions in self.examinations:
+        for questions in self.tasks:
             if questions.name not in names:
                 continue
             with self._plain_model(), self.stepper.in_its_arithmetic():
@@ -374,7 +374,7 @@ class Trainer:
 
     def _check_still_newest(self) -> None:
         """Raises UserError if there are other checkpoints than when this run chose its own."""
-        if checkpoints_in(self.out / "checkpoints") != self.there:
+        if checkpoints_in(self.out / "checkpoints") != self.checkpoints_at_start:
             raise UserError(
                 f"another run has saved into {self.out} since this one looked: give the same "
                 "command again to go on from there"
@@ -452,6 +452,8 @@ class Trainer:
             told = f"stopped after step {self.step:,}; the same command goes on from there"
             raise Stopped(told, number)
         self._check_weights()
+        if first and self.ranks.device.type == "cuda":
+            say(f"memory at its peak: {peak_memory(self.ranks.device) / 1e9:.1f} GB")
         if first:
             say(f"done: python sample.py --checkpoint {self.out}")
 
@@ -492,11 +494,11 @@ class Trainer:
         """The kinds of evaluation that are due now, by their names in metrics.jsonl."""
         kinds = ["val"] if self._is_due(self.config.log.eval_every) else []
         if self._is_due(self.config.log.eval_tasks_every):
-            kinds += [questions.name for questions in self.examinations]
+            kinds += [questions.name for questions in self.tasks]
         return kinds
 
     def _do_what_is_due(self, metrics: Metrics | None, stop: bool) -> bool:
-        """Validate, save, examine, write a sample; a save doesn't wait for what it doesn't tell of.
+        """Validate, save, run tasks, write a sample: a save doesn't wait for what it doesn't tell.
 
         Returns whether the run is to stop. Then it saves, and leaves evaluations to `_catch_up`:
         they may take longer than whoever asked for the end will wait.
@@ -507,11 +509,12 @@ class Trainer:
                 result = self.validate()
                 val_loss = result.loss
                 self._report_validation(result, metrics)
-            if self._is_due(self.config.train.checkpoint_every):
+            is_best = self.config.train.save_best and val_loss == self.best_val_loss
+            if is_best or self._is_due(self.config.train.checkpoint_every):
                 self.save(val_loss)
                 saved = True
             if not stop:
-                self.examine(due, metrics)
+                self.run_tasks(due, metrics)
         except BrokenOff:
             stop = True
         if stop and not saved:
@@ -522,24 +525,28 @@ class Trainer:
         return stop
 
     def _missing_evaluations(self) -> list[str]:
-        """What was due after the present step, and what the run was stopped before or in."""
-        due, told = self._evaluations_due() if self.step else [], set()
+        """What is due now and hasn't been told: a run begins with it that was stopped before or in
+        it, or that has another's weights.
+        """
+        has_learned = self.step > 0 or self.config.train.init_from
+        due, told = self._evaluations_due() if has_learned else [], set()
         with self.ranks.together():
             if self.ranks.is_first and due:
                 told = kinds_told(self.out, self.step)
         return [kind for kind in due if self.ranks.agree(int(kind not in told))]
 
     def _catch_up(self, missing: list[str], metrics: Metrics | None) -> bool:
-        """Make up for evaluations, so that the run tells what it would have told undisturbed.
+        """Evaluate before the first step, so that a run tells what it would have told undisturbed.
 
         Returns whether it was asked to stop again. Its checkpoint is there already.
         """
         try:
             if "val" in missing:
                 result = self.validate()
-                self._add_to_checkpoint(result.loss)  # first: by its line it is known to be done
+                if self.step:  # first: by its line it is known to be done
+                    self._add_to_checkpoint(result.loss)
                 self._report_validation(result, metrics)
-            self.examine(missing, metrics)
+            self.run_tasks(missing, metrics)
         except BrokenOff:
             return True
         return False
@@ -549,11 +556,11 @@ class Trainer:
 
         Returns whether the run is to stop.
         """
-        passed_over = self.check(result, metrics)
+        was_skipped = self.check(result, metrics)
         bar.update()
         due = result.step % self.config.log.log_every == 0
         due |= result.step == self.config.train.max_steps
-        if self.ranks.is_first and due and not passed_over:
+        if self.ranks.is_first and due and not was_skipped:
             self._report(result, metrics, speed, bar)
         return result.stop_asked
 

@@ -24,7 +24,7 @@ from visuals import KEPT
 ITEMS = ROOT / "tests" / "items"
 
 
-def examine(name: str, *options: object) -> tuple:
+def asked(name: str, *options: object) -> tuple:
     file = ITEMS / ("wikitext.jsonl" if name.startswith("wiki") else f"{name}.jsonl")
     return ("--checkpoint", KEPT, "--tasks", name, "--file", file, *options)
 
@@ -118,10 +118,8 @@ def test_of_several_ranks_one_tells_what_is_wrong_with_the_command():
 @pytest.mark.parametrize("name", ["hellaswag", "wikitext103"])
 def test_ranks_find_together_what_one_finds_alone(call, name, tmp_path):
     alone, together = (tmp_path / f"{kind}.json" for kind in ("alone", "together"))
-    first = call("evaluate", *examine(name, "--output", alone))
-    several = ranks(
-        2, *examine(name, "--output", together, "--device", "cpu"), script="evaluate.py"
-    )
+    first = call("evaluate", *asked(name, "--output", alone))
+    several = ranks(2, *asked(name, "--output", together, "--device", "cpu"), script="evaluate.py")
     assert several.status == 0, several.err
     assert several.out == first.out
     alone, together = (json.loads(path.read_text())["results"] for path in (alone, together))
@@ -135,16 +133,16 @@ def test_the_stride_is_how_far_a_window_goes_on(call, tmp_path):
     by_stride = {}
     for stride in (8, 128, None):
         options = ("--stride", stride) if stride else ()
-        call("evaluate", *examine("wikitext2", *options, "--output", output))
+        call("evaluate", *asked("wikitext2", *options, "--output", output))
         (found,) = json.loads(output.read_text())["results"]
         by_stride[stride] = found["metrics"]
     assert by_stride[128] == by_stride[None] != by_stride[8]
 
 
 def test_a_stride_above_the_context_would_leave_tokens_out(call):
-    error = call("evaluate", *examine("wikitext2", "--stride", 129)).error()
+    error = call("evaluate", *asked("wikitext2", "--stride", 129)).error()
     assert "--stride 129: this model's context has 128 tokens, expected 1 to 128" in error
-    error = call("evaluate", *examine("lambada", "--stride", 8)).error()
+    error = call("evaluate", *asked("lambada", "--stride", 8)).error()
     assert "--stride is wikitext's, --tasks is lambada" in error
 
 
@@ -156,7 +154,7 @@ def test_wrong_input_is_one_line(call, tmp_path):
     assert "no task 'helaswag'; did you mean hellaswag?" in complaint(*kept, "--tasks", "helaswag")
     assert "no task" in complaint(*kept, "--tasks", "")
     both = complaint(*kept, "--tasks", "lambada,hellaswag", "--file", ITEMS / "lambada.jsonl")
-    assert "--file holds one examination's questions" in both
+    assert "--file holds one task's questions" in both
     assert "can't read" in complaint(*kept, "--tasks", "lambada", "--file", tmp_path / "none")
     for option in (("--data", tmp_path), ("--tokens", 512)):
         error = complaint(*kept, "--tasks", "lambada", *option)
@@ -164,7 +162,7 @@ def test_wrong_input_is_one_line(call, tmp_path):
     assert "'text' is None" in complaint(
         *kept, "--tasks", "lambada", "--file", ITEMS / "wikitext.jsonl"
     )
-    nowhere = complaint(*examine("lambada", "--output", tmp_path / "no" / "found.json"))
+    nowhere = complaint(*asked("lambada", "--output", tmp_path / "no" / "found.json"))
     assert f"there is no folder '{tmp_path / 'no'}'" in nowhere
     assert "is no checkpoint" in complaint("--checkpoint", tmp_path)
 
@@ -190,7 +188,7 @@ def test_a_report_that_cannot_be_a_file_is_one_line_before_a_model_is_looked_for
 
 def test_a_report_that_cannot_be_written_is_one_line_before_anything_is_measured(call, tmp_path):
     output = tmp_path / ("a" * 250)  # a name of 255 bytes is the longest, and .partial comes after
-    result = call("evaluate", *examine("lambada", "--output", output))
+    result = call("evaluate", *asked("lambada", "--output", output))
     assert f"can't write {output}: File name too long" in result.error()
     assert result.out == ""
 
@@ -199,7 +197,7 @@ def test_a_report_takes_the_place_of_an_old_one_when_it_is_whole(call, tmp_path)
     output, old = tmp_path / "found.json", tmp_path / "old.json"
     output.write_text("old")
     os.link(output, old)  # another name of what is there now
-    assert call("evaluate", *examine("lambada", "--output", output)).status == 0
+    assert call("evaluate", *asked("lambada", "--output", output)).status == 0
     assert json.loads(output.read_text())["results"]
     assert old.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"found.json", "old.json"}

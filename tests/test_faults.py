@@ -281,7 +281,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(train, tmp_
     settings = ("--train.max_steps", 6, "--train.checkpoint_every", 1, "--log.eval_every", 0)
     result = train(tmp_path / "run", 2, *settings, "--train.keep_checkpoints", 6, **fault)
     assert result.status == 0, result.err
-    assert "step 5: loss nan, gradient norm nan: passed over" in result.err
+    assert "step 5: loss nan, gradient norm nan: skipped" in result.err
     (skipped,) = lines_of(tmp_path / "run", "skip")
     assert (skipped["step"], len(skipped["windows"])) == (5, 16)
     assert [line["step"] for line in lines_of(tmp_path / "run", "train")] == [1, 2, 3, 4, 6]
@@ -299,7 +299,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_checkpoint(
     fault = {"fault": "nan", "at": "4,7,8,9", "rank": 1}
     settings = ("--train.max_skipped_steps", 2, "--train.checkpoint_every", 3)
     result = train(tmp_path / "run", 2, *settings, "--log.eval_every", 0, **fault)
-    assert "step 9: loss nan, gradient norm nan: passed over, 3 in a row" in result.error()
+    assert "step 9: loss nan, gradient norm nan: skipped, 3 in a row" in result.error()
     assert "it saw windows [" in result.err
     assert len(weights_of(tmp_path / "run", 6)) > 100_000
     settings = ("--train.max_steps", 12, "--log.eval_every", 0)  # the fault is gone
@@ -577,7 +577,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(train, alone, tmp_path
     os.truncate(damaged, damaged.stat().st_size - 1)
     result = train(tmp_path / "run", 2, *CANONICAL)
     assert result.status == 0
-    assert f"passed over: {damaged} is damaged" in result.err
+    assert f"skipped: {damaged} is damaged" in result.err
     assert "going on after step 20" in result.err
     assert weights_of(tmp_path / "run") == weights_of(alone)
     assert lines_of(tmp_path / "run") == lines_of(alone)

@@ -362,7 +362,7 @@ def test_a_number_out_of_range_is_refused_and_the_checkpoint_before_it_used(
     with pytest.raises(UserError, match=complaint):
         read_checkpoint(path)
     assert newest_checkpoint(tmp_path).meta.step == 1
-    assert f"passed over: {path / META}" in capsys.readouterr().err
+    assert f"skipped: {path / META}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["n_embd", "n_layer", "block_size", "vocab_size"])

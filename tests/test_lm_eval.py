@@ -1,4 +1,4 @@
-"""The same examinations by EleutherAI's lm-evaluation-harness, run on the exported model.
+"""The same tasks by EleutherAI's lm-evaluation-harness, run on the exported model.
 
 The harness is large, so that requirements-dev.txt doesn't have it: this test runs where
 `pip install 'lm-eval[hf]'` was. `python -m tests.test_lm_eval` prints what both sides get.

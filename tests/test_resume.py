@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import train
 from checkpoint import MODEL, OPTIMIZER, newest_checkpoint
 from config import Config
-from errors import UserError
+from errors import Stopped, UserError
 from resume import check_same_run, check_schedule
 
 
@@ -97,6 +97,29 @@ def test_a_fine_tuning_that_goes_on_keeps_what_it_has_learned(
     assert "going on after step 2" in result.err
     assert [line["step"] for line in metrics_of(tmp_path / "o")] == [1, 2, 3]
     assert metrics_of(tmp_path / "o")[0]["loss"] < 0.8 * metrics_of(trained)[0]["loss"]
+
+
+def test_a_fine_tuning_tells_the_loss_that_it_begins_with(configure, trained, tmp_path, capsys):
+    config = configure("--train.init_from", trained, "--train.max_steps", 1, "--log.eval_every", 20)
+    train.train(config)
+    before, after = metrics_of(tmp_path / "run", "val")
+    assert (before["step"], after["step"]) == (0, 1)
+    assert before["loss"] == metrics_of(trained, "val")[-1]["loss"]
+    assert f"step 0: validation loss {before['loss']:.4f}" in capsys.readouterr().err
+    train.train(replace(config, train=replace(config.train, max_steps=2)))  # goes on, not anew
+    assert [line["step"] for line in metrics_of(tmp_path / "run", "val")] == [0, 1, 2]
+
+
+def test_a_fine_tuning_that_is_stopped_before_its_first_step_begins_anew(
+    configure, trained, tmp_path, monkeypatch
+):
+    config = configure("--train.init_from", trained, "--train.max_steps", 1, "--log.eval_every", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_asked_to_stop", lambda _: True)
+        with pytest.raises(Stopped, match="stopped after step 0"):
+            train.train(config)
+    train.train(config)
+    assert [line["step"] for line in metrics_of(tmp_path / "run", "val")] == [0, 1]
 
 
 @pytest.mark.parametrize(

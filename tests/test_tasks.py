@@ -1,4 +1,4 @@
-"""Examinations: what is asked, what counts as right, what is refused, and the Hub's datasets."""
+"""Tasks: what is asked, what counts as right, what is refused, and the Hub's datasets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import tasks
 from checkpoint import find_checkpoint
-from config import EXAMINATIONS
+from config import TASK_NAMES
 from distributed import Ranks
 from errors import UserError
 from model import GPT
@@ -52,8 +52,8 @@ def log_probability(scorer: Scorer, before: str, ending: str) -> tuple[float, in
     return sum(row[i].item() for row, i in zip(logs, ids[-count:])), count
 
 
-def test_the_examinations_are_those_that_settings_know():
-    assert tuple(tasks.TASKS) == EXAMINATIONS
+def test_the_tasks_are_those_that_settings_know():
+    assert tuple(tasks.TASKS) == TASK_NAMES
 
 
 # What is asked
@@ -402,7 +402,7 @@ def test_questions_that_the_hub_does_not_give_are_one_line(on_hub, hub):
     assert "Rowan/hellaswag can't be had from the Hub" in on_hub(hub, *EVALUATE).error()
 
 
-def test_a_run_is_examined_now_and_then(on_hub, hub, tiny, shards, tmp_path):
+def test_a_run_does_its_tasks_now_and_then(on_hub, hub, tiny, shards, tmp_path):
     settings = (
         "--log.eval_tasks",
         "hellaswag",

@@ -221,14 +221,14 @@ def test_a_run_that_is_to_stop_writes_no_sample_first(configure, capfd):
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_an_examination_that_is_broken_off_is_made_up_for(configure, tmp_path, monkeypatch, step):
+def test_a_task_that_is_broken_off_is_made_up_for(configure, tmp_path, monkeypatch, step):
     """After a step that isn't saved otherwise, and after the last, which has been by then."""
     settings = ("--train.max_steps", 4, "--log.eval_every", 2, "--log.eval_tasks_every", 2)
     settings += ("--train.checkpoint_every", 4)
 
     def start(name: str) -> train.Trainer:
         trainer = train.Trainer(configure(*settings, "--train.out", tmp_path / name), ALONE)
-        trainer.examinations = [load_questions("lambada", ROOT / "tests/items/lambada.jsonl")]
+        trainer.tasks = [load_questions("lambada", ROOT / "tests/items/lambada.jsonl")]
         return trainer
 
     def finish(trainer: train.Trainer) -> list[dict]:
@@ -251,7 +251,7 @@ def test_an_examination_that_is_broken_off_is_made_up_for(configure, tmp_path, m
             finish(trainer)
     assert [line["step"] for line in metrics_of(trainer.out, "lambada")] == [2][: step // 2 - 1]
     saved = newest_checkpoint(trainer.out / "checkpoints")
-    assert (saved.path in saved_before) == (step == 4)  # it doesn't wait for the examination
+    assert (saved.path in saved_before) == (step == 4)  # it doesn't wait for the task
     assert saved.meta.val_loss == metrics_of(trainer.out, "val")[-1]["loss"]
     before = saved.path.stat().st_mtime_ns, files_of(saved.path)
     assert finish(start("run")) == finish(start("undisturbed"))
@@ -474,7 +474,7 @@ def test_a_run_with_an_average_of_weights_goes_on_to_the_same_bits(configure, th
     assert now == 0 or all(map(torch.equal, again.kept, straight.kept))
 
 
-def test_samples_and_examinations_are_the_averages(configure, monkeypatch):
+def test_samples_and_tasks_are_the_averages(configure, monkeypatch):
     config = configure("--optim.average_share", 0.1, "--optim.warmup_steps", 0)
     trainer = train.Trainer(config, ALONE)
     for _ in range(4):
@@ -483,9 +483,9 @@ def test_samples_and_examinations_are_the_averages(configure, monkeypatch):
     asked = SimpleNamespace(
         name="lambada", ask=lambda *_, **__: seen.append(trainer.model.wte.weight.clone()) or {}
     )
-    trainer.examinations = [asked]
+    trainer.tasks = [asked]
     told = trainer.sample()
-    trainer.examine(["lambada"], None)
+    trainer.run_tasks(["lambada"], None)
     swap_average(trainer.stepper.optimizer)
     drop_average(trainer.stepper.optimizer)  # so the model is the average for good
     assert trainer.sample() == told
@@ -751,7 +751,7 @@ def test_gradients_in_float16_that_are_never_finite_stop_the_run(configure):
     settings = ("--train.dtype", "float16", "--train.max_skipped_steps", 2)
     trainer = train.Trainer(configure(*settings), ALONE)
     trainer.model.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
-    with trainer.own_folder(), pytest.raises(train.UserError, match="passed over, 3 in a row"):
+    with trainer.own_folder(), pytest.raises(train.UserError, match="skipped, 3 in a row"):
         trainer.run()
     assert 16 < trainer.step < 25  # 65,536 is 2 to the 16th
 
@@ -779,3 +779,38 @@ def test_a_package_that_was_asked_for_and_is_missing_is_named(call, tiny, shards
         )
     else:
         pytest.skip("wandb is installed")
+
+
+def test_the_best_is_saved_when_it_is_found_if_asked_for(configure, tmp_path):
+    rarely = ("--train.max_steps", 6, "--train.checkpoint_every", 100, "--log.eval_every", 2)
+    wild = ("--optim.learning_rate", 0.3, "--optim.min_learning_rate", 0.3)  # soon gets worse
+    changes = (*rarely, *wild, "--train.keep_checkpoints", 1)
+    train.train(configure(*changes, "--train.save_best", "true"))
+    losses = {line["step"]: line["loss"] for line in metrics_of(tmp_path / "run", "val")}
+    best = min(losses, key=losses.get)
+    assert best < 6
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(kept) == [f"step_{best:06}", "step_000006"]
+    train.train(configure(*changes, "--train.out", tmp_path / "plain"))
+    assert [path.name for path in (tmp_path / "plain" / "checkpoints").iterdir()] == ["step_000006"]
+
+
+def test_each_start_from_nothing_is_a_run_of_its_own_at_weights_and_biases(
+    configure, monkeypatch, tmp_path
+):
+    """And one that goes on is the same run there."""
+    begun = []
+
+    def init(**settings: object) -> SimpleNamespace:
+        begun.append(settings)
+        return SimpleNamespace(log=lambda numbers, step: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = configure("--log.wandb", "project", "--train.max_steps", 1)
+    train.train(config)
+    train.train(replace(config, train=replace(config.train, max_steps=2)))
+    shutil.rmtree(tmp_path / "run")
+    train.train(config)
+    first, on, anew = (settings.pop("id") for settings in begun)
+    assert first == on != anew
+    assert {(s["project"], s["name"], s["resume"]) for s in begun} == {("project", "run", "allow")}
