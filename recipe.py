@@ -6,8 +6,8 @@
 All of them train the model of configs/recipe.toml. A candidate is a set of changes to it. Four
 learning rates are tried for each with the first seed; the best is then trained with two more seeds,
 which decide the weights and the order of the text, alike for all candidates. Each training is an
-ordinary run of train.py. What it found goes into results/recipe.json at once, so that the same
-command goes on where it was stopped.
+ordinary run of train.py. What it found goes into out/recipe/found.json at once, so that the same
+command goes on where it was stopped. results/recipe.json is such a file.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from errors import Parser, positive, run_script
 
 ROOT = Path(__file__).parent
+FOUND = "found.json"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,11 +28,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Compare ways of training, by many small trainings.")
     add = parser.add_argument
     add("--config", type=Path, default=ROOT / "configs" / "recipe.toml", help="model and batches")
-    add("--results", type=Path, default=ROOT / "results" / "recipe.json", help="what was found")
-    add("--out", type=Path, default=ROOT / "out" / "recipe", help="folder for the runs")
+    add("--out", type=Path, help=f"folder for the runs and {FOUND} (out/<name of the config>)")
     add("--jobs", type=positive, default=1, help="trainings at a time, sharing the cores (1)")
     add("--only", nargs="+", metavar="NAME", help="some of the candidates (all)")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    parsed.out = parsed.out or ROOT / "out" / parsed.config.stem
+    return parsed
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
@@ -39,6 +41,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 
 import json
 import math
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -49,12 +52,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 
+import torch
+
 from bench import hardware, print_table, versions
 from config import OptimSettings, make_config, read_toml
 from device import choose_device, device_name
 from distributed import Ranks
 from errors import UserError
 from records import as_record, read_json
+from shards import TokenStream
 from train import Trainer
 from writing import check_can_write, write_atomically
 
@@ -139,6 +145,7 @@ class Run:
     steps: tuple[int, ...]
     losses: tuple[float | None, ...]  # of the validations after those steps; None: not finite
     hardware: str
+    torch: str  # its version
 
     @property
     def last(self) -> float:
@@ -155,6 +162,7 @@ class Found:
     hardware: str  # on which the steps were timed
     versions: dict[str, str]
     config: dict[str, Settings]  # what all candidates have in common
+    data: str  # its fingerprint
     candidates: dict[str, Candidate]
     step_seconds: float  # the baseline's; 0 before it was measured
     step_ratios: dict[str, float]  # how many times as long a candidate's step takes
@@ -188,16 +196,21 @@ def load_found(path: Path) -> Found:
 
 def found_so_far(path: Path, config: dict[str, Settings], names: list[str]) -> Found:
     """What a file has of these candidates. Raises UserError if it is about something else."""
-    now = ("python recipe.py", str(date.today()), machine(), versions())
-    found = load_found(path) if path.exists() else Found(*now, config, {}, 0.0, {}, ())
+    command = shlex.join(["python", "recipe.py", *sys.argv[1:]])
+    now = (command, str(date.today()), machine(), versions())
+    folder = Path(make_config(config).data.dir)
+    data = " ".join(TokenStream(folder, split).fingerprint for split in ("train", "val"))
+    found = load_found(path) if path.exists() else Found(*now, config, data, {}, 0.0, {}, ())
     found.command, found.date, found.hardware, found.versions = now
     if found.config != config:
-        raise UserError(f"{path} tells of another config: choose another --results")
+        raise UserError(f"{path} tells of another config: choose another --out")
+    if found.data != data:
+        raise UserError(f"{path} tells of other text than {folder} has: choose another --out")
     for name in names:
         new = CANDIDATES[name]
         old = found.candidates.setdefault(name, new)
         if replace(old, meaning=new.meaning, rates=new.rates) != new:
-            raise UserError(f"{path} tells of another {name}: choose another --results")
+            raise UserError(f"{path} tells of another {name}: choose another --out")
         found.candidates[name] = new
     return found
 
@@ -232,7 +245,7 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     told = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
     shutil.rmtree(folder / "checkpoints")
-    return Run(name, rate, seed, *zip(*told), machine())
+    return Run(name, rate, seed, *zip(*told), machine(), torch.__version__)
 
 
 def measure_steps(
@@ -253,8 +266,8 @@ def measure_steps(
         for name, stepper in steppers.items():
             began = time.perf_counter()
             results = [stepper.take(step) for step in range(steps)]
-            if math.isfinite(results[-1].loss):  # waits for the device
-                turns[name].append((time.perf_counter() - began) / steps)
+            _ = results[-1].loss  # waits for the device
+            turns[name].append((time.perf_counter() - began) / steps)
     return turns
 
 
@@ -302,14 +315,22 @@ def rows_of(found: Found) -> dict[str, Row]:
 
 def steps_to(curve: list[tuple[int, float]], loss: float) -> float | None:
     """After how many steps a curve is down to a loss, between its points on a line; None: never."""
+    curve = [(step, value) for step, value in curve if math.isfinite(value)]
+    if curve and curve[0][1] <= loss:
+        return curve[0][0]
     for (before, high), (after, low) in zip(curve, curve[1:]):
-        if low <= loss < high:
+        if low <= loss:
             return before + (after - before) * (high - loss) / (high - low)
     return None
 
 
 def shares(row: Row, baseline: Row, step_ratio: float) -> tuple[float, float] | None:
-    """Of the baseline's tokens and of its time, what a candidate needs to reach its loss."""
+    """Of the baseline's tokens and of its time, what a candidate needs to reach its loss.
+
+    Both with the seeds that the candidate was trained with.
+    """
+    seeds = {run.seed for run in row.runs}
+    baseline = replace(baseline, runs=[run for run in baseline.runs if run.seed in seeds])
     steps = steps_to(row.curve, baseline.loss)
     if steps is None:
         return None
@@ -319,7 +340,7 @@ def shares(row: Row, baseline: Row, step_ratio: float) -> tuple[float, float] | 
 
 def main(arguments: argparse.Namespace) -> None:
     """Train whatever hasn't been, time the steps, print a table."""
-    names, path = list(dict.fromkeys(arguments.only or CANDIDATES)), arguments.results
+    names, path = list(dict.fromkeys(arguments.only or CANDIDATES)), arguments.out / FOUND
     for name in names:
         if name not in CANDIDATES:
             raise UserError(f"--only {name}: expected some of {', '.join(CANDIDATES)}")
@@ -329,6 +350,10 @@ def main(arguments: argparse.Namespace) -> None:
             f"{arguments.config} has log.eval_every = 0: the losses are what is compared"
         )
     found = found_so_far(path, config, names)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write {arguments.out}: {error.strerror}") from error
     check_can_write(path)
     do(
         found,
@@ -336,7 +361,8 @@ def main(arguments: argparse.Namespace) -> None:
         arguments,
     )
     do(found, [(name, found.best_rate(name), seed) for seed in SEEDS for name in names], arguments)
-    turns = measure_steps(list(dict.fromkeys([BASELINE, *names])), arguments.config)
+    timed = dict.fromkeys([BASELINE, *names, *found.candidates])  # anew, on one machine
+    turns = measure_steps([name for name in timed if name in CANDIDATES], arguments.config)
     found.step_seconds = statistics.median(turns[BASELINE])
     for name, seconds in turns.items():
         ratios = (ours / theirs for ours, theirs in zip(seconds, turns[BASELINE]))
@@ -361,7 +387,7 @@ def do(
             raise
         with lock:
             found.runs += (run,)
-            found.save(arguments.results)
+            found.save(arguments.out / FOUND)
             told = f"{run.candidate}, rate {run.rate:g}, seed {run.seed}: {run.last:.4f}"
             print(told, file=sys.stderr, flush=True)
 

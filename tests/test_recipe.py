@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +13,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from config import make_config
 from errors import UserError
 from recipe import Candidate, Found, Run
 
-STEPS, CPU = (10, 20, 30), "a CPU"
+STEPS, ON = (10, 20, 30), ("a CPU", "2.13.0")
 
 
 def candidate(meaning: str) -> Candidate:
@@ -32,13 +34,13 @@ def found(runs: list[Run]) -> Found:
     """As results/recipe.json tells it."""
     names = {"nanogpt": candidate("the old way"), "muon": candidate("the new way")}
     ratios = {"nanogpt": 1.0, "muon": 1.5}
-    return Found("python recipe.py", "2026-11-26", CPU, {}, {}, names, 2.0, ratios, tuple(runs))
+    return Found("…", "2026-11-26", ON[0], {}, {}, "", names, 2.0, ratios, tuple(runs))
 
 
 ALL = [
-    *(Run("nanogpt", 0.1, seed, STEPS, (8.0, 6.0, 3.9 + seed / 20), CPU) for seed in (1, 2, 3)),
-    Run("muon", 0.1, 1, STEPS, (1.0, 9.0, 9.0), CPU),  # tried, and not chosen
-    *(Run("muon", 0.2, seed, STEPS, (6.0, 3.0, 2.0), CPU) for seed in (3, 1, 2)),
+    *(Run("nanogpt", 0.1, seed, STEPS, (8.0, 6.0, 3.9 + seed / 20), *ON) for seed in (1, 2, 3)),
+    Run("muon", 0.1, 1, STEPS, (1.0, 9.0, 9.0), *ON),  # tried, and not chosen
+    *(Run("muon", 0.2, seed, STEPS, (6.0, 3.0, 2.0), *ON) for seed in (3, 1, 2)),
 ]
 
 
@@ -56,7 +58,7 @@ def test_the_table_tells_loss_spread_and_how_soon_the_baselines_loss_is_reached(
 
 
 def test_a_candidate_that_was_tried_with_one_seed_has_its_row_too(capsys):
-    recipe.print_rows(found(ALL[:4]))
+    recipe.print_rows(found([*ALL[:3], Run("muon", 0.1, 1, STEPS, (9.5, 9.1, 9.0), *ON)]))
     assert printed(capsys)[1] == "the new way 0.1 9.000 9.000 … 9.000 1".split()
     recipe.print_rows(replace(found(ALL[:3]), step_ratios={}))
     assert printed(capsys) == ["the old way 0.1 4.000 3.950 … 4.050 3".split()]
@@ -69,16 +71,29 @@ def test_shares_are_of_the_baselines_steps_whatever_a_candidates_are():
     assert tokens == pytest.approx(25 / 3 / 30) and seconds == pytest.approx(1.5 * tokens)
 
 
+def test_shares_are_of_a_baseline_with_the_same_seeds():
+    """Seed 3 of the baseline ends at 4.05, and muon's comes there after 16.5 steps."""
+    rows = recipe.rows_of(found(ALL))
+    third = replace(rows["muon"], runs=[run for run in rows["muon"].runs if run.seed == 3])
+    assert recipe.shares(third, rows["nanogpt"], 1.0)[0] == pytest.approx(16.5 / 30)
+
+
 def test_a_loss_that_is_never_reached_takes_no_steps():
     assert recipe.steps_to([(10, 5.0), (20, 4.0)], 3.9) is None
     assert recipe.steps_to([(10, 5.0), (20, 4.0)], 4.0) == 20
 
 
+def test_a_loss_that_the_first_validation_has_already_took_no_longer_than_that():
+    assert recipe.steps_to([(10, 5.0), (20, 4.0)], 5.5) == 10
+    assert recipe.steps_to([(10, math.inf), (20, 4.0), (30, 2.0)], 3.0) == 25
+    assert recipe.steps_to([(10, math.inf), (20, 4.0)], 4.5) == 20
+
+
 def test_the_rate_that_ends_lowest_with_the_first_seed_is_chosen():
     """Not the one that begins lowest, nor one that is lower with another seed, nor none at all."""
-    runs = [*ALL, Run("muon", 0.3, 2, STEPS, (1.0, 1.0, 1.0), CPU)]
+    runs = [*ALL, Run("muon", 0.3, 2, STEPS, (1.0, 1.0, 1.0), *ON)]
     assert found(runs).best_rate("muon") == 0.2
-    runs = [Run("muon", 0.1, 1, STEPS, (1.0, None, None), CPU), *ALL[4:]]
+    runs = [Run("muon", 0.1, 1, STEPS, (1.0, None, None), *ON), *ALL[4:]]
     assert found(runs).best_rate("muon") == 0.2
 
 
@@ -122,7 +137,7 @@ def begin(tiny, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "CANDIDATES", {"nanogpt": quick})
 
     def make(*more: object):
-        words = ["--config", path, "--results", tmp_path / "found.json", "--out", tmp_path / "out"]
+        words = ["--config", path, "--out", tmp_path / "out"]
         return recipe.parse_arguments([str(word) for word in (*words, *more)])
 
     return make
@@ -130,15 +145,16 @@ def begin(tiny, shards, tmp_path, monkeypatch):
 
 def test_trainings_are_done_once_and_kept(begin, tmp_path, monkeypatch, capsys):
     recipe.main(begin("--jobs", 2))
-    kept = recipe.load_found(tmp_path / "found.json")
+    kept = recipe.load_found(tmp_path / "out" / "found.json")
     assert sorted(run.seed for run in kept.runs) == [1, 2]
     assert all(run.steps == (20, 40) and run.losses[1] < run.losses[0] for run in kept.runs)
     assert kept.step_seconds > 0 and kept.step_ratios == {"nanogpt": 1.0}
+    assert kept.runs[0].torch == torch.__version__
     assert "100%" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*/checkpoints"))
     monkeypatch.setattr(recipe, "train", lambda *_: pytest.fail("it has been done"))
     recipe.main(begin())
-    assert recipe.load_found(tmp_path / "found.json").runs == kept.runs
+    assert recipe.load_found(tmp_path / "out" / "found.json").runs == kept.runs
 
 
 @pytest.mark.parametrize(("kind", "told"), [("cpu", "2 × EPYC"), ("cuda", "H200, 2 × EPYC")])
@@ -166,6 +182,34 @@ def test_another_config_is_not_mixed_in(begin, tmp_path):
         recipe.main(begin())
 
 
+def test_another_text_is_not_mixed_in(begin, shards, tmp_path):
+    """Under the same name."""
+    shutil.copytree(shards, tmp_path / "data")
+    config = begin().config
+    config.write_text(config.read_text().replace(str(shards), str(tmp_path / "data")))
+    recipe.main(begin())
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest["shards"].pop()
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="found.json tells of other text than .*/data has: choose"):
+        recipe.main(begin())
+
+
+def test_steps_are_timed_against_the_baselines_of_the_same_round(begin, tmp_path, monkeypatch):
+    """All that the file has are timed anew, on one machine."""
+    quick = recipe.CANDIDATES["nanogpt"]
+    monkeypatch.setattr(recipe, "train", lambda *training: Run(*training[:3], (40,), (4.0,), *ON))
+    turns = {"nanogpt": [1.0, 2.0, 4.0], "slow": [2.0, 6.0, 8.0]}  # 2, 3 and 2 times as long
+    monkeypatch.setattr(recipe, "measure_steps", lambda names, _: {n: turns[n] for n in names})
+    monkeypatch.setitem(recipe.CANDIDATES, "slow", replace(quick, meaning="slow"))
+    recipe.main(begin())
+    kept = recipe.load_found(tmp_path / "out" / "found.json")
+    assert (kept.step_seconds, kept.step_ratios) == (2.0, {"nanogpt": 1.0, "slow": 2.0})
+    turns["slow"] = [7.0, 14.0, 28.0]
+    recipe.main(begin("--only", "nanogpt"))
+    assert recipe.load_found(tmp_path / "out" / "found.json").step_ratios["slow"] == 7.0
+
+
 def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
     """What is done is kept, and what hasn't begun doesn't begin."""
     begun = []
@@ -175,7 +219,7 @@ def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
         time.sleep(0.1 * len(begun))
         if rate == 2.0:
             raise UserError("a training failed")
-        return Run(name, rate, seed, (20, 40), (5.0, 4.0), CPU)
+        return Run(name, rate, seed, (20, 40), (5.0, 4.0), *ON)
 
     monkeypatch.setattr(recipe, "train", train)
     rates = tuple(float(rate) for rate in range(1, 12))
@@ -184,7 +228,7 @@ def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match="a training failed"):
         recipe.main(begin("--jobs", 2))
-    kept = recipe.load_found(tmp_path / "found.json")
+    kept = recipe.load_found(tmp_path / "out" / "found.json")
     assert [run.rate for run in kept.runs] == [rate for rate in begun if rate != 2.0]
     assert len(begun) <= 4
 
@@ -216,7 +260,7 @@ def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path)
     arguments = begin()
     config = arguments.config.read_text().replace("max_steps = 40", "max_steps = 100_000")
     arguments.config.write_text(config)
-    words = ["--config", arguments.config, "--results", arguments.results, "--out", arguments.out]
+    words = ["--config", arguments.config, "--out", arguments.out]
     process = subprocess.Popen(
         [sys.executable, ROOT / "recipe.py", *words, "--only", "nanogpt"],
         stderr=subprocess.DEVNULL,
@@ -237,11 +281,11 @@ def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path)
 
 
 def damaged(text: str):
-    return lambda arguments: arguments.results.write_text(text)
+    def put(arguments: object) -> None:
+        arguments.out.mkdir()
+        (arguments.out / "found.json").write_text(text)
 
-
-def in_the_way(name: str):
-    return lambda arguments: Path(getattr(arguments, name)).write_text("")
+    return put
 
 
 @pytest.mark.parametrize(
@@ -251,8 +295,8 @@ def in_the_way(name: str):
         ([], damaged("{"), "can't read .*found.json"),
         ([], damaged("[1]"), "can't read .*found.json: expected an object"),
         ([], damaged('{"runs": 3}'), "can't read .*found.json: found lacks command"),
-        ([], in_the_way("out"), "can't write .*out/nanogpt_0.001_1: Not a directory"),
-        (["--results", "README.md/x"], None, "can't .*README.md/x: Not a directory"),
+        ([], lambda arguments: arguments.out.write_text(""), "can't write .*out: File exists"),
+        (["--out", "README.md/x"], None, "can't .*README.md/x.*: Not a directory"),
         (
             [],
             lambda arguments: arguments.config.write_text("[log]\neval_every = 0\n"),
