@@ -128,7 +128,7 @@ CANDIDATES = {
     ),
     "muon_ema": changed(
         MUON,
-        "Muon, level to the end, weights averaged over the last tenth",
+        "Muon, level, weights averaged over the last tenth",
         {"optim.average_share": 0.1},
         floor=1.0,
     ),

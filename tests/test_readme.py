@@ -777,14 +777,14 @@ def recipe_table(names: tuple[str, ...] = (), file: str = "recipe", with_time: b
 
 
 def test_the_table_of_ways_of_training_is_what_was_found():
-    assert recipe_table(("nanogpt", "muon_linear")) in README
+    assert recipe_table(("nanogpt", "muon", "muon_ema")) in README
     assert recipe_table() in MEASURED
     assert recipe_table(file="recipe_124m", with_time=False) in MEASURED
     rows = rows_of(load_found(ROOT / "results" / "recipe_124m.json"))
-    tokens, _ = shares(rows["muon_linear"], rows["nanogpt"], math.nan)
+    tokens, _ = shares(rows["muon"], rows["nanogpt"], math.nan)
     share = f"{tokens:.0%}".replace("%", " %")
     assert f"[got there](results/recipe_124m.json) with {share} of the tokens, one seed." in PROSE
-    assert len(rows["muon_linear"].runs) == 1
+    assert len(rows["muon"].runs) == 1
 
 
 def test_memory_is_told_as_it_was_measured():

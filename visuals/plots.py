@@ -262,7 +262,9 @@ def recipe() -> Figure:
     found = load_found(ROOT / "results" / "recipe.json")
     rows, tokens = rows_of(found), found.config["train"]["tokens_per_step"]
     figure, panels = sheet(9, 3.8, columns=2)
-    for name, label, colour in (("nanogpt", "AdamW", GREY), ("muon_linear", "Muon", BLUE)):
+    lines = {"nanogpt": ("AdamW, cosine", GREY), "muon": ("Muon, cosine", BLUE)}
+    lines["muon_ema"] = ("Muon, weights averaged", ORANGE)
+    for name, (label, colour) in lines.items():
         row = rows[name]
         losses = [run.losses for run in row.runs]
         low, high = np.min(losses, axis=0), np.max(losses, axis=0)
