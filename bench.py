@@ -93,7 +93,7 @@ import platform
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -159,19 +159,34 @@ class Contestant:
 
 
 def take_turns(names: dict[str, str], settings: dict, rounds: int) -> tuple[dict, dict[str, list]]:
-    """(what ours says of the machine, the turns of each contestant); `names` have their paths."""
+    """(what ours says of the machine, the turns of each contestant); `names` have their paths.
+
+    A peer that fails is told and left out, wherever it was. Raises UserError if ours fails.
+    """
     with ExitStack() as stack:
-        contestants = [
-            stack.enter_context(Contestant(settings_for(name, path, settings)))
+        contestants = {
+            name: stack.enter_context(Contestant(settings_for(name, path, settings)))
             for name, path in names.items()
-        ]
-        machine, *_ = [one.prepare() for one in contestants]  # one by one: each compiles alone
-        turns: dict[str, list[Turn]] = {name: [] for name in names}
+        }
+
+        def from_all(question: Callable[[Contestant], dict]) -> dict[str, dict]:
+            answers = {}
+            for name, one in list(contestants.items()):
+                try:
+                    answers[name] = question(one)
+                except UserError as error:
+                    if name == "ours":
+                        raise
+                    print(f"left out: {error}", file=sys.stderr)
+                    del contestants[name]
+            return answers
+
+        machine = from_all(Contestant.prepare)["ours"]  # one by one: each compiles alone
+        rounds_told = []
         for number in range(1, rounds + 1):
             print(f"round {number} of {rounds}", file=sys.stderr)
-            for one in contestants:
-                turns[one.name].append(one.ask())
-        return machine, turns
+            rounds_told.append(from_all(Contestant.ask))
+        return machine, {name: [told[name] for told in rounds_told] for name in contestants}
 
 
 def settings_for(name: str, path: str, settings: dict) -> dict:
@@ -271,7 +286,7 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
     machine, turns = take_turns(names, settings, arguments.rounds)
     ceiling, peak = median(turns["ours"], "matrix_product_flops"), machine["peak_flops"]
     results = {}
-    for name in names:
+    for name in turns:
         seconds = {part: median(turns[name], f"{part}_seconds") for part in PARTS}
         step = median(turns[name], "step_seconds")
         rate = B * config.model.block_size / step
@@ -334,7 +349,7 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
             "prefill_times_as_fast": ratio(turns, name, "prefill_seconds"),
             "decode_times_as_fast": ratio(turns, name, "token_seconds"),
         }
-        for name in names
+        for name in turns
     }
     head = ["", "prefill tokens/s", "decode tokens/s", "ours prefills", "ours decodes"]
     rows = [
@@ -399,7 +414,7 @@ def tokenize(arguments: argparse.Namespace, config: Config) -> dict:
             "tokens_per_second": 1 / median(turns[name], "seconds_per_token"),
             "times_as_fast": ratio(turns, name, "seconds_per_token"),
         }
-        for name in names
+        for name in turns
     }
     print_table(
         ["", "tokens/s", "per process", "ours is"],

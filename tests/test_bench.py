@@ -288,13 +288,44 @@ def test_a_disk_that_is_full_in_the_end_is_one_line(call, tmp_path, monkeypatch)
     assert "No space left on device" in call("bench", "plan", *options).error()
 
 
-def test_a_contestant_that_fails_is_named_after_what_it_said(tmp_path, config):
+def test_a_peer_that_fails_is_left_out_after_what_it_said(tmp_path, config):
     (tmp_path / "model.py").write_text("class GPTConfig:\n    pass\n")
-    options = ["--config", config, "--no-compile", "--peer", f"nanogpt={tmp_path}"]
+    output = tmp_path / "out.json"
+    options = ["--config", config, "--no-compile", "--peer", f"nanogpt={tmp_path}", "--rounds", 1]
+    options += ["--steps", 1, "--device", "cpu", "--output", output]
     result = run("bench.py", "train", *options)
-    assert result.status == 2
+    assert result.status == 0
     assert "AttributeError: module 'peer_model' has no attribute 'GPT'" in result.err
-    assert result.err.splitlines()[-1] == "error: nanogpt failed; what it said stands above"
+    assert "left out: nanogpt failed; what it said stands above" in result.err.splitlines()
+    assert list(json.loads(output.read_text())["results"]) == ["ours"]
+    assert result.out.splitlines()[1].startswith("ours ")
+
+
+def test_a_peer_that_fails_in_a_later_round_is_left_out_with_all_its_turns(monkeypatch):
+    class Scripted(bench.Contestant):
+        def __init__(self, settings: dict) -> None:
+            self.name, self.turn = settings["name"], 0
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def prepare(self) -> dict:
+            return {"machine": self.name}
+
+        def ask(self, line: str = "") -> dict:
+            self.turn += 1
+            if (self.name, self.turn) == (failing, 2):
+                raise UserError(f"{self.name} failed")
+            return {"turn": self.turn}
+
+    monkeypatch.setattr(bench, "Contestant", Scripted)
+    failing, names = "nanogpt", dict.fromkeys(("ours", "nanogpt", "transformers"), "")
+    machine, turns = bench.take_turns(names, {}, rounds=3)
+    assert machine == {"machine": "ours"}
+    assert turns == {name: [{"turn": n} for n in (1, 2, 3)] for name in ("ours", "transformers")}
+    failing = "ours"
+    with pytest.raises(UserError, match="ours failed"):
+        bench.take_turns(names, {}, rounds=3)
 
 
 def test_text_that_cannot_be_prepared_is_told_without_a_traceback(tmp_path):
