@@ -83,7 +83,6 @@ class OptimSettings:
     weight_decay: float = setting(
         0.1, "decay of matrices and embeddings, per step × rate", minimum=0
     )
-    joint_qkv: bool = setting(False, "Muon takes queries, keys and values as one matrix")
     beta1: float = setting(0.9, "AdamW's memory of the gradient", minimum=0, below=1)
     beta2: float = setting(0.95, "AdamW's memory of its square", minimum=0, below=1)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 = no limit", minimum=0)

@@ -46,7 +46,7 @@ def muon_groups(model: GPT, settings: OptimSettings) -> list[dict[str, object]]:
     common = {"weight_decay": settings.weight_decay, "relative_rate": rate}
     return [
         *groups,
-        {"params": qkv, "matrices": 1 if settings.joint_qkv else 3, **common},
+        {"params": qkv, "matrices": 3, **common},
         {"params": others, "matrices": 1, **common},
     ]
 

@@ -126,9 +126,6 @@ CANDIDATES = {
     "muon_sqrt": changed(
         MUON_LINEAR, "Muon, level, then 1 - √ for 40 %", LEVEL | {"optim.schedule": "sqrt"}
     ),
-    "joint_qkv": changed(
-        MUON_LINEAR, "queries, keys and values as one matrix", {"optim.joint_qkv": True}
-    ),
     "muon_ema": changed(
         MUON,
         "Muon, level, weights averaged over the last tenth",
