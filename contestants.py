@@ -12,6 +12,7 @@ import atexit
 import itertools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from checkpoint import Meta, save_checkpoint
 from config import Config, DataSettings, LogSettings, ModelSettings, TrainSettings
 from data import BatchShape, micro_batches
 from decoding import pack_weights
-from device import choose_device, choose_dtype, device_name, peak_flops, peak_memory
+from device import choose_device, choose_dtype, device_name, peak_flops
 from distributed import Ranks
 from errors import UserError, run_script
 from model import GPT, GPTConfig
@@ -89,6 +90,14 @@ class Stopwatch:
             passed = before.elapsed_time(now) / 1000 if self.on_gpu else now - before
             seconds[name] = seconds.get(name, 0.0) + passed
         return seconds
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: on a GPU by torch, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,8 +55,8 @@ def choose_device(name: str) -> torch.device:
         )
     if local_rank >= count:
         raise UserError(
-            f"device cuda:{local_rank}: this process sees {count} of the GPUs; start as many "
-            "processes with --nproc-per-node, or use cpu"
+            f"device cuda:{local_rank}: this machine shows {count} GPUs; start no more processes "
+            "than that with --nproc-per-node, or use cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -127,16 +126,6 @@ def memory_errors(advice: str) -> Iterator[None]:
         if "out of memory" in told or "can't allocate memory" in told:
             raise UserError(f"out of memory: {advice}") from error
         raise
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: on a GPU by torch, else by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # which Windows doesn't have
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def keep_freed_memory() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from device import choose_device
-from errors import UserError
+from errors import Stopped, UserError
 from guard import RollCall
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch < 2.13
@@ -180,7 +180,7 @@ class Ranks:
 
 @contextmanager
 def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, and leave them when all have done their work.
+    """Join the processes that torchrun started, and leave them when all have come to their end.
 
     NCCL's leaving waits for all ranks. Where one has failed, the process's end has to do
     (`run_script`). Raises UserError if the device isn't there.
@@ -213,12 +213,18 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
         device_id=device if device.type == "cuda" else None,
     )
     roll_call = _begin_roll_call(ranks, attempt, timeout_seconds)
+    all_have_ended = False
     try:
         with roll_call.telling_failures():
             yield replace(ranks, roll_call=roll_call)
-        dist.destroy_process_group()
+        all_have_ended = True
+    except Stopped:
+        all_have_ended = True
+        raise
     finally:
         roll_call.close()
+        if all_have_ended:
+            dist.destroy_process_group()
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:

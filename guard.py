@@ -260,10 +260,10 @@ class RollCall:
             return None
 
     def _watch(self) -> None:
-        heard_at = math.inf
+        failed, heard_at = None, math.inf
         while not self.closed.wait(min(1.0, self.timeout_seconds / 4)):
-            if failed := self._answer(self._failed):
-                heard_at = min(heard_at, time.monotonic())
+            if not failed and (failed := self._answer(self._failed)):
+                heard_at = time.monotonic()  # the store may go with whoever failed
             is_over = time.monotonic() - heard_at > FAILURE_SECONDS
             if complaint := failed if is_over else self.complaint():
                 here = f"[rank {self.rank} on {socket.gethostname()}]"

@@ -55,22 +55,24 @@ class Metrics:
     """What a run measured: `metrics.jsonl`, and TensorBoard and Weights & Biases if asked for."""
 
     def __init__(self, config: Config, start: int) -> None:
-        """Go on after step `start`: what the file tells of later steps will be done again.
+        """Go on after step `start`: what the file tells of later steps will be done again, and at
+        0 all of it.
 
         Raises UserError if an asked-for package is not installed, the disk is full, or the file
         that is there can't be read.
         """
         folder = Path(config.train.out)
         self.path = folder / METRICS
-        kept = [line for line in _lines_of(self.path) if _step_of(line) <= start]
+        kept = [line for line in _lines_of(self.path) if _step_of(line) <= start > 0]
         with self._disk_errors():
             write_atomically(self.path, "".join(kept))
+        first = start + 1 if start else 0  # the first step that is told from here on
         self.tensorboard = self.wandb = None
         try:
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+                self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first)
             if config.log.wandb:
                 import wandb
 
@@ -87,8 +89,10 @@ class Metrics:
     def _wandb_id(self, path: Path, start: int) -> str:
         """What Weights & Biases is to know this run by, also when it goes on."""
         with self._disk_errors():
-            if start == 0 or not path.exists():
+            if start == 0:
                 write_atomically(path, uuid.uuid4().hex)
+            if not path.exists():  # of a run that was begun when this was its id
+                write_atomically(path, path.parent.name)
             return path.read_text(encoding="utf-8")
 
     @contextmanager

@@ -281,8 +281,9 @@ class HeadLoss(torch.autograd.Function):
             loss += (logits_to_gradient(logits, targets[rows], V) - wanted).sum()
             if want_gradients:
                 grad_hidden[rows] = logits @ padded  # (n, C)
-                small = hidden[rows] * 2**-8  # float16 ends at 65,504, which 8,192 rows may exceed
-                grad_weight.add_((logits.T @ small)[:V], alpha=2**8)  # (V, C)
+                # float16 ends at 65,504, which a sum over 8,192 rows may exceed: not 2⁻⁵ of it, as
+                # long as the mean of a channel's sizes is below 256.
+                grad_weight.add_((logits.T @ (hidden[rows] * 2**-5))[:V], alpha=2**5)  # (V, C)
         if want_gradients:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.count = N

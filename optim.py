@@ -68,22 +68,21 @@ def make_optimizer(model: GPT, settings: OptimSettings, ranks: Ranks) -> torch.o
 
 
 # In a parameter's state: its average; while that is in its place, the parameter.
-OTHER = "other_weights"
+OTHER = "other"
 
 
 @torch.no_grad()
 def update_average(
     optimizer: torch.optim.Optimizer, share: float, step: int, skipped: Tensor
 ) -> None:
-    """Move each parameter's average towards it.
+    """Move each parameter's average towards it, after step `step`, counted from 1.
 
-    After `step` steps, counted from 1, it is over about the last `share` of them: an exponential
-    moving average (EMA) whose memory grows with the run, so that the first weights, which have
-    learned nothing, are soon forgotten (as in Shamir and Zhang 2013, polynomial-decay averaging,
-    https://arxiv.org/abs/1212.1824). Where `skipped`, a scalar on the device, is 1, it stays as it
-    is.
+    It is over about the last `share` of the steps: a moving average whose memory grows with the
+    run, so that the first weights, which have learned nothing, are soon forgotten (Shamir and Zhang
+    2013, polynomial-decay averaging, https://arxiv.org/abs/1212.1824; their η + 1 is 1 / share).
+    Where `skipped`, a scalar on the device, is 1, it stays as it is.
     """
-    pull = (1 - skipped) / (1 + share * step)
+    pull = (1 - skipped) / (1 + share * (step - 1))
     for parameter, state in optimizer.state.items():
         if OTHER not in state:
             state[OTHER] = parameter.clone()

@@ -276,20 +276,20 @@ def training_texts(source: Source, val_tokens: int) -> Iterator[str]:
     They begin well behind the validation text, which nothing should have seen: in prose even the
     largest vocabulary makes less than six characters a token. Raises UserError if nothing is there.
     """
-    passed_over = 6 * val_tokens
+    skipped = 6 * val_tokens
     read = 0
     for batch in batches(source):
         for pieces in batch():
             for piece in pieces:
                 read += len(piece)
-                if read > passed_over:
+                if read > skipped:
                     yield piece
-                if read > passed_over + BPE_TRAINING_CHARACTERS:
+                if read > skipped + BPE_TRAINING_CHARACTERS:
                     return
-    if read <= passed_over:
+    if read <= skipped:
         raise UserError(
             f"the source has only {read:,} characters; to learn a vocabulary, the first "
-            f"{passed_over:,} (6 × --val-tokens) are passed over: give a smaller --val-tokens"
+            f"{skipped:,} (6 × --val-tokens) are skipped: give a smaller --val-tokens"
         )
 
 

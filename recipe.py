@@ -327,11 +327,13 @@ def steps_to(curve: list[tuple[int, float]], loss: float) -> float | None:
 def shares(row: Row, baseline: Row, step_ratio: float) -> tuple[float, float] | None:
     """Of the baseline's tokens and of its time, what a candidate needs to reach its loss.
 
-    Both with the seeds that the candidate was trained with.
+    Both with the seeds that both were trained with. None: it doesn't.
     """
-    seeds = {run.seed for run in row.runs}
-    baseline = replace(baseline, runs=[run for run in baseline.runs if run.seed in seeds])
-    steps = steps_to(row.curve, baseline.loss)
+    seeds = {run.seed for run in row.runs} & {run.seed for run in baseline.runs}
+    row, baseline = (
+        replace(one, runs=[run for run in one.runs if run.seed in seeds]) for one in (row, baseline)
+    )
+    steps = steps_to(row.curve, baseline.loss) if seeds and math.isfinite(baseline.loss) else None
     if steps is None:
         return None
     tokens = steps / baseline.curve[-1][0]
@@ -363,7 +365,7 @@ def main(arguments: argparse.Namespace) -> None:
     do(found, [(name, found.best_rate(name), seed) for seed in SEEDS for name in names], arguments)
     timed = dict.fromkeys([BASELINE, *names, *found.candidates])  # anew, on one machine
     turns = measure_steps([name for name in timed if name in CANDIDATES], arguments.config)
-    found.step_seconds = statistics.median(turns[BASELINE])
+    found.step_seconds, found.step_ratios = statistics.median(turns[BASELINE]), {}
     for name, seconds in turns.items():
         ratios = (ours / theirs for ours, theirs in zip(seconds, turns[BASELINE]))
         found.step_ratios[name] = statistics.median(ratios)

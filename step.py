@@ -162,7 +162,7 @@ class Stepper:
         return self.wrapped.no_sync()
 
     def rehearse(self, step: int) -> None:
-        """Run a micro-batch of a step, forward and backward, and an update that changes nothing.
+        """Make an update that changes nothing, then run a micro-batch of a step.
 
         It lets torch.compile compile, and memory run out, before the first step rather than in it.
         And DDP, after its first backward pass, orders its buckets anew by the order in which
@@ -170,6 +170,13 @@ class Stepper:
         one that was never stopped.
         """
         seed, rank, device = self.config.train.seed, self.ranks.rank, self.ranks.device
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.found_inf = torch.ones((), device=device)  # as if they weren't finite
+        self.optimizer.step()  # makes the optimizer's state
+        if share := self.config.optim.average_share:
+            update_average(self.optimizer, share, step + 1, skipped=self.optimizer.found_inf)
+        self.optimizer.zero_grad(set_to_none=True)
         _, inputs, targets = next(micro_batches(self.stream, self.shape, seed, step, rank))
         try:
             loss = self.loss_of(inputs.to(device), targets.to(device))
@@ -181,8 +188,6 @@ class Stepper:
             raise UserError(
                 f"torch.compile failed ({reason}): give --train.compile false to do without"
             ) from error
-        self.optimizer.found_inf = torch.ones((), device=device)  # as if a number weren't finite
-        self.optimizer.step()  # makes the optimizer's state
         self.optimizer.zero_grad(set_to_none=True)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -203,8 +208,7 @@ class Stepper:
         asked = torch.full((), float(asked_to_stop), device=self.ranks.device)
         accumulate = self.canonical_gradients if self.is_canonical else self.gradients
         numbers = self.update(accumulate(step, asked))
-        share = self.config.optim.average_share
-        if share:
+        if share := self.config.optim.average_share:
             update_average(self.optimizer, share, step + 1, skipped=numbers[SKIPPED])
         else:
             drop_average(self.optimizer)  # which a run may have had before

@@ -41,7 +41,7 @@ from checkpoint import (
     step_of,
 )
 from data import BatchShape, step_windows
-from device import device_name, memory_errors, peak_memory
+from device import device_name, memory_errors
 from distributed import Ranks, process_group
 from guard import StopRequest
 from huggingface import find_model
@@ -449,11 +449,11 @@ class Trainer:
             metrics.close()
         if stopped:
             number = self.stop.number or signal.SIGTERM
-            told = f"stopped after step {self.step:,}; the same command goes on from there"
+            told = "stopped before the first step; the same command begins again"
+            if self.step:
+                told = f"stopped after step {self.step:,}; the same command goes on from there"
             raise Stopped(told, number)
         self._check_weights()
-        if first and self.ranks.device.type == "cuda":
-            say(f"memory at its peak: {peak_memory(self.ranks.device) / 1e9:.1f} GB")
         if first:
             say(f"done: python sample.py --checkpoint {self.out}")
 
@@ -525,13 +525,13 @@ class Trainer:
         return stop
 
     def _missing_evaluations(self) -> list[str]:
-        """What is due now and hasn't been told: a run begins with it that was stopped before or in
-        it, or that has another's weights.
+        """What is due now and hasn't been told: of a run that was stopped before or during it, or
+        that has another run's weights.
         """
         has_learned = self.step > 0 or self.config.train.init_from
         due, told = self._evaluations_due() if has_learned else [], set()
         with self.ranks.together():
-            if self.ranks.is_first and due:
+            if self.ranks.is_first and due and self.step:
                 told = kinds_told(self.out, self.step)
         return [kind for kind in due if self.ranks.agree(int(kind not in told))]
 
@@ -598,7 +598,8 @@ class Trainer:
 def shared_settings(config: Config) -> dict[str, dict]:
     """The settings that all machines of a run must have alike: all but their own paths."""
     settings = asdict(config)
-    del settings["data"]["dir"], settings["train"]["out"], settings["train"]["init_from"]
+    del settings["data"]["dir"], settings["train"]["out"]
+    settings["train"]["init_from"] = bool(config.train.init_from)
     return settings
 
 

@@ -43,7 +43,7 @@ def test_other_errors_are_no_lack_of_memory():
     ("count", "advice"),
     [
         (0, "device cuda: no NVIDIA GPU can be seen by this PyTorch"),
-        (1, "device cuda:1: this process sees 1 of the GPUs; start as many"),
+        (1, "device cuda:1: this machine shows 1 GPUs; start no more processes than that"),
     ],
 )
 def test_a_gpu_that_is_not_there_is_told_with_advice(monkeypatch, count, advice):

@@ -275,7 +275,7 @@ def test_a_run_whose_reader_has_gone_goes_on_and_stops_only_as_asked(
 # Bad numbers
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(train, tmp_path):
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(train, tmp_path):
     """The weights after it are those of a run whose optimizer rested in that step."""
     fault = {"fault": "nan", "at": 5, "rank": 1}
     settings = ("--train.max_steps", 6, "--train.checkpoint_every", 1, "--log.eval_every", 0)
@@ -306,7 +306,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_checkpoint(
     assert train(tmp_path / "run", 2, *settings).status == 0
 
 
-def test_a_spike_is_passed_over_once_there_is_something_to_compare_with(train, tmp_path):
+def test_a_spike_is_skipped_once_there_is_something_to_compare_with(train, tmp_path):
     settings = ("--train.skip_spikes", 6, "--train.max_steps", 140, "--log.eval_every", 0)
     settings += ("--train.tokens_per_step", 64)
     fault = {"fault": "spike", "at": "20,135"}
@@ -571,7 +571,7 @@ def test_a_killed_process_is_started_again_and_a_lost_machine_is_done_without(
 # Checkpoints that can't be used, or can't be written
 
 
-def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(train, alone, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_by_all_ranks(train, alone, tmp_path):
     shutil.copytree(alone, tmp_path / "run")
     damaged = tmp_path / "run" / "checkpoints" / "step_000040" / "optimizer.safetensors"
     os.truncate(damaged, damaged.stat().st_size - 1)

@@ -232,6 +232,40 @@ def test_a_rank_that_waits_for_one_that_failed_does_not_wait_for_long():
     assert time.monotonic() - began < 40
 
 
+HOST = """
+import time
+from torch.distributed import TCPStore
+from guard import RollCall
+
+store = TCPStore("127.0.0.1", 0, is_master=True)
+call = RollCall(store, 0, 2, timeout_seconds=60)
+print(store.port, flush=True)
+store.wait(["1"])  # the other is there
+store.set("failed", "rank 0 on its machine")
+time.sleep(2)
+"""
+GUEST = """
+import sys, time
+from torch.distributed import TCPStore
+import guard
+
+guard.FAILURE_SECONDS = 4
+store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
+guard.RollCall(store, 1, 2, timeout_seconds=60).watch()
+time.sleep(60)
+"""
+
+
+def test_who_has_failed_is_remembered_when_the_store_goes_with_it():
+    """As rank 0's machine does."""
+    python = [sys.executable, "-c"]
+    with subprocess.Popen([*python, HOST], cwd=ROOT, stdout=subprocess.PIPE, text=True) as host:
+        port = host.stdout.readline().strip()
+        guest = subprocess.run([*python, GUEST, port], cwd=ROOT, capture_output=True, text=True)
+    assert guest.returncode == 1
+    assert "rank 0 on its machine can't go on, see there" in guest.stderr
+
+
 def test_a_rank_that_fails_by_itself_says_so_though_another_has_failed():
     first, second = roll_calls(HashStore())
     for rank in (second, first):

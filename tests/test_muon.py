@@ -135,7 +135,7 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not():
         torch.testing.assert_close(after, old * (1 - rate * 0.1), rtol=1e-6, atol=0, msg=name)
 
 
-def test_a_step_that_is_passed_over_changes_nothing():
+def test_a_step_that_is_skipped_changes_nothing():
     torch.manual_seed(0)
     model = GPT(SMALL)
     optimizer = make_optimizer(model, SETTINGS, ALONE)

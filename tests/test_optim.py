@@ -121,7 +121,7 @@ def test_an_average_is_over_the_same_share_of_a_short_run_and_of_a_long_one(step
             weight.fill_(step > 0.9 * steps)
         update_average(optimizer, 0.1, step, went)
         update_average(optimizer, 0.1, step, skipped)
-        expected += (weight[0].item() - expected) * 10 / (step + 10)
+        expected += (weight[0].item() - expected) * 10 / (step + 9)
         assert told[OTHER].tolist() == pytest.approx([expected] * 2)
     assert 0.63 < expected < 0.66
     swap_average(optimizer)

@@ -228,7 +228,7 @@ def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whol
     def interrupt(process: subprocess.Popen) -> None:
         """As Ctrl-C does it: the terminal signals the whole group, workers leave it to the parent.
 
-        A signal to the workers alone, a little earlier, is passed over too.
+        A signal to the workers alone, a little earlier, is ignored too.
         """
         if process.poll() is None:
             for worker in workers_of(process):
@@ -624,7 +624,7 @@ def test_at_most_twenty_million_characters_are_learned_from(prepare, texts, monk
 
 def test_a_source_too_small_to_learn_a_vocabulary_from_is_refused(prepare):
     error = prepare("--tokenizer", "bpe:290", "--val-tokens", 100_000).error()
-    assert "the first 600,000 (6 × --val-tokens) are passed over: give a smaller --val" in error
+    assert "the first 600,000 (6 × --val-tokens) are skipped: give a smaller --val" in error
     assert "the text yields only" in prepare("--tokenizer", "bpe:9000").error()
 
 

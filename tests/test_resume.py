@@ -13,7 +13,7 @@ from conftest import exchange_shard, metrics_of
 from safetensors.torch import load_file
 
 import train
-from checkpoint import MODEL, OPTIMIZER, newest_checkpoint
+from checkpoint import MODEL, OPTIMIZER, newest_checkpoint, read_checkpoint
 from config import Config
 from errors import Stopped, UserError
 from resume import check_same_run, check_schedule
@@ -110,13 +110,36 @@ def test_a_fine_tuning_tells_the_loss_that_it_begins_with(configure, trained, tm
     assert [line["step"] for line in metrics_of(tmp_path / "run", "val")] == [0, 1, 2]
 
 
+def test_a_fine_tuning_that_fails_before_its_first_checkpoint_begins_anew(
+    configure, trained, tmp_path, monkeypatch
+):
+    """With the loss that it begins with as the best so far, and perhaps with other weights."""
+    wild = ("--optim.learning_rate", 0.3, "--optim.warmup_steps", 0, "--train.save_best", "true")
+    config = configure("--train.init_from", trained, "--train.max_steps", 4, *wild)
+    config = replace(config, log=replace(config.log, eval_every=1))
+    train.train(replace(config, train=replace(config.train, out=str(tmp_path / "whole"))))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(config)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "val", "step": 0, "loss": 9.0}\n')
+    train.train(config)
+    whole, run = (metrics_of(tmp_path / name, "val") for name in ("whole", "run"))
+    assert run == whole and [line["step"] for line in run] == [0, 1, 2, 3, 4]
+    found = [
+        [(path.name, read_checkpoint(path).meta.best_val_loss) for path in sorted(folder.iterdir())]
+        for folder in (tmp_path / name / "checkpoints" for name in ("whole", "run"))
+    ]
+    assert found[0] == found[1] == [("step_000004", run[0]["loss"])]
+
+
 def test_a_fine_tuning_that_is_stopped_before_its_first_step_begins_anew(
     configure, trained, tmp_path, monkeypatch
 ):
     config = configure("--train.init_from", trained, "--train.max_steps", 1, "--log.eval_every", 20)
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "_asked_to_stop", lambda _: True)
-        with pytest.raises(Stopped, match="stopped after step 0"):
+        with pytest.raises(Stopped, match="stopped before the first step"):
             train.train(config)
     train.train(config)
     assert [line["step"] for line in metrics_of(tmp_path / "run", "val")] == [0, 1]
@@ -194,7 +217,7 @@ def test_a_learning_rate_that_falls_does_not_rise_again(configure, step, changes
         check_schedule(saved_at(step, then), now)
 
 
-def test_a_cosine_may_be_made_longer_and_settings_that_are_unknown_now_are_passed_over(configure):
+def test_a_cosine_may_be_made_longer_and_settings_that_are_unknown_now_are_skipped(configure):
     checkpoint = saved_at(40, configure())
     checkpoint.meta.config["optim"]["momentum"] = 1
     check_schedule(checkpoint, configure("--train.max_steps", 80))

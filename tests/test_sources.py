@@ -81,7 +81,7 @@ def test_a_text_in_several_gzip_members_is_read_to_the_end(tmp_path):
     assert documents(path) == TEXTS
 
 
-def test_empty_lines_are_passed_over_and_the_last_needs_no_end(tmp_path):
+def test_empty_lines_are_skipped_and_the_last_needs_no_end(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\n{"text": "a"}\r\n  \n{"text": "b"}')
     assert documents(path) == ["a", "b"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from conftest import without_key_biases
+from conftest import ROOT, without_key_biases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config
@@ -140,6 +143,38 @@ def test_the_rehearsal_takes_the_memory_of_a_step_and_leaves_no_trace(configure,
     torch.testing.assert_close(weights, others, rtol=0, atol=0)
     states, others = (stepper.optimizer.state_dict()["state"] for stepper in (rehearsed, plain))
     torch.testing.assert_close(states, others, rtol=0, atol=0)
+
+
+PEAKS = """
+import resource, sys
+from pathlib import Path
+import torch
+from config import load_config
+from data import BatchShape
+from distributed import Ranks
+from model import GPT, GPTConfig
+from shards import TokenStream
+from step import Stepper
+
+config, folder = load_config(sys.argv[2:]), Path(sys.argv[1])
+ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=4, n_head=2, n_embd=768))
+stepper = Stepper(config, ranks, model, BatchShape(512, 32, 16, 1), TokenStream(folder, "train"))
+stepper.rehearse(0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+for step in range(3):
+    assert stepper.take(step).loss > 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_the_steps_take_no_more_memory_than_the_rehearsal(shards, tiny):
+    """28 million parameters: 0.11 GB each for weights, gradients and averages."""
+    options = ["--optim.average_share", "0.1", "--train.device", "cpu"]
+    command = [sys.executable, "-c", PEAKS, shards, tiny, *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rehearsed, stepped = map(int, result.stdout.split())
+    assert stepped < 1.05 * rehearsed
 
 
 class Waits(TorchDispatchMode):

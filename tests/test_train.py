@@ -437,9 +437,8 @@ def test_an_average_of_weights_is_evaluated_and_saved_and_changes_nothing_that_i
     expected = None
     for step in range(1, 7):
         weights = [weight.double() for weight in weights_of(plain / f"step_{step:06}")]
-        expected = expected or weights
-        decay = 0.25 * step / (0.25 * step + 1)
-        expected = [decay * mean + (1 - decay) * w for mean, w in zip(expected, weights)]
+        pull = 4 / (step + 3)  # 1 in the first step
+        expected = [m + pull * (w - m) for m, w in zip(expected or weights, weights)]
         for mean, weight in zip(weights_of(other / f"step_{step:06}"), expected):
             torch.testing.assert_close(mean.double(), weight, rtol=1e-5, atol=1e-7)
     (validation,) = metrics_of(other.parent, "val")
