@@ -787,6 +787,16 @@ def test_the_table_of_ways_of_training_is_what_was_found():
     assert len(rows["muon"].runs) == 1
 
 
+def test_what_a_mask_does_to_short_documents_is_told_as_it_was_measured():
+    found = json.loads((ROOT / "results" / "recipe_short.json").read_text(encoding="utf-8"))
+    last = {run["candidate"]: run["losses"][-1] for run in found["runs"]}
+    told = (
+        f"[it ended at {last['short_mask']:.3f} instead of {last['short']:.3f}](recipe_short.json)"
+    )
+    assert told in " ".join(MEASURED.split())
+    assert len(found["runs"]) == 2 and {run["rate"] for run in found["runs"]} == {0.01}
+
+
 def test_memory_is_told_as_it_was_measured():
     found = json.loads((ROOT / "results" / "memory.json").read_text(encoding="utf-8"))
     process = found["bytes_without_a_model"]
