@@ -63,7 +63,7 @@ class Metrics:
         """
         folder = Path(config.train.out)
         self.path = folder / METRICS
-        kept = [line for line in _lines_of(self.path) if _step_of(line) <= start > 0]
+        kept = [line for line in _lines_of(self.path) if start and _step_of(line) <= start]
         with self._disk_errors():
             write_atomically(self.path, "".join(kept))
         first = start + 1 if start else 0  # the first step that is told from here on

@@ -116,6 +116,7 @@ def test_a_wrong_command_line_is_one_line_that_names_it(config_file, capsys, arg
         ('[model]\nn_layer = "3"\n', "model.n_layer = '3': expected a whole number"),
         ("[model]\nn_layer = true\n", "model.n_layer = True: expected a whole number"),
         ("[model]\nn_layer = 1.5\n", "model.n_layer = 1.5: expected a whole number"),
+        ("[train]\nout = 0\n", "train.out = 0: expected text"),
         ("[model\n", "is not TOML"),
         ("import os\nos.system('echo')\n", "is not TOML"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore, Store
 
-from distributed import TreeSum, name_attempt
-from errors import UserError
+import distributed
+from distributed import TreeSum, name_attempt, process_group
+from errors import Stopped, UserError
+from guard import RollCall
 
 
 @given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 1000))
@@ -71,3 +74,35 @@ def test_who_died_before_the_others_came_is_not_taken_for_the_one_that_comes(sto
         name_attempt(store, 0, 3, timeout_seconds=0.1)
     store.set_timeout(timedelta(seconds=20))
     assert len(set(attempt(store, 3, {1: 0.3}))) == 1
+
+
+# Leaving
+
+
+@pytest.mark.parametrize(
+    ("ending", "leaves"),
+    [
+        (None, True),
+        (Stopped("stopped", 15), True),
+        (UserError("bad"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(monkeypatch, ending, leaves):
+    """As NCCL's destroy would. All of them finish, or are stopped, together."""
+    store, done = HashStore(), []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    roll_call = RollCall(store, 0, 2, timeout_seconds=60)
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(store,)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda **_: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: done.append("left"))
+    monkeypatch.setattr(distributed, "name_attempt", lambda *_: "attempt")
+    monkeypatch.setattr(distributed, "_begin_roll_call", lambda *_: roll_call)
+    with pytest.raises(type(ending)) if ending else nullcontext():
+        with process_group("cpu", timeout_seconds=60):
+            if ending:
+                raise ending
+    assert done == ["left"] * leaves
+    assert roll_call.closed.is_set()
+    assert store.check(["failed"]) == (not leaves)

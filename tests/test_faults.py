@@ -421,6 +421,8 @@ def test_machines_with_other_data_settings_or_weights_are_told(two_machines, sha
     assert "the data here is not that of rank 0" in errors[1]
     errors = two_machines(out, (*out, "--optim.learning_rate", 0.01))
     assert "a setting here is not that of rank 0" in errors[1]
+    errors = two_machines(out, (*out, "--train.init_from", tmp_path / "run"))
+    assert "a setting here is not that of rank 0" in errors[1]
     shutil.copytree(tmp_path / "run", tmp_path / "base")
     checkpoint = tmp_path / "base" / "checkpoints" / "step_000040"
     rewrite_meta(checkpoint, lambda meta: meta.update(best_val_loss=1.0))

@@ -390,7 +390,10 @@ def test_a_truncated_shard_is_one_line(call, tiny, shards, tmp_path):
 
 
 def test_a_step_that_cannot_be_shared_out_is_one_line(call, tiny, shards, tmp_path):
-    arguments = ("--data.dir", shards, "--train.out", tmp_path / "o")
+    """Before the data is read, which may take minutes."""
+    shutil.copytree(shards, tmp_path / "data")
+    (tmp_path / "data" / "train_000000.bin").write_bytes(b"damaged")
+    arguments = ("--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
     result = call("train", tiny, *arguments, "--train.tokens_per_step", 500)
     assert "nearest: 448 or 512" in result.error()
 
