@@ -525,8 +525,8 @@ class Trainer:
         return stop
 
     def _missing_evaluations(self) -> list[str]:
-        """What is due now and hasn't been told: of a run that was stopped before or during it, or
-        that has another run's weights.
+        """What is due after the present step and hasn't been told: the run was stopped before or
+        during it, or begins with another run's weights.
         """
         has_learned = self.step > 0 or self.config.train.init_from
         due, told = self._evaluations_due() if has_learned else [], set()
@@ -538,7 +538,7 @@ class Trainer:
     def _catch_up(self, missing: list[str], metrics: Metrics | None) -> bool:
         """Evaluate before the first step, so that a run tells what it would have told undisturbed.
 
-        Returns whether it was asked to stop again. Its checkpoint is there already.
+        Returns whether it was asked to stop again. There is nothing to save then.
         """
         try:
             if "val" in missing:
