@@ -281,8 +281,8 @@ class HeadLoss(torch.autograd.Function):
             loss += (logits_to_gradient(logits, targets[rows], V) - wanted).sum()
             if want_gradients:
                 grad_hidden[rows] = logits @ padded  # (n, C)
-                # float16 ends at 65,504, which a sum over 8,192 rows may exceed: not 2⁻⁵ of it, as
-                # long as the mean of a channel's sizes is below 256.
+                # A sum over 8,192 rows may pass 65,504, the end of float16. 2⁻⁵ of it can't, as
+                # long as the numbers of a channel have a mean size below 256.
                 grad_weight.add_((logits.T @ (hidden[rows] * 2**-5))[:V], alpha=2**5)  # (V, C)
         if want_gradients:
             ctx.save_for_backward(grad_hidden, grad_weight)
