@@ -49,6 +49,7 @@ class DataSettings:
     """[data]: what to train on."""
 
     dir: str = setting("data/fineweb_edu", "folder of token shards, from prepare_fineweb.py")
+    document_mask: bool = setting(False, "no token attends to another document's")
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,13 @@ class Config:
         lines = []
         for section, values in asdict(self).items():
             lines.append(f"[{section}]")
-            lines += [f"{key} = {_to_toml(value)}" for key, value in values.items()]
+            lines += [f"{key} = {toml_value(value)}" for key, value in values.items()]
             lines.append("")
         return "\n".join(lines)
 
 
-def _to_toml(value: object) -> str:
-    """A value as TOML writes it; JSON's strings, numbers and booleans are TOML's too."""
+def toml_value(value: object) -> str:
+    """A setting's value as TOML writes it; JSON's strings, numbers and booleans are TOML's too."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -228,7 +229,7 @@ def make_parser() -> Parser:
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(f"[{section}]")
         for item in fields(cls):
-            default = _to_toml(item.default)
+            default = toml_value(item.default)
             group.add_argument(
                 f"--{section}.{item.name}",
                 metavar=_type(section, item.name).__name__.upper(),

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from errors import UserError
 from shards import TokenStream
@@ -21,7 +22,7 @@ from shards import TokenStream
 
 def load_windows(
     stream: TokenStream, windows: Iterable[int], block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Windows as (inputs, targets), each int64 (B, T): the targets are one token ahead.
 
     Both are contiguous, or a GPU couldn't fetch them from pinned memory by itself. Raises UserError
@@ -37,6 +38,16 @@ def load_windows(
         )
     inputs, targets = (part.astype(np.int64) for part in (rows[:, :-1], rows[:, 1:]))  # 2 × (B, T)
     return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def document_mask(ids: Tensor, end_of_text: int) -> Tensor:
+    """Which positions may look where, if none looks into another document.
+
+    ids: (B, T) -> bool (B, T, T): row t, column s says whether t sees s. It doesn't if s is later,
+    or if an `end_of_text`, with which each document begins, stands after s and not after t.
+    """
+    document = (ids == end_of_text).cumsum(dim=1)  # (B, T): the number of each token's document
+    return (document[:, :, None] == document[:, None, :]).tril()  # (B, T, T)
 
 
 @lru_cache(maxsize=2)
@@ -114,7 +125,7 @@ class StepLoader:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self.ahead: tuple[int, Future] | None = None  # the step being prepared
 
-    def load(self, step: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    def load(self, step: int) -> list[tuple[int, Tensor, Tensor]]:
         """The (number, inputs (B, T), targets (B, T)) of a step; the next is begun at once.
 
         Raises UserError if a token isn't in the vocabulary.
@@ -125,7 +136,7 @@ class StepLoader:
         self.ahead = (step + 1, self.thread.submit(self._prepare, step + 1))
         return batches
 
-    def _prepare(self, step: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    def _prepare(self, step: int) -> list[tuple[int, Tensor, Tensor]]:
         batches = micro_batches(self.stream, self.shape, self.seed, step, self.rank)
         if not self.pin_memory:
             return list(batches)
@@ -137,7 +148,7 @@ class StepLoader:
 
 def micro_batches(
     stream: TokenStream, shape: BatchShape, seed: int, step: int, rank: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """One rank's share of a step: (number, inputs (B, T), targets (B, T)) per micro-batch.
 
     `number` counts the micro-batches of the whole step, over all ranks; each rank takes a

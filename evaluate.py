@@ -144,11 +144,13 @@ def validation_stream(arguments: argparse.Namespace, checkpoint: Checkpoint) -> 
     return stream
 
 
-def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer) -> Found:
-    """The loss on validation shards."""
+def measure_loss(
+    stream: TokenStream, max_tokens: int, scorer: Scorer, within_documents: bool
+) -> Found:
+    """The loss on validation shards, with attention as in training."""
     model, encoding = scorer.model, scorer.encoding
     result = validate(
-        partial(window_losses, model),
+        partial(window_losses, model, within_documents),
         stream,
         model.config.block_size,
         batch_size=16,
@@ -159,9 +161,10 @@ def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer) -> Found:
     perplexity, bits = result.estimate.exponential(), result.bits_per_byte
     metrics = {"loss": result.estimate, "perplexity": perplexity}
     text_bytes = f"{result.text_bytes or 0:,} bytes"
+    told = ", within documents" if within_documents else ""
     lines = [
         f"validation      {result.tokens:,} tokens, {text_bytes} of {stream.folder}",
-        f"loss            {result.loss:.4f} nats per token",
+        f"loss            {result.loss:.4f} nats per token{told}",
         f"perplexity      {perplexity.value:.2f}",
     ]
     if bits:  # there is more than <|endoftext|>
@@ -198,7 +201,8 @@ def look_up(
     if name == "val":
         stream = validation_stream(arguments, checkpoint)
         stream.num_windows(scorer.model.config.block_size)  # too short? not after other tasks
-        return partial(measure_loss, stream, arguments.tokens, scorer)
+        within_documents = checkpoint.meta.config.get("data", {}).get("document_mask") is True
+        return partial(measure_loss, stream, arguments.tokens, scorer, within_documents)
     stride = choose_stride(arguments, scorer.model.config.block_size)
     questions = scorer.ranks.in_turn(lambda: load_questions(name, arguments.file))
     questions.check_lengths(scorer)

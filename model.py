@@ -80,8 +80,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds."""
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds.
+
+        `mask` (B, 1, T, T), if given, is added to the scores: 0, or -∞ where none may look.
+        """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=-1)  # 3 × (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
@@ -89,7 +94,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         else:
             y = cache.attend(q, k, v)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side again
@@ -129,9 +134,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, T, C) -> (B, T, C); `cache` and `mask` are for attention."""
+        x = x + self.attn(self.ln_1(x), cache, mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -329,11 +336,14 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def hidden_states(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(
+        self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Everything but the output layer. ids: (B, T) -> (B, T, C).
 
         With a cache, `ids` are the tokens after those it holds: all of a prompt when it is empty,
-        later one at a time. Raises ValueError past the end of the context.
+        later one at a time. Without one, `mask` (B, T, T) may say which positions each one sees;
+        else they are those up to it. Raises ValueError past the end of the context.
         """
         T = ids.size(1)
         if T > self.config.block_size:
@@ -342,13 +352,16 @@ class GPT(nn.Module):
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream: half as much to read. float16's range is small
+        if mask is not None:  # as numbers to add to the scores, made once for all layers
+            scores = torch.zeros_like(mask, dtype=dtype_of_products(x))  # (B, T, T)
+            mask = scores.masked_fill(~mask, -math.inf).unsqueeze(1)  # (B, 1, T, T)
         for number, block in enumerate(self.h):
             if cache is not None:
                 x = block(x, cache.layers[number])  # (B, T, C)
             elif self.config.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)  # (B, T, C)
+                x = checkpoint(block, x, mask=mask, use_reentrant=False)  # (B, T, C)
             else:
-                x = block(x)  # (B, T, C)
+                x = block(x, mask=mask)  # (B, T, C)
         if cache is not None:
             cache.advance(T)
         return self.ln_f(x)  # (B, T, C)
@@ -357,12 +370,15 @@ class GPT(nn.Module):
         """The output layer: (…, C) -> (…, V), how well each token of the vocabulary would fit."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T), their mean loss in nats instead.
 
-        The loss is cross-entropy, -log p(target), over the V real tokens and in float32.
+        The loss is cross-entropy, -log p(target), over the V real tokens and in float32. `mask`
+        (B, T, T) says which positions each one sees, if not all up to it (data.document_mask).
         """
-        hidden = self.hidden_states(ids)  # (B, T, C)
+        hidden = self.hidden_states(ids, mask=mask)  # (B, T, C)
         if targets is None:
             return self.logits(hidden)  # (B, T, V)
         # F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten()), slice by slice:

@@ -18,7 +18,7 @@ from checkpoint import (
     read_checkpoint,
     step_name,
 )
-from config import Config, OptimSettings, make_config
+from config import Config, OptimSettings, make_config, toml_value
 from distributed import Ranks
 from errors import UserError
 from optim import last_at_peak, learning_rate_at
@@ -102,15 +102,16 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
     """Raises UserError if a checkpoint is of another model, or would go on with other batches."""
     now = asdict(config)
     names = [("model", key) for key in now["model"] if key not in FREE]
-    names += [("train", "seed"), ("train", "tokens_per_step"), ("optim", "name")]
+    names += [("train", "seed"), ("train", "tokens_per_step")]
+    names += [("data", "document_mask"), ("optim", "name")]
     if config.train.reduction == "canonical":
         names += [("train", "reduction"), ("train", "micro_batch_size"), ("train", "dtype")]
     for section, key in names:
         before = then.get(section, {}).get(key, getattr(getattr(Config(), section), key))
         if before != now[section][key]:
             raise UserError(
-                f"{path} was trained with {section}.{key} = {before}, now it is "
-                f"{now[section][key]}: set it back, or choose another --train.out"
+                f"{path} was trained with {section}.{key} = {toml_value(before)}, now it is "
+                f"{toml_value(now[section][key])}: set it back, or choose another --train.out"
             )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import load_windows
+from data import document_mask, load_windows
 from distributed import Ranks
 from errors import UserError
 from model import GPT
@@ -163,9 +163,10 @@ def validate(
     return Validation(estimate, int(tokens.sum()), int(text_bytes.sum()) or None)
 
 
-def window_losses(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+def window_losses(model: GPT, within_documents: bool, inputs: Tensor, targets: Tensor) -> Tensor:
     """The mean loss of each window, in nats, (B,) of inputs and targets (B, T)."""
-    hidden = model.hidden_states(inputs).flatten(0, 1)  # (B·T, C)
+    mask = document_mask(inputs, model.config.vocab_size - 1) if within_documents else None
+    hidden = model.hidden_states(inputs, mask=mask).flatten(0, 1)  # (B·T, C)
     logs, _ = log_probabilities(model, hidden, targets.flatten())
     return -logs.view_as(targets).mean(dim=1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
-from data import BatchShape, StepLoader, micro_batches
+from data import BatchShape, StepLoader, document_mask, micro_batches
 from device import Moment, choose_dtype, keep_freed_memory
 from distributed import Ranks, TreeSum
 from errors import UserError
@@ -152,8 +152,10 @@ class Stepper:
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, inputs and targets (B, T)."""
+        masked, end_of_text = self.config.data.document_mask, self.model.config.vocab_size - 1
+        mask = document_mask(inputs, end_of_text) if masked else None  # (B, T, T)
         with self.in_its_arithmetic():
-            return self.wrapped(inputs, targets)
+            return self.wrapped(inputs, targets, mask)
 
     def syncing(self, last: bool) -> AbstractContextManager:
         """DDP averages gradients in every backward pass; let it, only in the last of a step."""

@@ -216,6 +216,24 @@ def shards(tmp_path_factory) -> Path:
     return folder / "out"
 
 
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory) -> Path:
+    """A folder of shards like `shards`, of 600 documents of about 25 characters each."""
+    import prepare_fineweb
+
+    folder = tmp_path_factory.mktemp("short")
+    texts = [{"text": (2 * TEXT)[at % 150 :][: 10 + at % 30]} for at in range(600)]
+    lines = "".join(json.dumps(text) + "\n" for text in texts)
+    (folder / "texts.jsonl").write_text(lines, encoding="utf-8")
+    prepare_fineweb.main(
+        prepare_fineweb.parse_arguments(
+            f"--source {folder}/texts.jsonl --out {folder}/out --tokenizer bpe:300 "
+            "--val-tokens 600 --workers 1".split()
+        )
+    )
+    return folder / "out"
+
+
 def without_key_biases(weights: dict) -> dict:
     """The weights but for the keys' biases, for comparisons of runs that round differently.
 

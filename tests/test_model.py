@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data import document_mask
 from model import (
     GPT,
     CausalSelfAttention,
@@ -107,6 +109,41 @@ def test_the_attention_layer_equals_written_out_attention():
     )
     expected = layer.c_proj(attention_written_out(q, k, v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_under_a_document_mask_documents_are_as_if_each_were_alone(recompute):
+    """In logits, loss and gradients; but for positions, which count on and are 0 here."""
+    model = make_model(replace(SMALL, recompute=recompute), scale=3.0).double()
+    torch.nn.init.zeros_(model.wpe.weight)
+    ids, targets = random_ids(SMALL, 1, 16), random_ids(SMALL, 1, 16, seed=1)
+    ids[0, [0, 5, 6, 13]] = 96
+    mask = document_mask(ids, 96)
+    documents = [slice(0, 5), slice(5, 6), slice(6, 13), slice(13, 16)]
+
+    alone = torch.cat([model(ids[:, some]) for some in documents], dim=1)
+    torch.testing.assert_close(model(ids, mask=mask), alone)
+    assert not torch.allclose(model(ids), alone)
+
+    loss = F.cross_entropy(alone.flatten(0, 1), targets.flatten())
+    parameters = [p for name, p in model.named_parameters() if name != "wpe.weight"]
+    expected = torch.autograd.grad(loss, parameters)
+    ours = model(ids, targets, mask)
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-6)  # summed in float32
+    gradients = torch.autograd.grad(ours, parameters)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_under_a_document_mask_positions_count_on():
+    model = make_model(scale=3.0)
+    ids = random_ids(SMALL, 1, 16)
+    ids[0, 8] = 96
+    before = model(ids, mask=document_mask(ids, 96))
+    with torch.no_grad():
+        model.wpe.weight[9] += 1
+    after = model(ids, mask=document_mask(ids, 96))
+    assert torch.equal(after[:, :9], before[:, :9])
+    assert not torch.isclose(after[:, 9:], before[:, 9:]).all(dim=-1).any()
 
 
 def test_changing_a_future_token_leaves_earlier_logits_unchanged():

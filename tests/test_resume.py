@@ -42,6 +42,7 @@ def test_data_of_another_vocabulary_is_one_line(call, tiny, trained, tmp_path):
         ("model.n_embd", 64),
         ("train.seed", 5),
         ("train.tokens_per_step", 1024),
+        ("data.document_mask", "true"),
     ],
 )
 def test_a_run_cannot_go_on_as_another_run(call, tiny, shards, trained, change, value):

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import model
+from data import document_mask
 from model import GPT, GPTConfig
 
 PATH = ROOT / "model.py"
@@ -111,6 +112,7 @@ def pass_all_of_it() -> None:
     for one in (gpt, recomputing):
         one(ids, ids).backward()
     gpt(ids)
+    gpt(ids, mask=document_mask(ids, V - 1))
     list(gpt.generate(ids, BLOCK, top_k=5, top_p=0.5))
     q, k, v = torch.randn(3, B, NH, T, C // NH)
     model.attention_written_out(q, k, v)

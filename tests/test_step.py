@@ -12,7 +12,7 @@ from conftest import ROOT, without_key_biases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config
-from data import BatchShape, step_windows
+from data import BatchShape, load_windows, step_windows
 from distributed import Ranks
 from model import GPT, GPTConfig
 from optim import learning_rate_at
@@ -89,6 +89,26 @@ def test_three_steps_equal_a_loop_written_out(configure, stepper_of, shards):
         optimizer.zero_grad()
         expected.backward()
         optimizer.step()
+
+
+def test_with_a_document_mask_the_loss_is_that_of_documents_read_one_by_one(
+    configure, short_documents
+):
+    changes = ("--data.dir", short_documents, "--data.document_mask", "true")
+    config = configure(*changes, "--model.dropout", 0)
+    model, stream = tiny_model(config), TokenStream(short_documents, "train")
+    torch.nn.init.zeros_(model.wpe.weight)  # positions count on: let them not matter
+    stepper = Stepper(config, ALONE, model, BatchShape(512, 32, 2, world_size=1), stream)
+    windows = step_windows(0, 16, stream.num_windows(32), config.train.seed)
+    nats, cuts = 0.0, 0
+    for inputs, targets in (load_windows(stream, [window], 32) for window in windows):
+        places = [0, *((inputs[0, 1:] == 299).nonzero().flatten() + 1).tolist(), 32]
+        cuts += len(places) - 2
+        for a, b in zip(places, places[1:]):
+            with torch.no_grad():
+                nats += model(inputs[:, a:b], targets[:, a:b]).item() * (b - a)
+    assert cuts > 16
+    assert stepper.take(0).loss == pytest.approx(nats / 512, rel=1e-6)
 
 
 def test_matrices_have_a_rate_of_their_own_that_goes_up_and_down_with_the_other(
@@ -193,7 +213,13 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "changes",
-    [(), ("--optim.name", "muon"), ("--train.skip_spikes", 3), ("--optim.average_share", 0.1)],
+    [
+        (),
+        ("--optim.name", "muon"),
+        ("--train.skip_spikes", 3),
+        ("--optim.average_share", 0.1),
+        ("--data.document_mask", "true"),
+    ],
 )
 def test_nothing_in_a_step_waits_for_the_device(configure, stepper_of, changes):
     stepper = stepper_of(configure("--train.reduction", "ddp", *changes))

@@ -122,6 +122,23 @@ def test_evaluate_prints_what_training_told(call, trained, shards):
     assert "xz -9e" in result.out
 
 
+def test_a_run_that_attends_within_documents_is_evaluated_as_it_was_trained(
+    configure, call, short_documents, tmp_path
+):
+    settings = ("--data.dir", short_documents, "--train.max_steps", 5)
+    train.train(configure(*settings, "--data.document_mask", "true"))
+    (told,) = metrics_of(tmp_path / "run", "val")
+    result = call("evaluate", "--checkpoint", tmp_path / "run", "--tokens", 512)
+    assert f"loss            {told['loss']:.4f} nats per token, within documents" in result.out
+
+    train.train(configure(*settings, "--train.out", tmp_path / "other"))
+    (other,) = metrics_of(tmp_path / "other", "val")
+    assert abs(other["loss"] - told["loss"]) > 1e-4
+    shutil.copy(*(next((tmp_path / run).glob("c*/*/model.*")) for run in ("run", "other")))
+    result = call("evaluate", "--checkpoint", tmp_path / "other", "--tokens", 512)
+    assert f"loss            {told['loss']:.4f} nats" not in result.out
+
+
 def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
     arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--train.max_steps", 3)
     told = call("train", tiny, *arguments).err
