@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from errors import UserError
 from shards import TokenStream
@@ -40,14 +41,20 @@ def load_windows(
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def document_mask(ids: Tensor, end_of_text: int) -> Tensor:
+def document_mask(ids: Tensor, end_of_text: int, in_blocks: bool = False) -> Tensor | BlockMask:
     """Which positions may look where, if none looks into another document.
 
-    ids: (B, T) -> bool (B, T, T): row t, column s says whether t sees s. It doesn't if s is later,
-    or if an `end_of_text`, with which each document begins, stands after s and not after t.
+    ids: (B, T) -> bool (B, 1, T, T): row t, column s says whether t sees s. It doesn't if s is
+    later, or if an `end_of_text`, with which each document begins, stands after s and not after t.
+    `in_blocks`: for FlexAttention, which leaves out whatever blocks of 128 × 128 nobody sees.
     """
     document = (ids == end_of_text).cumsum(dim=1)  # (B, T): the number of each token's document
-    return (document[:, :, None] == document[:, None, :]).tril()  # (B, T, T)
+
+    def sees(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (s <= t) & (document[b, s] == document[b, t])
+
+    (B, T), make = ids.shape, create_block_mask if in_blocks else create_mask
+    return make(sees, B, None, T, T, device=ids.device)
 
 
 @lru_cache(maxsize=2)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from decoding import RecordedDecoding, one_ahead
@@ -81,22 +82,25 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | BlockMask | None = None
     ) -> Tensor:
         """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds.
 
-        `mask` (B, 1, T, T), if given, is added to the scores: 0, or -∞ where none may look.
+        `mask` (B, 1, T, T), if given, is added to the scores: 0, or -∞ where none may look. A
+        BlockMask says the same to FlexAttention (Dong et al. 2024), which knows no dropout.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=-1)  # 3 × (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is None:
+        if cache is not None:
+            y = cache.attend(q, k, v)  # (B, nh, T, hs)
+        elif isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask)  # (B, nh, T, hs)
+        else:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
-        else:
-            y = cache.attend(q, k, v)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -135,7 +139,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | BlockMask | None = None
     ) -> Tensor:
         """x: (B, T, C) -> (B, T, C); `cache` and `mask` are for attention."""
         x = x + self.attn(self.ln_1(x), cache, mask)
@@ -337,13 +341,13 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden_states(
-        self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+        self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | BlockMask | None = None
     ) -> Tensor:
         """Everything but the output layer. ids: (B, T) -> (B, T, C).
 
         With a cache, `ids` are the tokens after those it holds: all of a prompt when it is empty,
-        later one at a time. Without one, `mask` (B, T, T) may say which positions each one sees;
-        else they are those up to it. Raises ValueError past the end of the context.
+        later one at a time. Without one, `mask` (B, 1, T, T) may say which positions each one sees,
+        as `data.document_mask` does. Raises ValueError past the end of the context.
         """
         T = ids.size(1)
         if T > self.config.block_size:
@@ -352,9 +356,9 @@ class GPT(nn.Module):
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream: half as much to read. float16's range is small
-        if mask is not None:  # as numbers to add to the scores, made once for all layers
-            scores = torch.zeros_like(mask, dtype=dtype_of_products(x))  # (B, T, T)
-            mask = scores.masked_fill(~mask, -math.inf).unsqueeze(1)  # (B, 1, T, T)
+        if isinstance(mask, Tensor):  # as numbers to add to scores, made once for all layers
+            seen = torch.zeros_like(mask, dtype=dtype_of_products(x))  # (B, 1, T, T)
+            mask = seen.masked_fill(~mask, -math.inf)  # (B, 1, T, T)
         for number, block in enumerate(self.h):
             if cache is not None:
                 x = block(x, cache.layers[number])  # (B, T, C)
@@ -371,12 +375,15 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     def forward(
-        self, ids: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T), their mean loss in nats instead.
 
         The loss is cross-entropy, -log p(target), over the V real tokens and in float32. `mask`
-        (B, T, T) says which positions each one sees, if not all up to it (data.document_mask).
+        (B, 1, T, T) says which positions each one sees (`data.document_mask`).
         """
         hidden = self.hidden_states(ids, mask=mask)  # (B, T, C)
         if targets is None:

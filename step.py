@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
@@ -152,10 +153,18 @@ class Stepper:
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, inputs and targets (B, T)."""
-        masked, end_of_text = self.config.data.document_mask, self.model.config.vocab_size - 1
-        mask = document_mask(inputs, end_of_text) if masked else None  # (B, T, T)
         with self.in_its_arithmetic():
-            return self.wrapped(inputs, targets, mask)
+            return self.wrapped(inputs, targets, self.mask_of(inputs))
+
+    def mask_of(self, inputs: Tensor) -> Tensor | BlockMask | None:
+        """What the tokens of a batch (B, T) see, if the settings have it stop at documents' ends.
+
+        FlexAttention is quick on a GPU, when it is compiled; on a CPU it can't be trained.
+        """
+        if not self.config.data.document_mask:
+            return None
+        in_blocks = inputs.is_cuda and self.config.train.compile and not self.config.model.dropout
+        return document_mask(inputs, self.model.config.vocab_size - 1, in_blocks)
 
     def syncing(self, last: bool) -> AbstractContextManager:
         """DDP averages gradients in every backward pass; let it, only in the last of a step."""

@@ -27,7 +27,7 @@ from shards import TokenStream, shard_header
 def test_a_token_sees_itself_and_what_stands_before_it_in_its_document(rows):
     """9 begins a document: with it begins what the tokens up to the next 9 see."""
     seen = document_mask(torch.tensor(rows), end_of_text=9)
-    for row, mask in zip(rows, seen.tolist(), strict=True):
+    for row, (mask,) in zip(rows, seen.tolist(), strict=True):
         for t in range(6):
             begin = max([s for s in range(t + 1) if row[s] == 9], default=0)
             assert mask[t] == [begin <= s <= t for s in range(6)]

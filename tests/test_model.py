@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,6 +133,29 @@ def test_under_a_document_mask_documents_are_as_if_each_were_alone(recompute):
     assert ours.item() == pytest.approx(loss.item(), rel=1e-6)  # summed in float32
     gradients = torch.autograd.grad(ours, parameters)
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_in_blocks_is_the_same_and_compiled_once_for_all_batches(monkeypatch):
+    """FlexAttention refuses to learn on a CPU, where its kernel is missing; what comes before it is
+    what it is on a GPU.
+    """
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    model, twin = make_model(scale=3.0), make_model(scale=3.0)
+    backend = CompileCounterWithBackend("aot_eager")
+    for block in twin.h:
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
+    for seed in range(10):
+        ids, targets = random_ids(SMALL, 2, 16, seed), random_ids(SMALL, 2, 16, seed + 1)
+        ids[:, seed] = 96
+        loss = model(ids, targets, document_mask(ids, 96))
+        other = twin(ids, targets, document_mask(ids, 96, in_blocks=True))
+        gradients, others = (
+            torch.autograd.grad(one, [*some.parameters()])
+            for one, some in ((loss, model), (other, twin))
+        )
+        torch.testing.assert_close(other, loss)
+        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
+    assert backend.frame_count == 1
 
 
 def test_under_a_document_mask_positions_count_on():

@@ -112,12 +112,15 @@ def pass_all_of_it() -> None:
     for one in (gpt, recomputing):
         one(ids, ids).backward()
     gpt(ids)
-    gpt(ids, mask=document_mask(ids, V - 1))
+    with torch.no_grad():
+        for in_blocks in (False, True):
+            gpt(ids, mask=document_mask(ids, V - 1, in_blocks))
     list(gpt.generate(ids, BLOCK, top_k=5, top_p=0.5))
     q, k, v = torch.randn(3, B, NH, T, C // NH)
     model.attention_written_out(q, k, v)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_every_shape_comment_is_what_the_tensors_are():
     checker, before = ShapeChecker(), sys.gettrace()
     sys.settrace(checker)

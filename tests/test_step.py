@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,6 +110,26 @@ def test_with_a_document_mask_the_loss_is_that_of_documents_read_one_by_one(
                 nats += model(inputs[:, a:b], targets[:, a:b]).item() * (b - a)
     assert cuts > 16
     assert stepper.take(0).loss == pytest.approx(nats / 512, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "changes", "mask"),
+    [
+        (True, (), "blocks"),
+        (False, (), "numbers"),
+        (True, ("--train.compile", "false"), "numbers"),  # would be slow
+        (True, ("--model.dropout", 0.1), "numbers"),  # FlexAttention has none
+        (True, ("--data.document_mask", "false"), None),
+    ],
+)
+def test_a_document_mask_is_in_blocks_where_flexattention_is_quick_and_can_learn(
+    configure, stepper_of, monkeypatch, is_cuda, changes, mask
+):
+    settings = ("--data.document_mask", "true", "--train.compile", "true", "--model.dropout", 0)
+    stepper = stepper_of(configure(*settings, *changes))
+    kinds = {True: "blocks", False: "numbers"}
+    monkeypatch.setattr("step.document_mask", lambda ids, end, in_blocks: (kinds[in_blocks], end))
+    assert stepper.mask_of(SimpleNamespace(is_cuda=is_cuda)) == (mask and (mask, 299))
 
 
 def test_matrices_have_a_rate_of_their_own_that_goes_up_and_down_with_the_other(
@@ -250,6 +271,33 @@ def test_on_a_gpu_nothing_in_a_step_waits_for_the_device(configure, shards, name
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(0 < result.loss < 10 for result in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_a_document_mask_in_blocks_teaches_the_same_and_is_not_waited_for(
+    configure, short_documents
+):
+    settings = ("--data.dir", short_documents, "--data.document_mask", "true")
+    settings += ("--model.dropout", 0, "--train.device", "cuda", "--train.dtype", "bfloat16")
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
+    losses = []
+    for compiled in ("true", "false"):  # in blocks, and not
+        config = configure(*settings, "--train.compile", compiled)
+        torch.manual_seed(0)
+        sizes = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64}
+        model = GPT(GPTConfig(vocab_size=300, **sizes)).cuda()
+        stream, shape = TokenStream(short_documents, "train"), BatchShape(2048, 256, 2, 1)
+        stepper = Stepper(config, ranks, model, shape, stream)
+        results = take(stepper, 5)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results += [stepper.take(step) for step in range(5, 10)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append([result.loss for result in results])
+    assert losses[0][-1] < losses[0][0] - 0.1
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
