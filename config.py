@@ -49,7 +49,9 @@ class DataSettings:
     """[data]: what to train on."""
 
     dir: str = setting("data/fineweb_edu", "folder of token shards, from prepare_fineweb.py")
-    document_mask: bool = setting(False, "no token attends to another document's")
+    document_mask: bool = setting(
+        False, "read each document as if it stood alone: attention and positions begin anew"
+    )
 
 
 @dataclass(frozen=True)

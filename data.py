@@ -41,20 +41,23 @@ def load_windows(
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def document_mask(ids: Tensor, end_of_text: int, in_blocks: bool = False) -> Tensor | BlockMask:
-    """Which positions may look where, if none looks into another document.
+def within_documents(
+    ids: Tensor, end_of_text: int, in_blocks: bool = False
+) -> tuple[Tensor | BlockMask, Tensor]:
+    """What makes a model read each document of a window ids (B, T) as if it stood alone.
 
-    ids: (B, T) -> bool (B, 1, T, T): row t, column s says whether t sees s. It doesn't if s is
-    later, or if an `end_of_text`, with which each document begins, stands after s and not after t.
-    `in_blocks`: for FlexAttention, which leaves out whatever blocks of 128 × 128 nobody sees.
+    A mask, bool (B, 1, T, T): row t, column s says whether t sees s, which it does from its
+    document's `end_of_text` up to itself. And positions (B, T), which count from there. `in_blocks`:
+    the mask for FlexAttention (Dong et al. 2024), which skips blocks of 128 × 128 without a pair.
     """
-    document = (ids == end_of_text).cumsum(dim=1)  # (B, T): the number of each token's document
+    (B, T), make = ids.shape, create_block_mask if in_blocks else create_mask
+    places = torch.arange(T, device=ids.device)  # (T)
+    begin = torch.where(ids == end_of_text, places, 0).cummax(dim=1).values  # (B, T)
 
     def sees(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return (s <= t) & (document[b, s] == document[b, t])
+        return (begin[b, t] <= s) & (s <= t)
 
-    (B, T), make = ids.shape, create_block_mask if in_blocks else create_mask
-    return make(sees, B, None, T, T, device=ids.device)
+    return make(sees, B, None, T, T, device=ids.device), places - begin
 
 
 @lru_cache(maxsize=2)

@@ -145,12 +145,12 @@ def validation_stream(arguments: argparse.Namespace, checkpoint: Checkpoint) -> 
 
 
 def measure_loss(
-    stream: TokenStream, max_tokens: int, scorer: Scorer, within_documents: bool
+    stream: TokenStream, max_tokens: int, scorer: Scorer, document_mask: bool
 ) -> Found:
-    """The loss on validation shards, with attention as in training."""
+    """The loss on validation shards, which are read as in training."""
     model, encoding = scorer.model, scorer.encoding
     result = validate(
-        partial(window_losses, model, within_documents),
+        partial(window_losses, model, document_mask),
         stream,
         model.config.block_size,
         batch_size=16,
@@ -161,7 +161,7 @@ def measure_loss(
     perplexity, bits = result.estimate.exponential(), result.bits_per_byte
     metrics = {"loss": result.estimate, "perplexity": perplexity}
     text_bytes = f"{result.text_bytes or 0:,} bytes"
-    told = ", within documents" if within_documents else ""
+    told = ", each document by itself" if document_mask else ""
     lines = [
         f"validation      {result.tokens:,} tokens, {text_bytes} of {stream.folder}",
         f"loss            {result.loss:.4f} nats per token{told}",
@@ -201,8 +201,8 @@ def look_up(
     if name == "val":
         stream = validation_stream(arguments, checkpoint)
         stream.num_windows(scorer.model.config.block_size)  # too short? not after other tasks
-        within_documents = checkpoint.meta.config.get("data", {}).get("document_mask") is True
-        return partial(measure_loss, stream, arguments.tokens, scorer, within_documents)
+        document_mask = checkpoint.meta.config.get("data", {}).get("document_mask") is True
+        return partial(measure_loss, stream, arguments.tokens, scorer, document_mask)
     stride = choose_stride(arguments, scorer.model.config.block_size)
     questions = scorer.ranks.in_turn(lambda: load_questions(name, arguments.file))
     questions.check_lengths(scorer)

@@ -87,7 +87,7 @@ class CausalSelfAttention(nn.Module):
         """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds.
 
         `mask` (B, 1, T, T), if given, is added to the scores: 0, or -∞ where none may look. A
-        BlockMask says the same to FlexAttention (Dong et al. 2024), which knows no dropout.
+        BlockMask says the same to FlexAttention, which knows no dropout.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=-1)  # 3 × (B, T, C)
@@ -341,18 +341,26 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden_states(
-        self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | BlockMask | None = None
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | BlockMask | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Everything but the output layer. ids: (B, T) -> (B, T, C).
 
         With a cache, `ids` are the tokens after those it holds: all of a prompt when it is empty,
-        later one at a time. Without one, `mask` (B, 1, T, T) may say which positions each one sees,
-        as `data.document_mask` does. Raises ValueError past the end of the context.
+        later one at a time. Without one, `mask` (B, 1, T, T) may say who sees whom, and `positions`
+        (B, T) where each token stands (`data.within_documents`). Raises ValueError past the end of
+        the context.
         """
         T = ids.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens, the context holds {self.config.block_size}")
-        positions = torch.arange(T, device=ids.device) if cache is None else cache.begin(T)  # (T)
+        if cache is not None:
+            positions = cache.begin(T)  # (T)
+        elif positions is None:
+            positions = torch.arange(T, device=ids.device)  # (T)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream: half as much to read. float16's range is small
@@ -379,13 +387,14 @@ class GPT(nn.Module):
         ids: Tensor,
         targets: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T), their mean loss in nats instead.
 
         The loss is cross-entropy, -log p(target), over the V real tokens and in float32. `mask`
-        (B, 1, T, T) says which positions each one sees (`data.document_mask`).
+        and `positions` are those of `hidden_states`.
         """
-        hidden = self.hidden_states(ids, mask=mask)  # (B, T, C)
+        hidden = self.hidden_states(ids, mask=mask, positions=positions)  # (B, T, C)
         if targets is None:
             return self.logits(hidden)  # (B, T, V)
         # F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten()), slice by slice:

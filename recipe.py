@@ -132,6 +132,9 @@ CANDIDATES = {
         {"optim.average_share": 0.1},
         floor=1.0,
     ),
+    "documents": changed(
+        MUON_LINEAR, "Muon, linear to 0, each document by itself", {"data.document_mask": True}
+    ),
 }
 
 

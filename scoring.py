@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import document_mask, load_windows
+from data import load_windows, within_documents
 from distributed import Ranks
 from errors import UserError
 from model import GPT
@@ -163,10 +163,12 @@ def validate(
     return Validation(estimate, int(tokens.sum()), int(text_bytes.sum()) or None)
 
 
-def window_losses(model: GPT, within_documents: bool, inputs: Tensor, targets: Tensor) -> Tensor:
+def window_losses(model: GPT, document_mask: bool, inputs: Tensor, targets: Tensor) -> Tensor:
     """The mean loss of each window, in nats, (B,) of inputs and targets (B, T)."""
-    mask = document_mask(inputs, model.config.vocab_size - 1) if within_documents else None
-    hidden = model.hidden_states(inputs, mask=mask).flatten(0, 1)  # (B·T, C)
+    mask = positions = None
+    if document_mask:  # read as in training
+        mask, positions = within_documents(inputs, model.config.vocab_size - 1)
+    hidden = model.hidden_states(inputs, None, mask, positions).flatten(0, 1)  # (B·T, C)
     logs, _ = log_probabilities(model, hidden, targets.flatten())
     return -logs.view_as(targets).mean(dim=1)
 

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
-from data import BatchShape, StepLoader, document_mask, micro_batches
+from data import BatchShape, StepLoader, micro_batches, within_documents
 from device import Moment, choose_dtype, keep_freed_memory
 from distributed import Ranks, TreeSum
 from errors import UserError
@@ -154,17 +154,17 @@ class Stepper:
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, inputs and targets (B, T)."""
         with self.in_its_arithmetic():
-            return self.wrapped(inputs, targets, self.mask_of(inputs))
+            return self.wrapped(inputs, targets, *self.separated(inputs))
 
-    def mask_of(self, inputs: Tensor) -> Tensor | BlockMask | None:
-        """What the tokens of a batch (B, T) see, if the settings have it stop at documents' ends.
+    def separated(self, inputs: Tensor) -> tuple[()] | tuple[Tensor | BlockMask, Tensor]:
+        """Mask and positions that separate the documents of a batch (B, T), if that is asked for.
 
-        FlexAttention is quick on a GPU, when it is compiled; on a CPU it can't be trained.
+        In blocks where FlexAttention is quick: compiled, on a GPU. It knows no dropout.
         """
         if not self.config.data.document_mask:
-            return None
+            return ()
         in_blocks = inputs.is_cuda and self.config.train.compile and not self.config.model.dropout
-        return document_mask(inputs, self.model.config.vocab_size - 1, in_blocks)
+        return within_documents(inputs, self.model.config.vocab_size - 1, in_blocks)
 
     def syncing(self, last: bool) -> AbstractContextManager:
         """DDP averages gradients in every backward pass; let it, only in the last of a step."""

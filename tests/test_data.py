@@ -13,24 +13,25 @@ from hypothesis import strategies as st
 from data import (
     BatchShape,
     StepLoader,
-    document_mask,
     epoch_order,
     load_windows,
     micro_batches,
     step_windows,
+    within_documents,
 )
 from errors import UserError
 from shards import TokenStream, shard_header
 
 
 @given(st.lists(st.lists(st.sampled_from([0, 1, 9]), min_size=6, max_size=6), min_size=1))
-def test_a_token_sees_itself_and_what_stands_before_it_in_its_document(rows):
-    """9 begins a document: with it begins what the tokens up to the next 9 see."""
-    seen = document_mask(torch.tensor(rows), end_of_text=9)
-    for row, (mask,) in zip(rows, seen.tolist(), strict=True):
+def test_a_token_sees_its_document_up_to_itself_and_positions_begin_there(rows):
+    """9 begins a document, and so does the window."""
+    masks, positions = within_documents(torch.tensor(rows), end_of_text=9)
+    for row, (mask,), places in zip(rows, masks.tolist(), positions.tolist(), strict=True):
         for t in range(6):
             begin = max([s for s in range(t + 1) if row[s] == 9], default=0)
             assert mask[t] == [begin <= s <= t for s in range(6)]
+            assert places[t] == t - begin
 
 
 @pytest.mark.parametrize("num_windows", [1, 2, 100])

@@ -128,7 +128,7 @@ def test_a_canonical_run_is_the_same_to_the_bit_for_any_number_of_processes(
 
 
 def test_muon_shares_its_matrices_out_and_steps_to_the_same_bit(train, short_documents, tmp_path):
-    """With attention within documents, too."""
+    """And so do documents that are read each by itself."""
     settings = (*CANONICAL, "--optim.name", "muon", "--train.max_steps", 6)
     settings += ("--data.dir", short_documents, "--data.document_mask", "true")
     settings += ("--train.dtype", "bfloat16")

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import document_mask
+from data import within_documents
 from model import (
     GPT,
     CausalSelfAttention,
@@ -113,25 +113,23 @@ def test_the_attention_layer_equals_written_out_attention():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_under_a_document_mask_documents_are_as_if_each_were_alone(recompute):
-    """In logits, loss and gradients; but for positions, which count on and are 0 here."""
+def test_documents_in_a_window_can_be_read_as_if_each_stood_alone(recompute):
+    """Logits, loss and gradients are those of each document by itself."""
     model = make_model(replace(SMALL, recompute=recompute), scale=3.0).double()
-    torch.nn.init.zeros_(model.wpe.weight)
     ids, targets = random_ids(SMALL, 1, 16), random_ids(SMALL, 1, 16, seed=1)
     ids[0, [0, 5, 6, 13]] = 96
-    mask = document_mask(ids, 96)
     documents = [slice(0, 5), slice(5, 6), slice(6, 13), slice(13, 16)]
+    mask, positions = within_documents(ids, 96)
 
     alone = torch.cat([model(ids[:, some]) for some in documents], dim=1)
-    torch.testing.assert_close(model(ids, mask=mask), alone)
+    torch.testing.assert_close(model(ids, None, mask, positions), alone)
     assert not torch.allclose(model(ids), alone)
 
     loss = F.cross_entropy(alone.flatten(0, 1), targets.flatten())
-    parameters = [p for name, p in model.named_parameters() if name != "wpe.weight"]
-    expected = torch.autograd.grad(loss, parameters)
-    ours = model(ids, targets, mask)
+    expected = torch.autograd.grad(loss, [*model.parameters()])
+    ours = model(ids, targets, mask, positions)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-6)  # summed in float32
-    gradients = torch.autograd.grad(ours, parameters)
+    gradients = torch.autograd.grad(ours, [*model.parameters()])
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -147,8 +145,8 @@ def test_a_mask_in_blocks_is_the_same_and_compiled_once_for_all_batches(monkeypa
     for seed in range(10):
         ids, targets = random_ids(SMALL, 2, 16, seed), random_ids(SMALL, 2, 16, seed + 1)
         ids[:, seed] = 96
-        loss = model(ids, targets, document_mask(ids, 96))
-        other = twin(ids, targets, document_mask(ids, 96, in_blocks=True))
+        loss = model(ids, targets, *within_documents(ids, 96))
+        other = twin(ids, targets, *within_documents(ids, 96, in_blocks=True))
         gradients, others = (
             torch.autograd.grad(one, [*some.parameters()])
             for one, some in ((loss, model), (other, twin))
@@ -156,18 +154,6 @@ def test_a_mask_in_blocks_is_the_same_and_compiled_once_for_all_batches(monkeypa
         torch.testing.assert_close(other, loss)
         torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
     assert backend.frame_count == 1
-
-
-def test_under_a_document_mask_positions_count_on():
-    model = make_model(scale=3.0)
-    ids = random_ids(SMALL, 1, 16)
-    ids[0, 8] = 96
-    before = model(ids, mask=document_mask(ids, 96))
-    with torch.no_grad():
-        model.wpe.weight[9] += 1
-    after = model(ids, mask=document_mask(ids, 96))
-    assert torch.equal(after[:, :9], before[:, :9])
-    assert not torch.isclose(after[:, 9:], before[:, 9:]).all(dim=-1).any()
 
 
 def test_changing_a_future_token_leaves_earlier_logits_unchanged():

@@ -111,11 +111,13 @@ def test_every_candidate_is_a_valid_config_with_its_own_schedule(name):
 def test_the_candidates_are_what_they_are_called():
     told = {}
     for name, way in recipe.CANDIDATES.items():
-        optim = make_config(way.values(ROOT / "configs" / "recipe.toml", 0.01, seed=1)).optim
+        config = make_config(way.values(ROOT / "configs" / "recipe.toml", 0.01, seed=1))
+        optim = config.optim
         floor = optim.min_learning_rate / optim.learning_rate
         told[name] = (optim.name, optim.schedule, floor, optim.warmup_steps, optim.beta2)
         told[name] += (optim.decay_steps,) if optim.decay_steps else ()
         told[name] += (optim.average_share,) if optim.average_share else ()
+        told[name] += ("mask",) if config.data.document_mask else ()
     assert told == {
         "nanogpt": ("adamw", "cosine", 0.1, 100, 0.99),
         "adamw_linear": ("adamw", "linear", 0.0, 100, 0.99),
@@ -124,6 +126,7 @@ def test_the_candidates_are_what_they_are_called():
         "muon_wsd": ("muon", "linear", 0.0, 20, 0.95, 160),
         "muon_sqrt": ("muon", "sqrt", 0.0, 20, 0.95, 160),
         "muon_ema": ("muon", "cosine", 1.0, 20, 0.95, 0.1),
+        "documents": ("muon", "linear", 0.0, 20, 0.95, "mask"),
     }
 
 

@@ -98,7 +98,6 @@ def test_with_a_document_mask_the_loss_is_that_of_documents_read_one_by_one(
     changes = ("--data.dir", short_documents, "--data.document_mask", "true")
     config = configure(*changes, "--model.dropout", 0)
     model, stream = tiny_model(config), TokenStream(short_documents, "train")
-    torch.nn.init.zeros_(model.wpe.weight)  # positions count on: let them not matter
     stepper = Stepper(config, ALONE, model, BatchShape(512, 32, 2, world_size=1), stream)
     windows = step_windows(0, 16, stream.num_windows(32), config.train.seed)
     nats, cuts = 0.0, 0
@@ -113,23 +112,23 @@ def test_with_a_document_mask_the_loss_is_that_of_documents_read_one_by_one(
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "changes", "mask"),
+    ("is_cuda", "changes", "found"),
     [
-        (True, (), "blocks"),
-        (False, (), "numbers"),
-        (True, ("--train.compile", "false"), "numbers"),  # would be slow
-        (True, ("--model.dropout", 0.1), "numbers"),  # FlexAttention has none
-        (True, ("--data.document_mask", "false"), None),
+        (True, (), ("blocks", 299)),
+        (False, (), ("numbers", 299)),
+        (True, ("--train.compile", "false"), ("numbers", 299)),  # blocks would be slow
+        (True, ("--model.dropout", 0.1), ("numbers", 299)),  # FlexAttention has none
+        (True, ("--data.document_mask", "false"), ()),
     ],
 )
 def test_a_document_mask_is_in_blocks_where_flexattention_is_quick_and_can_learn(
-    configure, stepper_of, monkeypatch, is_cuda, changes, mask
+    configure, stepper_of, monkeypatch, is_cuda, changes, found
 ):
     settings = ("--data.document_mask", "true", "--train.compile", "true", "--model.dropout", 0)
     stepper = stepper_of(configure(*settings, *changes))
     kinds = {True: "blocks", False: "numbers"}
-    monkeypatch.setattr("step.document_mask", lambda ids, end, in_blocks: (kinds[in_blocks], end))
-    assert stepper.mask_of(SimpleNamespace(is_cuda=is_cuda)) == (mask and (mask, 299))
+    monkeypatch.setattr("step.within_documents", lambda ids, end, flex: (kinds[flex], end))
+    assert stepper.separated(SimpleNamespace(is_cuda=is_cuda)) == found
 
 
 def test_matrices_have_a_rate_of_their_own_that_goes_up_and_down_with_the_other(
