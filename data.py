@@ -46,9 +46,9 @@ def within_documents(
 ) -> tuple[Tensor | BlockMask, Tensor]:
     """What makes a model read each document of a window ids (B, T) as if it stood alone.
 
-    A mask, bool (B, 1, T, T): row t, column s says whether t sees s, which it does from its
-    document's `end_of_text` up to itself. And positions (B, T), which count from there. `in_blocks`:
-    the mask for FlexAttention (Dong et al. 2024), which skips blocks of 128 × 128 without a pair.
+    A mask, bool (B, 1, T, T): row t, column s says whether t sees s, which it does from the
+    `end_of_text` of its document up to itself. And positions (B, T), which count from there. A mask
+    `in_blocks` is for FlexAttention (Dong et al. 2024), which skips blocks where nobody sees any.
     """
     (B, T), make = ids.shape, create_block_mask if in_blocks else create_mask
     places = torch.arange(T, device=ids.device)  # (T)
