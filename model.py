@@ -28,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from decoding import RecordedDecoding, one_ahead
 
+Mask = Tensor | BlockMask | None  # who sees whom, (B, 1, T, T), if not all who stand before
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -81,9 +83,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | BlockMask | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Mask = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds.
 
         `mask` (B, 1, T, T), if given, is added to the scores: 0, or -∞ where none may look. A
@@ -138,9 +138,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | BlockMask | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Mask = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C); `cache` and `mask` are for attention."""
         x = x + self.attn(self.ln_1(x), cache, mask)
         x = x + self.mlp(self.ln_2(x))
@@ -344,7 +342,7 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         cache: KVCache | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Mask = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """Everything but the output layer. ids: (B, T) -> (B, T, C).
@@ -386,7 +384,7 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         targets: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Mask = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T), their mean loss in nats instead.

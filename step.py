@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
@@ -21,7 +20,7 @@ from device import Moment, choose_dtype, keep_freed_memory
 from distributed import Ranks, TreeSum
 from errors import UserError
 from guard import SpikeFilter
-from model import GPT
+from model import GPT, Mask
 from optim import (
     drop_average,
     learning_rate_at,
@@ -156,7 +155,7 @@ class Stepper:
         with self.in_its_arithmetic():
             return self.wrapped(inputs, targets, *self.separated(inputs))
 
-    def separated(self, inputs: Tensor) -> tuple[()] | tuple[Tensor | BlockMask, Tensor]:
+    def separated(self, inputs: Tensor) -> tuple[()] | tuple[Mask, Tensor]:
         """Mask and positions that separate the documents of a batch (B, T), if that is asked for.
 
         In blocks where FlexAttention is quick: compiled, on a GPU. It knows no dropout.
