@@ -65,6 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = add_task("train", "a training step: speed, memory, where the time goes").add_argument
     add("--steps", type=positive, default=5, help="steps in a turn (5)")
     add("--no-compile", action="store_true", help="do without torch.compile, all alike")
+    add("--document-mask", action="store_true", help="and once more with data.document_mask")
     add = add_task("generate", "generation: the prompt, then token by token").add_argument
     add("--batch-size", type=positive, default=1, help="texts side by side (1)")
     add("--prompt-tokens", type=positive, default=16, help="length of the prompt (16)")
@@ -282,7 +283,8 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
         "compile": not arguments.no_compile,
         "steps": arguments.steps,
     }
-    names = {"ours": "", **read_peers(arguments)}
+    masked = {"document mask": ""} if arguments.document_mask else {}
+    names = {"ours": "", **masked, **read_peers(arguments)}
     machine, turns = take_turns(names, settings, arguments.rounds)
     ceiling, peak = median(turns["ours"], "matrix_product_flops"), machine["peak_flops"]
     results = {}

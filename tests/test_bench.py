@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 import bench
 import contestants
 import peers
+from config import load_config
 from errors import UserError
 from scaling import Cluster, StepTime, step_time
+from step import Stepper
 
 MODEL = """
 [model]
@@ -96,7 +99,8 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
     output = tmp_path / "out.json"
     options = ["--rounds", 2, "--steps", 1, "--no-compile", "--device", "cpu", "--dtype", "float32"]
     peers = [f"--peer=nanogpt={peer}", f"--peer=build-nanogpt={peer}", "--peer=transformers"]
-    result = run("bench.py", "train", "--config", config, *options, *peers, "--output", output)
+    options += ["--document-mask", *peers, "--output", output]
+    result = run("bench.py", "train", "--config", config, *options)
     assert result.status == 0, result.err
     report = json.loads(output.read_text())
     slow = report["results"]["nanogpt"]
@@ -108,10 +112,10 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
         assert parts == pytest.approx(measured["step_seconds"], rel=0.1)
     lines = result.out.splitlines()
     assert lines[0].split()[:3] == ["tokens/s", "of", "product"]
-    names = ["ours", "nanogpt", "build-nanogpt", "transformers"]
-    assert [line.split()[0] for line in lines[1:5]] == names
-    assert f"{slow['times_as_fast']:.2f} × as fast" in lines[2]
-    assert lines[2].endswith(f"{slow['memory_ratio']:.2f} × as much")
+    names = ["ours", "document", "nanogpt", "build-nanogpt", "transformers"]
+    assert [line.split()[0] for line in lines[1:6]] == names
+    assert f"{slow['times_as_fast']:.2f} × as fast" in lines[3]
+    assert lines[3].endswith(f"{slow['memory_ratio']:.2f} × as much")
     ours = report["results"]["ours"]
     share = ours["seconds"]["data"] * ours["tokens_per_second"] / (2 * 32)
     assert ours["data_share"] == pytest.approx(share)
@@ -120,6 +124,26 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
     assert f"{share:.1%}" in lines[1]
     assert report["command"].startswith("python bench.py train")
     assert {"date", "commit", "hardware", "versions", "settings"} <= set(report)
+
+
+@pytest.mark.parametrize(("name", "masked"), [("ours", False), ("document mask", True)])
+def test_a_document_mask_separates_documents_in_what_is_measured(config, monkeypatch, name, masked):
+    separated = []
+    original = Stepper.separated
+
+    def spy(stepper: Stepper, inputs: torch.Tensor) -> tuple:
+        result = original(stepper, inputs)
+        separated.append((len(result), (inputs == 50_256).sum().item()))
+        return result
+
+    monkeypatch.setattr(Stepper, "separated", spy)
+    model = asdict(load_config([str(config)]).model) | {"block_size": 1024}
+    settings = {"name": name, "model": model, "micro_batch_size": 8, "compile": False}
+    step = contestants.our_step(settings, torch.device("cpu"), torch.float32)
+    step(contestants.Stopwatch(torch.device("cpu")))
+    ((parts, ends),) = separated
+    assert parts == (2 if masked else 0)
+    assert 2 <= ends <= 20  # a document has about a thousand tokens
 
 
 def test_generation_is_measured_beside_peers(config, peer, tmp_path):
