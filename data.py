@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from errors import UserError
 from shards import TokenStream
@@ -44,20 +44,26 @@ def load_windows(
 def within_documents(
     ids: Tensor, end_of_text: int, in_blocks: bool = False
 ) -> tuple[Tensor | BlockMask, Tensor]:
-    """What makes a model read each document of a window ids (B, T) as if it stood alone.
+    """What makes a model read each document of whole windows ids (B, T) as if it stood alone.
 
     A mask, bool (B, 1, T, T): row t, column s says whether t sees s, which it does from the
-    `end_of_text` of its document up to itself. And positions (B, T), which count from there. A mask
-    `in_blocks` is for FlexAttention (Dong et al. 2024), which skips blocks where nobody sees any.
+    beginning of its document, or of the window, up to itself. And positions, int64 (B, T), which
+    count from there. A document begins with its `end_of_text`. A mask `in_blocks` is for
+    FlexAttention (Dong et al. 2024), which skips blocks in which no token sees another.
     """
-    (B, T), make = ids.shape, create_block_mask if in_blocks else create_mask
+    B, T = ids.shape
     places = torch.arange(T, device=ids.device)  # (T)
     begin = torch.where(ids == end_of_text, places, 0).cummax(dim=1).values  # (B, T)
 
     def sees(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return (begin[b, t] <= s) & (s <= t)
 
-    return make(sees, B, None, T, T, device=ids.device), places - begin
+    if in_blocks:
+        mask = create_block_mask(sees, B, None, T, T, device=ids.device)
+    else:
+        rows = torch.arange(B, device=ids.device)[:, None, None, None]
+        mask = sees(rows, None, places[:, None], places)  # (B, 1, T, T)
+    return mask, places - begin
 
 
 @lru_cache(maxsize=2)

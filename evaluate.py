@@ -10,6 +10,9 @@ even with programs that compress files: both say how many bits the text takes wh
 paid for (README, "How good is it?"). For a text of up to a million bytes the table also tells what
 `xz -9e` makes of it.
 
+A run with data.document_mask is validated as it was trained, on each document by itself. A model
+from Hugging Face's format, which doesn't tell of it, reads on from one document to the next.
+
 After ± stands the standard error: what another sample of such questions may well change. A
 perplexity too large for a float is "inf" on the terminal, and null in --output's JSON, which knows
 no infinity.
@@ -23,7 +26,7 @@ import stat
 import sys
 from pathlib import Path
 
-from config import TASK_NAMES, task_names
+from config import TASK_NAMES, make_config, task_names
 from errors import Parser, UserError, one_line, positive, run_script
 
 TOKENS = 10_485_760  # of the validation split: 20 of llm.c's batches of 524,288
@@ -144,6 +147,15 @@ def validation_stream(arguments: argparse.Namespace, checkpoint: Checkpoint) -> 
     return stream
 
 
+def reads_by_document(checkpoint: Checkpoint) -> bool:
+    """Whether it was trained with data.document_mask. Raises UserError if that can't be told."""
+    told = checkpoint.meta.config.get("data", {}).get("document_mask", False)
+    try:
+        return make_config({"data": {"document_mask": told}}).data.document_mask
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from error
+
+
 def measure_loss(
     stream: TokenStream, max_tokens: int, scorer: Scorer, document_mask: bool
 ) -> Found:
@@ -172,7 +184,8 @@ def measure_loss(
         lines.append(f"bits per byte   {bits.value:.3f}")
         xz = xz_bits_per_byte(stream, encoding, result.tokens)
         lines += [f"xz -9e          {xz:.3f} bits per byte on the same text"] if xz else []
-    return lines, record("val", str(stream.folder), stream.fingerprint, result.tokens, metrics)
+    found = record("val", str(stream.folder), stream.fingerprint, result.tokens, metrics)
+    return lines, found | {"document_mask": document_mask}
 
 
 def run_task(questions: Questions, stride: int, scorer: Scorer) -> Found:
@@ -201,7 +214,7 @@ def look_up(
     if name == "val":
         stream = validation_stream(arguments, checkpoint)
         stream.num_windows(scorer.model.config.block_size)  # too short? not after other tasks
-        document_mask = checkpoint.meta.config.get("data", {}).get("document_mask") is True
+        document_mask = reads_by_document(checkpoint)
         return partial(measure_loss, stream, arguments.tokens, scorer, document_mask)
     stride = choose_stride(arguments, scorer.model.config.block_size)
     questions = scorer.ranks.in_turn(lambda: load_questions(name, arguments.file))

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from decoding import RecordedDecoding, one_ahead
 
-Mask = Tensor | BlockMask | None  # who sees whom, (B, 1, T, T), if not all who stand before
+Mask = Tensor | BlockMask | None  # who sees whom; None: each sees all that stands before it
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Mask = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C); with a cache, x continues what it holds.
 
-        `mask` (B, 1, T, T), if given, is added to the scores: 0, or -∞ where none may look. A
+        `mask` (B, 1, T, T), if given, is added to the scores: 0, or -∞ for what isn't seen. A
         BlockMask says the same to FlexAttention, which knows no dropout.
         """
         B, T, C = x.shape
@@ -362,7 +362,7 @@ class GPT(nn.Module):
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream: half as much to read. float16's range is small
-        if isinstance(mask, Tensor):  # as numbers to add to scores, made once for all layers
+        if isinstance(mask, Tensor):  # once for all layers, or each would keep a copy of its own
             seen = torch.zeros_like(mask, dtype=dtype_of_products(x))  # (B, 1, T, T)
             mask = seen.masked_fill(~mask, -math.inf)  # (B, 1, T, T)
         for number, block in enumerate(self.h):

@@ -108,7 +108,7 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
         names += [("train", "reduction"), ("train", "micro_batch_size"), ("train", "dtype")]
     for section, key in names:
         before = then.get(section, {}).get(key, getattr(getattr(Config(), section), key))
-        if before != now[section][key]:
+        if toml_value(before) != toml_value(now[section][key]):  # true isn't 1
             raise UserError(
                 f"{path} was trained with {section}.{key} = {toml_value(before)}, now it is "
                 f"{toml_value(now[section][key])}: set it back, or choose another --train.out"

@@ -166,7 +166,7 @@ def validate(
 def window_losses(model: GPT, document_mask: bool, inputs: Tensor, targets: Tensor) -> Tensor:
     """The mean loss of each window, in nats, (B,) of inputs and targets (B, T)."""
     mask = positions = None
-    if document_mask:  # read as in training
+    if document_mask:
         mask, positions = within_documents(inputs, model.config.vocab_size - 1)
     hidden = model.hidden_states(inputs, None, mask, positions).flatten(0, 1)  # (B·T, C)
     logs, _ = log_probabilities(model, hidden, targets.flatten())

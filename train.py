@@ -18,6 +18,7 @@ from errors import Expendable, Stopped, UserError, run_script
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     CONFIG = load_config()
 
+import itertools
 import math
 import signal
 from collections.abc import Iterator
@@ -292,7 +293,7 @@ class Trainer:
         return self.ranks.stop_asked(self.stop.number > 0)
 
     def sample(self) -> str:
-        """A text from nothing but <|endoftext|>, as the model writes it now."""
+        """A text from nothing but <|endoftext|> to the next, as the model writes it now."""
         generator = torch.Generator(self.ranks.device)
         generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, self.step, 0))
         start = torch.tensor([[self.encoding.eot_token]], device=self.ranks.device)
@@ -300,7 +301,8 @@ class Trainer:
             tokens = model.generate(
                 start, SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator
             )
-            return self.encoding.decode([int(token) for token in tokens])
+            end = self.encoding.eot_token
+            return self.encoding.decode([*itertools.takewhile(end.__ne__, map(int, tokens))])
 
     def save(self, val_loss: float | None) -> None:
         """Write a checkpoint (rank 0) while the others wait."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import statistics
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, Result, ranks, run
 from safetensors.torch import load_file, save_file
+from test_checkpoint import rewrite_meta
 
 import evaluate
-from checkpoint import MODEL, find_checkpoint
+from checkpoint import MODEL, find_checkpoint, newest_checkpoint
 from distributed import Ranks
 from scoring import validate
 from shards import TokenStream, shard_header
@@ -43,6 +45,15 @@ def test_the_report_says_what_was_measured_on_which_weights(call, trained, shard
     assert found["metrics"].keys() == {"loss", "perplexity", "bits_per_byte"}
     assert f"loss            {found['metrics']['loss']['value']:.4f} nats" in table
     assert 0 < found["metrics"]["loss"]["error"] < 0.5
+
+
+@pytest.mark.parametrize("value", ["true", 1, None])
+def test_a_checkpoint_that_cannot_tell_how_it_read_is_one_line(call, trained, tmp_path, value):
+    shutil.copytree(trained, tmp_path / "run")
+    path = newest_checkpoint(tmp_path / "run" / "checkpoints").path
+    rewrite_meta(path, lambda meta: meta["config"]["data"].update({"document_mask": value}))
+    error = call("evaluate", "--checkpoint", tmp_path / "run").error()
+    assert f"step_000040: data.document_mask = {value!r}: expected true or false" in error
 
 
 def test_by_default_val_takes_as_many_tokens_as_llm_c_does(tmp_path):

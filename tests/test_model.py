@@ -391,6 +391,31 @@ def test_how_much_slower_pytorchs_own_loss_is_was_measured():
     assert told in " ".join(HeadLoss.__doc__.split())
 
 
+def test_attention_drops_pairs_in_training_with_a_mask_and_without():
+    layer = CausalSelfAttention(replace(SMALL, dropout=0.5))
+    layer.resid_dropout = torch.nn.Identity()  # which drops too
+    x, mask = torch.randn(1, 9, SMALL.n_embd), torch.zeros(1, 1, 9, 9)
+    for seen in (None, mask):
+        assert not torch.equal(layer.train()(x, mask=seen), layer(x, mask=seen))
+        assert torch.equal(layer.eval()(x, mask=seen), layer(x, mask=seen))
+
+
+def test_all_layers_share_one_mask():
+    """Made of truth values by each, a copy would be kept until the backward pass."""
+    model, ids = make_model(), random_ids(SMALL, 2, 16)
+    kept = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == (16, 16):
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, ids, *within_documents(ids, 96))
+    assert len(kept) == 1
+    loss.backward()
+
+
 def test_dropout_acts_in_training_only():
     model = GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.5}))
     ids = random_ids(SMALL, 1, 8)

@@ -52,6 +52,13 @@ def test_a_run_cannot_go_on_as_another_run(call, tiny, shards, trained, change, 
     assert f"now it is {value}" in message
 
 
+def test_a_setting_of_another_type_is_another_setting(configure):
+    config = configure("--data.document_mask", "true")
+    then = asdict(config) | {"data": {"document_mask": 1}}
+    with pytest.raises(UserError, match="data.document_mask = 1, now it is true"):
+        check_same_run(then, config, Path("step_000001"))
+
+
 def test_a_checkpoint_that_tells_no_settings_is_taken_to_have_the_defaults(configure):
     config = configure()
     with pytest.raises(UserError, match="was trained with model.n_layer = 12, now it is 2"):

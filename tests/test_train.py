@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, Result, exchange_shard, metrics_of
 from safetensors.torch import load_file
+from test_checkpoint import rewrite_meta
 
 import train
 from checkpoint import MODEL, newest_checkpoint, read_checkpoint
@@ -125,20 +126,26 @@ def test_evaluate_prints_what_training_told(call, trained, shards):
 def test_a_run_that_reads_each_document_by_itself_is_evaluated_as_it_was_trained(
     configure, call, short_documents, tmp_path
 ):
-    settings = ("--data.dir", short_documents, "--train.max_steps", 5)
-    train.train(configure(*settings, "--data.document_mask", "true"))
+    settings = ("--data.dir", short_documents, "--data.document_mask", "true")
+    train.train(configure(*settings, "--train.max_steps", 5))
     (told,) = metrics_of(tmp_path / "run", "val")
-    result = call("evaluate", "--checkpoint", tmp_path / "run", "--tokens", 512)
-    assert (
-        f"loss            {told['loss']:.4f} nats per token, each document by itself" in result.out
+    checkpoint, output = (
+        newest_checkpoint(tmp_path / "run" / "checkpoints"),
+        tmp_path / "found.json",
     )
 
-    train.train(configure(*settings, "--train.out", tmp_path / "other"))
-    (other,) = metrics_of(tmp_path / "other", "val")
-    assert abs(other["loss"] - told["loss"]) > 1e-4
-    shutil.copy(*(next((tmp_path / run).glob("c*/*/model.*")) for run in ("run", "other")))
-    result = call("evaluate", "--checkpoint", tmp_path / "other", "--tokens", 512)
-    assert f"loss            {told['loss']:.4f} nats" not in result.out
+    def evaluated(masked: bool) -> float:
+        change = {"document_mask": masked}
+        rewrite_meta(checkpoint.path, lambda meta: meta["config"]["data"].update(change))
+        arguments = ("--checkpoint", tmp_path / "run", "--tokens", 512, "--output", output)
+        result = call("evaluate", *arguments)
+        assert (" nats per token, each document by itself\n" in result.out) == masked
+        (found,) = json.loads(output.read_text())["results"]
+        assert found["document_mask"] == masked
+        return found["metrics"]["loss"]["value"]
+
+    assert evaluated(True) == pytest.approx(told["loss"], rel=1e-6)
+    assert abs(evaluated(False) - told["loss"]) > 1e-3
 
 
 def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
@@ -227,6 +234,13 @@ def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
     assert "step 2 writes:\n" in result.err
     assert "step 4 writes:\n" in result.err
     assert result.out == ""
+
+
+def test_a_sample_ends_where_its_text_does(configure, monkeypatch):
+    trainer = train.Trainer(configure(), ALONE)
+    tokens = [torch.tensor([id]) for id in (65, 66, 299, 67)]
+    monkeypatch.setattr(train.GPT, "generate", lambda *_, **__: iter(tokens))
+    assert trainer.sample() == trainer.encoding.decode([65, 66])
 
 
 def test_a_run_that_is_to_stop_writes_no_sample_first(configure, capfd):
