@@ -792,6 +792,10 @@ def test_what_is_won_where_documents_are_short_is_told_as_it_was_measured():
     joined, _, apart = rows_of(load_found(ROOT / "results" / "recipe_short.json")).values()
     told = f"[the loss fell](results/README.md) from {joined.loss:.3f} to {apart.loss:.3f}."
     assert told in PROSE
+    ratio = spread(recorded("document_mask"), "document mask", "step_seconds")
+    assert f"takes {ratio} as long on two CPU cores" in MEASURED_PROSE
+    times = f"[{ratio.split()[0]} times](results/bench_document_mask.json) as long;"
+    assert times in PROSE
 
 
 def test_memory_is_told_as_it_was_measured():
