@@ -70,9 +70,7 @@ class OptimSettings:
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", minimum=0)
     schedule: str = setting(
-        "cosine",
-        "how the learning rate falls: cosine, linear, or sqrt (1 - √progress)",
-        choices=("cosine", "linear", "sqrt"),
+        "cosine", "how the learning rate falls: cosine or linear", choices=("cosine", "linear")
     )
     decay_steps: int = setting(
         0, "last steps, in which it falls; 0 = at once after its peak", minimum=0

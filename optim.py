@@ -105,12 +105,10 @@ def drop_average(optimizer: torch.optim.Optimizer) -> None:
         state.pop(OTHER, None)
 
 
-# How far the fall has come, 0 … 1 -> what is left of it, 1 … 0. The root is Hägele et al.'s (2024,
-# https://arxiv.org/abs/2405.18392), for a fall after a level stretch.
+# How far the fall has come, 0 … 1 -> what is left of it, 1 … 0.
 FALLS: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1.0 - progress,
-    "sqrt": lambda progress: 1.0 - math.sqrt(progress),
 }
 
 
@@ -125,7 +123,8 @@ def learning_rate_at(step: int, settings: OptimSettings, max_steps: int) -> floa
 
     Step 0 already learns (with a rate of 0 it would be wasted), step `warmup_steps` has the peak,
     and the last step has `min_learning_rate`. With `decay_steps` the peak lasts until the fall
-    ("warm-up, stable, decay"), and up to there nothing depends on how long the run will be.
+    ("warm-up, stable, decay": Hägele et al. 2024, https://arxiv.org/abs/2405.18392), and up to
+    there nothing depends on how long the run will be.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)

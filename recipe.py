@@ -123,9 +123,6 @@ CANDIDATES = {
     "muon": MUON,
     "muon_linear": MUON_LINEAR,
     "muon_wsd": changed(MUON_LINEAR, "Muon, level, then linear to 0 for 40 %", LEVEL),
-    "muon_sqrt": changed(
-        MUON_LINEAR, "Muon, level, then 1 - √ for 40 %", LEVEL | {"optim.schedule": "sqrt"}
-    ),
     "muon_ema": changed(
         MUON,
         "Muon, level, weights averaged over the last tenth",

@@ -124,7 +124,6 @@ def test_the_candidates_are_what_they_are_called():
         "muon": ("muon", "cosine", 0.1, 20, 0.95),
         "muon_linear": ("muon", "linear", 0.0, 20, 0.95),
         "muon_wsd": ("muon", "linear", 0.0, 20, 0.95, 160),
-        "muon_sqrt": ("muon", "sqrt", 0.0, 20, 0.95, 160),
         "muon_ema": ("muon", "cosine", 1.0, 20, 0.95, 0.1),
         "documents": ("muon", "linear", 0.0, 20, 0.95, "mask"),
     }
