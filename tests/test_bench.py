@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow
 import pyarrow.parquet
@@ -19,10 +20,11 @@ from hypothesis import strategies as st
 import bench
 import contestants
 import peers
-from config import load_config
+from config import Config, load_config
+from distributed import Ranks
 from errors import UserError
 from scaling import Cluster, StepTime, step_time
-from step import Stepper
+from shards import TokenStream
 
 MODEL = """
 [model]
@@ -127,23 +129,24 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
 
 
 @pytest.mark.parametrize(("name", "masked"), [("ours", False), ("document mask", True)])
-def test_a_document_mask_separates_documents_in_what_is_measured(config, monkeypatch, name, masked):
-    separated = []
-    original = Stepper.separated
+def test_a_document_mask_separates_the_documents_of_the_shard(config, monkeypatch, name, masked):
+    class Recorder:
+        """Instead of the Trainer: what it would train on, and how."""
 
-    def spy(stepper: Stepper, inputs: torch.Tensor) -> tuple:
-        result = original(stepper, inputs)
-        separated.append((len(result), (inputs == 50_256).sum().item()))
-        return result
+        def __init__(self, config: Config, ranks: Ranks) -> None:
+            stream = TokenStream(Path(config.data.dir), "train")
+            begins = (stream.read(0, len(stream)) == 50_256).sum()
+            told.append((config.data.document_mask, len(stream) / begins))
+            self.stepper = Mock()
 
-    monkeypatch.setattr(Stepper, "separated", spy)
+    told = []
+    monkeypatch.setattr(contestants, "Trainer", Recorder)
     model = asdict(load_config([str(config)]).model) | {"block_size": 1024}
     settings = {"name": name, "model": model, "micro_batch_size": 8, "compile": False}
-    step = contestants.our_step(settings, torch.device("cpu"), torch.float32)
-    step(contestants.Stopwatch(torch.device("cpu")))
-    ((parts, ends),) = separated
-    assert parts == (2 if masked else 0)
-    assert 2 <= ends <= 20  # a document has about a thousand tokens
+    contestants.our_step(settings, torch.device("cpu"), torch.float32)
+    ((was_masked, length),) = told
+    assert was_masked == masked
+    assert 800 < length < 1250  # a thousand tokens each, of half a million
 
 
 def test_generation_is_measured_beside_peers(config, peer, tmp_path):
