@@ -145,6 +145,16 @@ def begin(tiny, shards, tmp_path, monkeypatch):
     return make
 
 
+@pytest.fixture
+def untrained(monkeypatch) -> None:
+    """No training takes place, and each has found something."""
+
+    def train(name: str, rate: float, seed: int, arguments: object) -> Run:
+        return Run(name, rate, seed, (20, 40), (5.0, 4.0), *ON)
+
+    monkeypatch.setattr(recipe, "train", train)
+
+
 def test_trainings_are_done_once_and_kept(begin, tmp_path, monkeypatch, capsys):
     recipe.main(begin("--jobs", 2))
     kept = recipe.load_found(tmp_path / "out" / "found.json")
@@ -167,6 +177,7 @@ def test_a_run_tells_the_gpu_that_it_ran_on_if_there_was_one(monkeypatch, kind, 
     assert recipe.machine() == told
 
 
+@pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize("changes", [{"settings": {"optim.beta2": 0.5}}, {"floor": 0.5}])
 def test_a_candidate_of_the_same_name_is_not_mixed_in(begin, tmp_path, monkeypatch, changes):
     recipe.main(begin())
@@ -176,6 +187,7 @@ def test_a_candidate_of_the_same_name_is_not_mixed_in(begin, tmp_path, monkeypat
         recipe.main(begin())
 
 
+@pytest.mark.usefixtures("untrained")
 def test_another_config_is_not_mixed_in(begin, tmp_path):
     recipe.main(begin())
     config = begin().config
@@ -184,6 +196,7 @@ def test_another_config_is_not_mixed_in(begin, tmp_path):
         recipe.main(begin())
 
 
+@pytest.mark.usefixtures("untrained")
 def test_another_text_is_not_mixed_in(begin, shards, tmp_path):
     """Under the same name."""
     shutil.copytree(shards, tmp_path / "data")
