@@ -723,8 +723,8 @@ def gpu_prose() -> list[str]:
         f"[{run['seconds']['of the process']} seconds](h200_124m.json) from its start to its end, "
         f"with a validation loss of {last:.2f}.",
         "The seven tests that needed a GPU passed there, at commit 40b8b0c. Since then have "
-        "changed: how the code waits for a GPU, what a run does before its first step, and how ranks end. "
-        "An eighth, for `data.document_mask`, is newer.",
+        "changed: how the code waits for a GPU, what a run does before its first step, and how "
+        "ranks end. An eighth, for `data.document_mask`, is newer.",
         "Some ways of training the 124M ([recipe_124m.json](recipe_124m.json)): 400 steps of 8,192 "
         "tokens of English, three learning rates each. Where the best is the lowest, a lower one "
         "might be better.",
