@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from decoding import RecordedDecoding, one_ahead
 
 Mask = Tensor | BlockMask | None  # who sees whom; None: each sees all that stands before it
+Documents = tuple[Mask, Tensor] | None  # mask and positions: data.within_documents
 
 
 @dataclass(frozen=True)
@@ -339,25 +340,23 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden_states(
-        self,
-        ids: Tensor,
-        cache: KVCache | None = None,
-        mask: Mask = None,
-        positions: Tensor | None = None,
+        self, ids: Tensor, cache: KVCache | None = None, documents: Documents = None
     ) -> Tensor:
         """Everything but the output layer. ids: (B, T) -> (B, T, C).
 
         With a cache, `ids` are the tokens after those it holds: all of a prompt when it is empty,
-        later one at a time. Without one, `mask` (B, 1, T, T) may say who sees whom, and `positions`
-        (B, T) where each token stands (`data.within_documents`). Raises ValueError past the end of
-        the context.
+        later one at a time. Without one, `documents` may say who sees whom (B, 1, T, T) and where
+        each token stands (B, T). Raises ValueError past the end of the context.
         """
         T = ids.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens, the context holds {self.config.block_size}")
+        mask = None
         if cache is not None:
             positions = cache.begin(T)  # (T)
-        elif positions is None:
+        elif documents is not None:
+            mask, positions = documents
+        else:
             positions = torch.arange(T, device=ids.device)  # (T)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
@@ -381,18 +380,14 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor | None = None,
-        mask: Mask = None,
-        positions: Tensor | None = None,
+        self, ids: Tensor, targets: Tensor | None = None, documents: Documents = None
     ) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T), their mean loss in nats instead.
 
-        The loss is cross-entropy, -log p(target), over the V real tokens and in float32. `mask`
-        and `positions` are those of `hidden_states`.
+        The loss is cross-entropy, -log p(target), over the V real tokens and in float32.
+        `documents` is for `hidden_states`.
         """
-        hidden = self.hidden_states(ids, mask=mask, positions=positions)  # (B, T, C)
+        hidden = self.hidden_states(ids, documents=documents)  # (B, T, C)
         if targets is None:
             return self.logits(hidden)  # (B, T, V)
         # F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten()), slice by slice:

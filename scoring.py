@@ -165,10 +165,9 @@ def validate(
 
 def window_losses(model: GPT, document_mask: bool, inputs: Tensor, targets: Tensor) -> Tensor:
     """The mean loss of each window, in nats, (B,) of inputs and targets (B, T)."""
-    mask = positions = None
-    if document_mask:
-        mask, positions = within_documents(inputs, model.config.vocab_size - 1)
-    hidden = model.hidden_states(inputs, None, mask, positions).flatten(0, 1)  # (B·T, C)
+    end_of_text = model.config.vocab_size - 1
+    documents = within_documents(inputs, end_of_text) if document_mask else None
+    hidden = model.hidden_states(inputs, documents=documents).flatten(0, 1)  # (B·T, C)
     logs, _ = log_probabilities(model, hidden, targets.flatten())
     return -logs.view_as(targets).mean(dim=1)
 

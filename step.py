@@ -20,7 +20,7 @@ from device import Moment, choose_dtype, keep_freed_memory
 from distributed import Ranks, TreeSum
 from errors import UserError
 from guard import SpikeFilter
-from model import GPT, Mask
+from model import GPT, Documents
 from optim import (
     drop_average,
     learning_rate_at,
@@ -153,15 +153,15 @@ class Stepper:
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, inputs and targets (B, T)."""
         with self.in_its_arithmetic():
-            return self.wrapped(inputs, targets, *self.separated(inputs))
+            return self.wrapped(inputs, targets, self.separated(inputs))
 
-    def separated(self, inputs: Tensor) -> tuple[()] | tuple[Mask, Tensor]:
+    def separated(self, inputs: Tensor) -> Documents:
         """Mask and positions that separate the documents of a batch (B, T), if that is asked for.
 
         In blocks where FlexAttention is quick: compiled, on a GPU. It knows no dropout.
         """
         if not self.config.data.document_mask:
-            return ()
+            return None
         in_blocks = inputs.is_cuda and self.config.train.compile and not self.config.model.dropout
         return within_documents(inputs, self.model.config.vocab_size - 1, in_blocks)
 

@@ -119,15 +119,15 @@ def test_documents_in_a_window_can_be_read_as_if_each_stood_alone(recompute):
     ids, targets = random_ids(SMALL, 1, 16), random_ids(SMALL, 1, 16, seed=1)
     ids[0, [0, 5, 6, 13]] = 96
     documents = [slice(0, 5), slice(5, 6), slice(6, 13), slice(13, 16)]
-    mask, positions = within_documents(ids, 96)
+    apart = within_documents(ids, 96)
 
     alone = torch.cat([model(ids[:, some]) for some in documents], dim=1)
-    torch.testing.assert_close(model(ids, None, mask, positions), alone)
+    torch.testing.assert_close(model(ids, documents=apart), alone)
     assert not torch.allclose(model(ids), alone)
 
     loss = F.cross_entropy(alone.flatten(0, 1), targets.flatten())
     expected = torch.autograd.grad(loss, [*model.parameters()])
-    ours = model(ids, targets, mask, positions)
+    ours = model(ids, targets, apart)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-6)  # summed in float32
     gradients = torch.autograd.grad(ours, [*model.parameters()])
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
@@ -145,8 +145,8 @@ def test_a_mask_in_blocks_is_the_same_and_compiled_once_for_all_batches(monkeypa
     for seed in range(10):
         ids, targets = random_ids(SMALL, 2, 16, seed), random_ids(SMALL, 2, 16, seed + 1)
         ids[:, seed] = 96
-        loss = model(ids, targets, *within_documents(ids, 96))
-        other = twin(ids, targets, *within_documents(ids, 96, in_blocks=True))
+        loss = model(ids, targets, within_documents(ids, 96))
+        other = twin(ids, targets, within_documents(ids, 96, in_blocks=True))
         gradients, others = (
             torch.autograd.grad(one, [*some.parameters()])
             for one, some in ((loss, model), (other, twin))
@@ -411,7 +411,7 @@ def test_all_layers_share_one_mask():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(ids, ids, *within_documents(ids, 96))
+        loss = model(ids, ids, within_documents(ids, 96))
     assert len(kept) == 1
     loss.backward()
 
