@@ -357,6 +357,7 @@ def main(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"can't write {arguments.out}: {error.strerror}") from error
     check_can_write(path)
+    found.save(path)  # so that a training that is broken off only goes on with the same settings
     do(
         found,
         [(name, rate, SEEDS[0]) for name in names for rate in CANDIDATES[name].rates],

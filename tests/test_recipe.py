@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 
 import recipe
-from config import make_config
+from config import Config, make_config, read_toml
 from errors import UserError
 from recipe import Candidate, Found, Run
 
@@ -162,6 +162,12 @@ def test_trainings_are_done_once_and_kept(begin, tmp_path, monkeypatch, capsys):
     assert all(run.steps == (20, 40) and run.losses[1] < run.losses[0] for run in kept.runs)
     assert kept.step_seconds > 0 and kept.step_ratios == {"nanogpt": 1.0}
     assert kept.runs[0].torch == torch.__version__
+    for run in kept.runs:  # by train.py, from its own settings
+        config = read_toml(tmp_path / "out" / f"nanogpt_0.001_{run.seed}" / "config.toml")
+        optim = config["optim"]
+        assert (optim["learning_rate"], optim["beta2"], optim["warmup_steps"]) == (0.001, 0.99, 100)
+        assert config["train"]["seed"] == run.seed
+    assert kept.runs[0].losses != kept.runs[1].losses
     assert "100%" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*/checkpoints"))
     monkeypatch.setattr(recipe, "train", lambda *_: pytest.fail("it has been done"))
@@ -196,6 +202,19 @@ def test_another_config_is_not_mixed_in(begin, tmp_path):
         recipe.main(begin())
 
 
+def test_a_training_that_was_broken_off_does_not_go_on_with_another_config(begin, monkeypatch):
+    def train(*_: object) -> Run:
+        raise UserError("broken off")
+
+    monkeypatch.setattr(recipe, "train", train)
+    with pytest.raises(UserError, match="broken off"):
+        recipe.main(begin())
+    config = begin().config
+    config.write_text(config.read_text().replace("max_steps = 40", "max_steps = 60"))
+    with pytest.raises(UserError, match="found.json tells of another config: choose another"):
+        recipe.main(begin())
+
+
 @pytest.mark.usefixtures("untrained")
 def test_another_text_is_not_mixed_in(begin, shards, tmp_path):
     """Under the same name."""
@@ -223,6 +242,35 @@ def test_steps_are_timed_against_the_baselines_of_the_same_round(begin, tmp_path
     turns["slow"] = [7.0, 14.0, 28.0]
     recipe.main(begin("--only", "nanogpt"))
     assert recipe.load_found(tmp_path / "out" / "found.json").step_ratios["slow"] == 7.0
+
+
+def test_the_steps_that_are_timed_are_each_candidates_and_have_been_done(begin, monkeypatch):
+    """Their numbers are asked for before the clock is: a GPU may still be at work."""
+    now, told = [0.0], []
+
+    class Slow:
+        """Instead of a Trainer: a step takes its candidate's rate in seconds, once waited for."""
+
+        def __init__(self, config: Config, ranks: object) -> None:
+            self.stepper, self.rate = self, config.optim.learning_rate
+            told.append((config.optim.beta2, self.rate))
+
+        def take(self, step: int) -> Slow:
+            return self
+
+        @property
+        def loss(self) -> float:
+            now[0] += 4 * self.rate
+            return 5.0
+
+    monkeypatch.setattr(recipe, "Trainer", Slow)
+    monkeypatch.setattr(recipe.time, "perf_counter", lambda: now[0])
+    quick = recipe.CANDIDATES["nanogpt"]
+    slow = recipe.changed(quick, "slow", {"optim.beta2": 0.5}, rates=(2.0,))
+    monkeypatch.setitem(recipe.CANDIDATES, "slow", slow)
+    turns = recipe.measure_steps(["nanogpt", "slow"], begin().config, rounds=2, steps=4)
+    assert told == [(0.99, 0.001), (0.5, 2.0)]
+    assert turns == {"nanogpt": pytest.approx([0.001] * 2), "slow": pytest.approx([2.0] * 2)}
 
 
 def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
@@ -291,7 +339,8 @@ def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert [path.name for path in arguments.out.iterdir()] == ["nanogpt_0.00025_1"]
+    names = {path.name for path in arguments.out.iterdir()}
+    assert names == {"found.json", "nanogpt_0.00025_1"}
     assert list((arguments.out / "nanogpt_0.00025_1" / "checkpoints").iterdir())
 
 
@@ -330,6 +379,7 @@ def test_wrong_input_is_one_line(begin, monkeypatch, words, prepare, complaint):
 
 def test_the_file_that_is_kept_is_one_that_can_be_read():
     kept = recipe.load_found(ROOT / "results" / "recipe.json")
-    assert set(kept.candidates) >= {run.candidate for run in kept.runs}
+    tried = {(run.candidate, run.rate) for run in kept.runs if run.seed == 1}
+    assert tried == {(name, rate) for name, way in kept.candidates.items() for rate in way.rates}
     for name in set(kept.candidates) & set(recipe.CANDIDATES):
         assert kept.candidates[name] == recipe.CANDIDATES[name]
