@@ -13,7 +13,6 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from device import choose_dtype
 from distributed import Ranks
@@ -96,9 +95,10 @@ class Muon(torch.optim.AdamW):
             by_shape[momentum.shape].append(place)
         updates: dict[int, Tensor] = {}
         for (n, *_), places in by_shape.items():
-            matrices = torch.cat([momenta[place] for place in places])
-            padded = F.pad(matrices, (0, 0, 0, 0, 0, -len(matrices) % self.ranks.world_size))
-            mine = padded.chunk(self.ranks.world_size)[self.ranks.rank]
-            orthogonal = self.ranks.gather(orthogonalise(mine))
+            matrices = [matrix for place in places for matrix in momenta[place]]
+            share = -(-len(matrices) // self.ranks.world_size)  # rounded up
+            mine = matrices[self.ranks.rank * share :][:share]
+            mine += [torch.zeros_like(matrices[0])] * (share - len(mine))
+            orthogonal = self.ranks.gather(orthogonalise(torch.stack(mine)))
             updates.update(zip(places, orthogonal.split(n)))
         return [updates[place] for place in range(len(momenta))]

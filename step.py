@@ -129,6 +129,7 @@ class Stepper:
         one's blocks are what is compiled, too: who calls it for another shape asks for plain code.
         """
         if self.config.train.compile:
+            torch._dynamo.config.optimize_ddp = False  # which would cut blocks in two again
             self.model.compile_parts()
         if self.ranks.world_size == 1 or self.is_canonical:
             return self.model

@@ -143,6 +143,18 @@ def test_muon_shares_its_matrices_out_and_steps_to_the_same_bit(train, short_doc
     assert 'was trained with optim.name = "muon", now it is "adamw"' in error
 
 
+def test_compiled_processes_under_ddp_learn_with_muon_what_one_that_is_not_compiled_does(
+    train, tmp_path
+):
+    settings = ("--optim.name", "muon", "--optim.average_share", 0.5, "--train.max_steps", 4)
+    settings += ("--log.eval_every", 2, "--model.dropout", 0)
+    assert train(tmp_path / "1", 1, *settings).status == 0
+    assert train(tmp_path / "2", 2, *settings, "--train.compile", "true").status == 0
+    for ours, theirs in zip(lines_of(tmp_path / "2"), lines_of(tmp_path / "1"), strict=True):
+        assert (ours["kind"], ours["step"]) == (theirs["kind"], theirs["step"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
 def test_a_canonical_run_goes_on_with_another_number_of_processes(train, alone, tmp_path):
     shutil.copytree(alone, tmp_path / "run", ignore=shutil.ignore_patterns("step_000040"))
     assert train(tmp_path / "run", 2, *CANONICAL).status == 0
@@ -277,10 +289,11 @@ def test_a_run_whose_reader_has_gone_goes_on_and_stops_only_as_asked(
 # Bad numbers
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(train, tmp_path):
-    """The weights after it are those of a run whose optimizer rested in that step."""
+@pytest.mark.parametrize("way", [(), ("--optim.name", "muon", "--optim.average_share", 0.5)])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(train, tmp_path, way):
+    """The weights after it, and their average, are as if the optimizer had rested in that step."""
     fault = {"fault": "nan", "at": 5, "rank": 1}
-    settings = ("--train.max_steps", 6, "--train.checkpoint_every", 1, "--log.eval_every", 0)
+    settings = ("--train.max_steps", 6, "--train.checkpoint_every", 1, "--log.eval_every", 0, *way)
     result = train(tmp_path / "run", 2, *settings, "--train.keep_checkpoints", 6, **fault)
     assert result.status == 0, result.err
     assert "step 5: loss nan, gradient norm nan: skipped" in result.err

@@ -10,6 +10,7 @@ import torch
 from test_step import ALONE
 
 from config import OptimSettings
+from distributed import Ranks
 from model import GPT, GPTConfig
 from muon import orthogonalise
 from optim import make_optimizer
@@ -118,6 +119,26 @@ def test_queries_keys_and_values_are_matrices_of_their_own(arithmetic, dtype):
     step = torch.cat([*orthogonalise(momentum.view(3, 32, 32))]).float()
     expected = before * (1 - rate * 0.1) - rate * step
     torch.testing.assert_close(weight.detach(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_of_four_orthogonalises_a_fourth_of_the_matrices(monkeypatch, rank):
+    """Of six queries, keys and values two; of two of another shape one, or none: zeros."""
+
+    class Apart(Ranks):
+        def gather(self, part: torch.Tensor) -> torch.Tensor:
+            """As if the others' were the same."""
+            return part.repeat(self.world_size, 1, 1)
+
+    model, seen = GPT(SMALL), []
+    ranks = Apart(rank=rank, local_rank=rank, world_size=4, device=torch.device("cpu"))
+    optimizer = make_optimizer(model, SETTINGS, ranks)
+    loss_of(model, 0).backward()
+    monkeypatch.setattr("muon.orthogonalise", lambda some: seen.append(some) or some)
+    optimizer.step()
+    assert [len(some) for some in seen] == [2, 1, 1, 1]
+    worked = [bool(some.any()) for some in seen]
+    assert worked == [rank < 3, rank < 2, rank < 2, rank < 2]
 
 
 def test_matrices_and_embeddings_decay_and_vectors_do_not():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, without_key_biases
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config
@@ -109,6 +112,36 @@ def test_with_a_document_mask_the_loss_is_that_of_documents_read_one_by_one(
                 nats += model(inputs[:, a:b], targets[:, a:b]).item() * (b - a)
     assert cuts > 16
     assert stepper.take(0).loss == pytest.approx(nats / 512, rel=1e-6)
+
+
+def test_under_ddp_a_compiled_block_stays_one_graph_and_computes_the_same(
+    configure, shards, monkeypatch
+):
+    """Where it is larger than DDP's first bucket, too: 3 MB."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ranks = Ranks(rank=0, local_rank=0, world_size=2, device=torch.device("cpu"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    gradients = []
+    try:
+        for compiled in ("true", "false"):
+            config = configure("--train.compile", compiled, "--model.dropout", 0)
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=2, n_head=4, n_embd=256))
+            stream, shape = TokenStream(shards, "train"), BatchShape(512, 32, 2, world_size=1)
+            stepper = Stepper(config, ranks, model, shape, stream)
+            assert isinstance(stepper.wrapped, DistributedDataParallel)
+            inputs, targets = load_windows(stream, [0, 1], 32)
+            stepper.loss_of(inputs, targets).backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters()})
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2  # a block, and the loss of a slice
+    assert counters["aot_autograd"]["total"] == 2  # of a graph cut in two: one for each part
 
 
 @pytest.mark.parametrize(
