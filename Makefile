@@ -4,7 +4,7 @@
 # make soak    fifty training runs, killed at random, that must end like an untouched one (half an hour)
 # make lint    style checks
 # make bench   speed; beside others with NANOGPT=, BUILD_NANOGPT= (their checkouts), TEXTS= (Parquet)
-#              (RESULTS=out/bench to leave README's numbers in results/ as they are)
+#              (MICRO_BATCH=16 windows in a training step, if those of the config don't fit)
 # make recipe  ways of training compared, on the Parquet files in TEXTS (JOBS=2 trainings at a time; hours)
 # make figures README's figures, from the trained model in visuals/model
 # make clean   remove what the targets above made
@@ -40,15 +40,17 @@ lint: $(VENV)/requirements-dev.installed
 figures: $(VENV)/requirements-dev.installed
 	$(RUN) -m visuals.draw
 
-# README quotes what is in results/, from another machine; keep yours apart with RESULTS=out/bench.
-RESULTS ?= results
+# What README quotes is in results/, from other machines.
+RESULTS ?= out/bench
 DTYPES ?= float32 bfloat16
 BATCHES ?= 1 16
+STEP = $(if $(MICRO_BATCH),--micro-batch-size $(MICRO_BATCH))
 bench: $(VENV)/requirements-dev.installed
 	mkdir -p $(RESULTS)
-	$(RUN) bench.py train --output $(RESULTS)/bench_train.json \
+	$(RUN) bench.py train $(STEP) --output $(RESULTS)/bench_train.json \
 		$(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) \
 		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT))
+	$(RUN) bench.py train $(STEP) --output $(RESULTS)/bench_document_mask.json --document-mask
 	for dtype in $(DTYPES); do for batch in $(BATCHES); do for prompt in 16 992; do \
 		$(RUN) bench.py generate --dtype $$dtype --batch-size $$batch --prompt-tokens $$prompt \
 			--output $(RESULTS)/bench_generate_$${dtype}_$${batch}_$$prompt.json \
@@ -62,6 +64,7 @@ bench: $(VENV)/requirements-dev.installed
 	$(if $(TEXTS),$(RUN) bench.py tokenize --source $(TEXTS) --output $(RESULTS)/bench_tokenize.json \
 		$(if $(BUILD_NANOGPT),--peer build-nanogpt=$(BUILD_NANOGPT)),\
 		@echo "tokenize is left out: it needs a folder of Parquet files, TEXTS=")
+	$(RUN) bench.py table $(RESULTS)
 
 JOBS ?= 1
 recipe: $(VENV)/requirements-dev.installed

@@ -6,6 +6,7 @@
     python bench.py tokenize --source texts/ --peer build-nanogpt=../build-nanogpt
     python bench.py start
     python bench.py plan --tokens-per-second 400000
+    python bench.py table out/bench        what such measurements found, once more
 
 A peer is a checkout or a package that you have already. It runs beside this repository in the same
 run, in a process of its own (contestants.py), and they take turns: what else happens on the machine
@@ -19,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, positive, run_script
+from errors import Parser, UserError, one_line, positive, run_script
 
 PEERS = {  # by task: the file that is taken from a checkout; None: a package that is installed
     "train": {"nanogpt": "model.py", "build-nanogpt": "train_gpt2.py", "transformers": None},
@@ -32,7 +33,7 @@ MOST_TOKENS = 10_000_000  # at once; more fit into no machine
 def price(text: str) -> float:
     """An argparse type: a number of dollars. Raises ValueError, for argparse to tell."""
     dollars = float(text)
-    if not 0 <= dollars < float("inf"):
+    if not 0 <= dollars < 1e9:
         raise ValueError(text)
     return dollars
 
@@ -47,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         add = task.add_argument
         task.set_defaults(config=Path(__file__).parent / "configs" / "gpt2_124m.toml")
         if name != "tokenize":  # which has no model
-            add("--config", type=Path, help="the model (configs/gpt2_124m.toml)")
+            add("--config", type=Path, help="the model, and its optimizer (configs/gpt2_124m.toml)")
         add("--output", type=Path, metavar="FILE.json", help="write all that was found")
         if name != "plan":
             add("--rounds", type=positive, default=5, help="turns that each contestant takes (5)")
@@ -83,6 +84,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gigabytes-per-second", type=positive, default=50, help="of a GPU's link (50)")
     add("--microseconds", type=positive, default=20, help="latency of a link (20)")
     add("--price", type=price, default=3.0, help="dollars per GPU and hour (3.00)")
+    meaning = "ours beside the others, from files that --output wrote"
+    show = tasks.add_parser("table", help=meaning, description=meaning)
+    show.add_argument("folder", type=Path, help="where bench_*.json are")
     return parser.parse_args(arguments)
 
 
@@ -91,6 +95,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import tempfile
@@ -108,6 +113,7 @@ from data import BatchShape
 from device import choose_device
 from metrics import estimated_memory
 from model import GPT, GPTConfig
+from records import read_json
 from scaling import Cluster, step_time
 from writing import check_can_write, write_atomically
 
@@ -231,10 +237,14 @@ def median(turns: list[Turn], key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def ratios(turns: dict[str, list[Turn]], name: str, key: str) -> list[float]:
+    """How many times as long another takes as we do, round by round."""
+    return [theirs[key] / ours[key] for ours, theirs in zip(turns["ours"], turns[name])]
+
+
 def ratio(turns: dict[str, list[Turn]], name: str, key: str) -> float:
-    """How many times as long another takes as we do: the median over the rounds."""
-    pairs = zip(turns["ours"], turns[name])
-    return statistics.median(theirs[key] / ours[key] for ours, theirs in pairs)
+    """The median of `ratios`."""
+    return statistics.median(ratios(turns, name, key))
 
 
 # Tables
@@ -270,7 +280,16 @@ def settings_of(arguments: argparse.Namespace, config: Config) -> dict:
     """What every contestant is told."""
     keys = ("device", "dtype", "peer_dtype")
     asked = {key: value for key, value in vars(arguments).items() if key in keys}
-    return {"task": arguments.task, "model": asdict(config.model), **asked}
+    sections = {"model": asdict(config.model), "optim": asdict(config.optim)}
+    return {"task": arguments.task, **sections, **asked}
+
+
+def report_of(names: dict[str, str], settings: dict, turns: dict, results: dict) -> dict:
+    """What is kept of a measurement; with the commit of each checkout, and who failed."""
+    commits = {name: commit(Path(path)) for name, path in names.items() if path}
+    left_out = [name for name in names if name not in turns]
+    told = {"settings": settings, "peers": commits, "left_out": left_out}
+    return told | {"results": results, "turns": turns}
 
 
 def train(arguments: argparse.Namespace, config: Config) -> dict:
@@ -278,6 +297,11 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
     on_cpu = choose_device(arguments.device).type == "cpu"
     B = arguments.micro_batch_size or (2 if on_cpu else config.train.micro_batch_size)
     check_fits("--micro-batch-size", B, config.model.block_size)
+    if arguments.peer and (config.model.dropout or config.model.recompute):
+        raise UserError(
+            f"--peer: others have no dropout and recompute nothing, unlike {arguments.config}: "
+            "choose another --config"
+        )
     settings = settings_of(arguments, config) | {
         "micro_batch_size": B,
         "compile": not arguments.no_compile,
@@ -286,23 +310,7 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
     masked = {"document mask": ""} if arguments.document_mask else {}
     names = {"ours": "", **masked, **read_peers(arguments)}
     machine, turns = take_turns(names, settings, arguments.rounds)
-    ceiling, peak = median(turns["ours"], "matrix_product_flops"), machine["peak_flops"]
-    results = {}
-    for name in turns:
-        seconds = {part: median(turns[name], f"{part}_seconds") for part in PARTS}
-        step = median(turns[name], "step_seconds")
-        rate = B * config.model.block_size / step
-        flops, memory = rate * machine["flops_per_token"], median(turns[name], "peak_memory")
-        results[name] = {
-            "tokens_per_second": rate,
-            "of_matrix_product": flops / ceiling,
-            "mfu": peak and flops / peak,
-            "peak_memory": memory,
-            "seconds": seconds,
-            "data_share": None if seconds["data"] is None else seconds["data"] / step,
-            "times_as_fast": ratio(turns, name, "step_seconds"),
-            "memory_ratio": median(turns["ours"], "peak_memory") / memory,
-        }
+    results = training_results(turns, machine, B * config.model.block_size)
     head = ["", "tokens/s", "of product", "MFU", *(f"{part} ms" for part in PARTS), "waiting"]
     print_table(
         [*head, "memory GB", "ours is", "ours takes"],
@@ -321,15 +329,40 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
             for name, result in results.items()
         ],
     )
+    ceiling = median(turns["ours"], "matrix_product_flops")
     print(f"a large matrix product: {ceiling / 1e12:.2f} TFLOP/s in {machine['dtype']}")
-    return {"settings": settings, "machine": machine, "results": results, "turns": turns}
+    return report_of(names, settings, turns, results) | {"machine": machine}
+
+
+def training_results(turns: dict[str, list[Turn]], machine: dict, tokens: int) -> dict[str, dict]:
+    """What the turns of a step of so many `tokens` come to, by contestant.
+
+    `memory_ratio` is how many times the other's memory we take.
+    """
+    ceiling, peak = median(turns["ours"], "matrix_product_flops"), machine["peak_flops"]
+    results = {}
+    for name in turns:
+        seconds = {part: median(turns[name], f"{part}_seconds") for part in PARTS}
+        step, memory = (median(turns[name], key) for key in ("step_seconds", "peak_memory"))
+        flops = tokens / step * machine["flops_per_token"]
+        results[name] = {
+            "tokens_per_second": tokens / step,
+            "of_matrix_product": flops / ceiling,
+            "mfu": peak and flops / peak,
+            "peak_memory": memory,
+            "seconds": seconds,
+            "data_share": None if seconds["data"] is None else seconds["data"] / step,
+            "times_as_fast": ratio(turns, name, "step_seconds"),
+            "memory_ratio": median(turns["ours"], "peak_memory") / memory,
+        }
+    return results
 
 
 def generate(arguments: argparse.Namespace, config: Config) -> dict:
     """Generation."""
     on_gpu = choose_device(arguments.device).type == "cuda"
     B, T, room = arguments.batch_size, arguments.prompt_tokens, config.model.block_size
-    new = arguments.new_tokens or (min(256, max(32, room - T)) if on_gpu else 32)
+    new = arguments.new_tokens or max(2, min(256 if on_gpu else 32, room - T))
     if arguments.peer_dtype and not arguments.peer:
         raise UserError("--peer-dtype is of the others: name some with --peer")
     if new < 2:
@@ -344,15 +377,7 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
     settings |= {"batch_size": B, "prompt_tokens": T, "new_tokens": new}
     names = {"ours": "", **read_peers(arguments)}
     machine, turns = take_turns(names, settings, arguments.rounds)
-    results = {
-        name: {
-            "prefill_tokens_per_second": B * T / median(turns[name], "prefill_seconds"),
-            "decode_tokens_per_second": B / median(turns[name], "token_seconds"),
-            "prefill_times_as_fast": ratio(turns, name, "prefill_seconds"),
-            "decode_times_as_fast": ratio(turns, name, "token_seconds"),
-        }
-        for name in turns
-    }
+    results = generation_results(turns, B, T)
     head = ["", "prefill tokens/s", "decode tokens/s", "ours prefills", "ours decodes"]
     rows = [
         [
@@ -364,16 +389,27 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
         ]
         for name, result in results.items()
     ]
-    key = "undisturbed_token_seconds"
-    if key in turns["ours"][0]:
+    if "undisturbed_tokens_per_second" in results["ours"]:
         head += ["undisturbed", "ours decodes"]
         for (name, result), row in zip(results.items(), rows):
-            rate, factor = B / median(turns[name], key), ratio(turns, name, key)
-            result["undisturbed_tokens_per_second"] = rate
-            result["undisturbed_times_as_fast"] = factor
-            row += [f"{rate:,.1f}", times(name, factor)]
+            row.append(f"{result['undisturbed_tokens_per_second']:,.1f}")
+            row.append(times(name, result["undisturbed_times_as_fast"]))
     print_table(head, rows)
-    return {"settings": settings, "machine": machine, "results": results, "turns": turns}
+    return report_of(names, settings, turns, results) | {"machine": machine}
+
+
+def generation_results(turns: dict[str, list[Turn]], B: int, T: int) -> dict[str, dict]:
+    """What the turns of B prompts of T tokens come to, by contestant."""
+    kinds = {"prefill": ("prefill_seconds", B * T), "decode": ("token_seconds", B)}
+    kinds["undisturbed"] = ("undisturbed_token_seconds", B)
+    results: dict[str, dict] = {name: {} for name in turns}
+    for kind, (key, tokens) in kinds.items():
+        if key not in turns["ours"][0]:
+            continue
+        for name, result in results.items():
+            result[f"{kind}_tokens_per_second"] = tokens / median(turns[name], key)
+            result[f"{kind}_times_as_fast"] = ratio(turns, name, key)
+    return results
 
 
 def data(arguments: argparse.Namespace, config: Config) -> dict:
@@ -385,7 +421,7 @@ def data(arguments: argparse.Namespace, config: Config) -> dict:
     names = {"loader": "seconds_per_token", "SHA-256": "hash_seconds_per_token"}
     rates = {name: 1 / median(turns["ours"], key) for name, key in names.items()}
     print_table(["", "tokens/s"], [[name, f"{rate:,.0f}"] for name, rate in rates.items()])
-    return {"settings": settings, "results": {"tokens_per_second": rates}, "turns": turns}
+    return report_of({"ours": ""}, settings, turns, {"tokens_per_second": rates})
 
 
 @contextmanager
@@ -430,7 +466,7 @@ def tokenize(arguments: argparse.Namespace, config: Config) -> dict:
             for name, result in results.items()
         ],
     )
-    return {"settings": settings, "results": results, "turns": turns}
+    return report_of(names, settings, turns, results)
 
 
 def start(arguments: argparse.Namespace, config: Config) -> dict:
@@ -441,7 +477,7 @@ def start(arguments: argparse.Namespace, config: Config) -> dict:
     results = {key: median(turns["ours"], key) for key in names}
     rows = [[name, f"{results[key]:.2f}"] for key, name in names.items()]
     print_table(["", "seconds"], rows)
-    return {"settings": settings, "results": results, "turns": turns}
+    return report_of({"ours": ""}, settings, turns, results)
 
 
 def plan(arguments: argparse.Namespace, config: Config) -> dict:
@@ -526,6 +562,44 @@ def print_memory(config: Config) -> dict[str, list]:
     return {"windows": sizes, "bytes": rows[0], "bytes_with_recompute": rows[1]}
 
 
+# By task: what is told of a result, and of a turn the seconds that its ratio is of.
+TOLD = {
+    "train": ("tokens_per_second", "step_seconds"),
+    "generate": ("decode_tokens_per_second", "token_seconds"),
+    "tokenize": ("tokens_per_second", "seconds_per_token"),
+}
+
+
+def table(folder: Path) -> None:
+    """Print what the files in a folder tell of ours beside others.
+
+    Raises UserError if there is no such file, or one is something else.
+    """
+    rows = []
+    for path in sorted(folder.glob("bench_*.json")):
+        try:
+            rows += beside_others(path.stem.removeprefix("bench_"), read_json(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no report of bench.py: {one_line(error)}") from error
+    if not rows:
+        raise UserError(f"{folder}: expected a folder with bench_*.json that tell of others")
+    print_table(["tokens/s", "ours", "", "theirs", "ours is", "lowest", "highest"], rows)
+
+
+def beside_others(name: str, report: dict) -> list[list[str]]:
+    """A report's lines of that table, one for each contestant beside ours."""
+    results, rows = report["results"], []
+    rate, key = TOLD.get(report["settings"]["task"], ("", ""))
+    for other in report["turns"]:
+        if not rate or other == "ours":
+            continue
+        found = ratios(report["turns"], other, key)
+        spread = [f"{value:.2f} ×" for value in (statistics.median(found), min(found), max(found))]
+        speeds = [f"{results[who][rate]:,.1f}" for who in ("ours", other)]
+        rows.append([name, speeds[0], other, speeds[1], *spread])
+    return rows
+
+
 def hardware() -> str:
     """The processor and its cores, as Linux tells; a GPU's name stands under "machine"."""
     info = Path("/proc/cpuinfo")
@@ -545,10 +619,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
+def commit(folder: Path) -> str | None:
     """HEAD's short hash, with "+" if a tracked file outside results/ differs; None if unknown."""
     git = ("git", "--git-dir=.git")  # of this folder, not of one that it was unpacked in
-    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+    options = {"cwd": folder, "capture_output": True, "text": True, "check": False}
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
     except OSError:  # there is no git
@@ -570,6 +644,8 @@ def write_report(path: Path, report: dict) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measure, print a table, write JSON."""
+    if arguments.task == "table":
+        return table(arguments.folder)
     config = load_config([str(arguments.config)])
     output = arguments.output
     if output and (output.is_dir() or not output.parent.is_dir()):
@@ -578,9 +654,9 @@ def main(arguments: argparse.Namespace) -> None:
         check_can_write(output)
     task = {f.__name__: f for f in (train, generate, data, tokenize, start, plan)}[arguments.task]
     report = {
-        "command": "python bench.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
+        "commit": commit(Path(__file__).parent),
         "hardware": hardware(),
         "versions": versions(),
         **task(arguments, config),

@@ -27,10 +27,17 @@ from torch import Tensor, nn
 
 import peers
 from checkpoint import Meta, save_checkpoint
-from config import Config, DataSettings, LogSettings, ModelSettings, TrainSettings
+from config import (
+    Config,
+    DataSettings,
+    LogSettings,
+    ModelSettings,
+    OptimSettings,
+    TrainSettings,
+)
 from data import BatchShape, micro_batches
 from decoding import pack_weights
-from device import choose_device, choose_dtype, device_name, peak_flops
+from device import choose_device, choose_dtype, device_name, memory_errors, peak_flops
 from distributed import Ranks
 from errors import UserError, run_script
 from model import GPT, GPTConfig
@@ -125,9 +132,10 @@ def leave_room(device: torch.device) -> None:
 def measure_training(settings: dict, device: torch.device, dtype: torch.dtype) -> Measure:
     """A turn makes some steps: the seconds of one, part by part, and the memory."""
     ours = settings["name"] in ("ours", "document mask")
-    step = (our_step if ours else their_step)(settings, device, dtype)
-    for _ in range(2):
-        step(Stopwatch(device))  # compiles, and sets libraries up
+    with memory_errors("lower --micro-batch-size"):
+        step = (our_step if ours else their_step)(settings, device, dtype)
+        for _ in range(2):
+            step(Stopwatch(device))  # compiles, and sets libraries up
     leave_room(device)
 
     def measure() -> dict[str, float]:
@@ -164,6 +172,7 @@ def our_step(
     folder = random_shard(64 * B * T + 1)
     config = Config(
         model=ModelSettings(**settings["model"]),
+        optim=OptimSettings(**settings["optim"]),
         data=DataSettings(dir=str(folder), document_mask=settings["name"] == "document mask"),
         train=TrainSettings(
             out=str(folder / "run"),
@@ -193,7 +202,6 @@ def their_step(
 ) -> Callable[[Stopwatch], None]:
     """A step of a peer, on a batch that is there already."""
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
     model, optimizer, loss_of = peers.TRAINING[settings["name"]](settings, device)
     compiled = torch.compile(model) if settings["compile"] else model
     size = (settings["micro_batch_size"], settings["model"]["block_size"] + 1)
@@ -335,6 +343,7 @@ def our_preparing(settings: dict) -> Callable[[], float]:
 
 
 HELPFUL = ("prepare_fineweb.py", "train.py", "sample.py", "evaluate.py", "convert.py", "bench.py")
+HELPFUL += ("recipe.py",)
 
 
 def measure_start(settings: dict, *_: object) -> Measure:
@@ -383,7 +392,7 @@ def main() -> None:
     machine = {
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "peak_flops": peak_flops(device),
+        "peak_flops": peak_flops(device) if dtype.itemsize == 2 else None,  # of bfloat16
         "flops_per_token": flops_per_token,  # one count for every contestant
     }
     measure = TASKS[settings["task"]](settings, device, dtype)

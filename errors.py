@@ -130,8 +130,9 @@ def positive(text: str) -> int:
         number = int(text.replace(",", ""))
     except ValueError:
         number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    if not 1 <= number < 2**63:
+        limit = "" if number < 1 else " and below 2**63"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0{limit}")
     return number
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
@@ -64,12 +67,14 @@ class GPT(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
         print("a peer may print what it likes")
+        self.config, self.seen = config, []
         self.table = torch.nn.Embedding(config.vocab_size, 2)
 
     def configure_optimizers(self, weight_decay, learning_rate, *others):
         return torch.optim.SGD(self.parameters(), lr=learning_rate)
 
     def forward(self, inputs, targets=None):
+        self.seen.append((inputs.shape, torch.is_autocast_enabled("cpu")))
         time.sleep(3)
         return None, self.table(inputs).mean()
 
@@ -142,7 +147,7 @@ def test_a_document_mask_separates_the_documents_of_the_shard(config, monkeypatc
     told = []
     monkeypatch.setattr(contestants, "Trainer", Recorder)
     model = asdict(load_config([str(config)]).model) | {"block_size": 1024}
-    settings = {"name": name, "model": model, "micro_batch_size": 8, "compile": False}
+    settings = {"name": name, "model": model, "micro_batch_size": 8, "compile": False, "optim": {}}
     contestants.our_step(settings, torch.device("cpu"), torch.float32)
     ((was_masked, length),) = told
     assert was_masked == masked
@@ -245,6 +250,14 @@ def test_preparing_is_measured_beside_bare_tiktoken_and_build_nanogpt(tmp_path):
         ("plan --tokens-per-second 1 --price nan", "--price: invalid price value: 'nan'"),
         ("plan --tokens-per-second 1 --price -1", "--price: invalid price value: '-1'"),
         ("train --rounds 0", "expected a whole number above 0"),
+        (f"plan --tokens-per-second 1{'0' * 40}", "a whole number above 0 and below 2**63"),
+        ("plan --tokens-per-second 1 --price 1e300", "--price: invalid price value: '1e300'"),
+        ("generate --prompt-tokens 1023", "--prompt-tokens 1023 and --new-tokens 2 are more"),
+        (
+            "train --config configs/finetune.toml --peer transformers",
+            "--peer: others have no dropout and recompute nothing, unlike configs/finetune.toml",
+        ),
+        ("table tests", "tests: expected a folder with bench_*.json that tell of others"),
     ],
 )
 def test_wrong_input_is_one_line(call, words, complaint):
@@ -264,10 +277,9 @@ def test_a_report_names_the_commit_and_marks_changes_but_those_of_results(tmp_pa
             command, cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout
 
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
-    assert bench.commit() is None  # no checkout
+    assert bench.commit(tmp_path) is None  # no checkout
     git("init")
-    assert bench.commit() is None  # no commit
+    assert bench.commit(tmp_path) is None  # no commit
     (tmp_path / "results").mkdir()
     for name in ("bench.py", "results/found.json"):
         (tmp_path / name).write_text("old")
@@ -275,13 +287,12 @@ def test_a_report_names_the_commit_and_marks_changes_but_those_of_results(tmp_pa
     git("commit", "-m", "first")
     head = git("rev-parse", "--short", "HEAD").strip()
     (tmp_path / "results" / "found.json").write_text("new")
-    assert bench.commit() == head
+    assert bench.commit(tmp_path) == head
     (tmp_path / "bench.py").write_text("new")
-    assert bench.commit() == head + "+"
-    monkeypatch.setattr(bench, "__file__", str(inner / "bench.py"))
-    assert bench.commit() is None  # unpacked inside another checkout
+    assert bench.commit(tmp_path) == head + "+"
+    assert bench.commit(inner) is None  # unpacked inside another checkout
     monkeypatch.setenv("PATH", "")
-    assert bench.commit() is None  # no git
+    assert bench.commit(tmp_path) is None  # no git
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
@@ -290,13 +301,17 @@ def test_make_bench_writes_where_it_is_told_and_says_what_it_leaves_out():
         make = ["make", "--dry-run", "bench", *words]
         return subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
-    assert "--output results/bench_train.json" in commands()
+    assert "--output out/bench/bench_train.json" in commands()
     assert "tokenize is left out" in commands()
-    elsewhere = commands("RESULTS=out/there", "TEXTS=texts")
+    assert "results/" not in commands()  # which README quotes
+    assert "--micro-batch-size" not in commands()
+    elsewhere = commands("RESULTS=out/there", "TEXTS=texts", "MICRO_BATCH=8")
     assert "mkdir -p out/there" in elsewhere
     assert "tokenize --source texts --output out/there/bench_tokenize.json" in elsewhere
+    assert elsewhere.count("bench.py train --micro-batch-size 8 --output") == 2
     assert "left out" not in elsewhere
-    assert "results/" not in elsewhere
+    assert "out/bench" not in elsewhere
+    assert elsewhere.splitlines()[-1].endswith("bench.py table out/there")
 
 
 def test_a_report_that_cannot_be_written_is_told_before_anything_is_measured(call, tmp_path):
@@ -324,7 +339,9 @@ def test_a_peer_that_fails_is_left_out_after_what_it_said(tmp_path, config):
     assert result.status == 0
     assert "AttributeError: module 'peer_model' has no attribute 'GPT'" in result.err
     assert "left out: nanogpt failed; what it said stands above" in result.err.splitlines()
-    assert list(json.loads(output.read_text())["results"]) == ["ours"]
+    report = json.loads(output.read_text())
+    assert (list(report["results"]), report["left_out"]) == (["ours"], ["nanogpt"])
+    assert report["peers"] == {"nanogpt": None}  # its commit: it is no checkout
     assert result.out.splitlines()[1].startswith("ours ")
 
 
@@ -383,10 +400,235 @@ def test_a_device_that_is_not_there_is_one_line(call):
     assert "device cuda: no NVIDIA GPU" in call("bench", "generate", "--device", "cuda").error()
 
 
+# What is measured is the same for all, and told as it was measured
+
+
+SETTINGS = {
+    "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32},
+    "micro_batch_size": 2,
+    "batch_size": 2,
+    "prompt_tokens": 5,
+    "new_tokens": 3,
+}
+CPU = torch.device("cpu")
+
+
+def test_the_others_have_our_shape_but_for_their_padded_vocabulary(peer, monkeypatch):
+    settings = SETTINGS | {"path": str(peer)}
+    for name in ("nanogpt", "build-nanogpt"):
+        model, _, _ = peers.TRAINING[name](settings, CPU)
+        told = {key: getattr(model.config, key) for key in settings["model"]}
+        assert (told, model.config.vocab_size) == (settings["model"], 50_304)
+    shape = peers.make_transformers(SETTINGS).config
+    told = (shape.n_layer, shape.n_head, shape.n_embd, shape.n_positions, shape.vocab_size)
+    assert told == (1, 2, 16, 32, 50_257)
+    assert shape.resid_pdrop == shape.embd_pdrop == shape.attn_pdrop == 0
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_others_train_on_as_large_a_batch_in_the_same_precision_and_compiled_if_we_are(
+    monkeypatch, dtype, compiled
+):
+    seen, model = [], torch.nn.Linear(1, 1)
+
+    def loss_of(called, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        used = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen.append((called is model, inputs.shape, targets.shape, used or torch.float32))
+        return called(torch.ones(1)).sum()
+
+    make = Mock(return_value=(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of))
+    monkeypatch.setitem(peers.TRAINING, "nanogpt", make)
+    monkeypatch.setattr(torch, "compile", lambda plain: torch.nn.Sequential(plain))
+    before = torch.get_float32_matmul_precision()
+    settings = SETTINGS | {"name": "nanogpt", "compile": compiled}
+    contestants.their_step(settings, CPU, dtype)(contestants.Stopwatch(CPU))
+    assert seen == [(not compiled, (2, 32), (2, 32), dtype)]
+    assert torch.get_float32_matmul_precision() == before  # products as exact as ours
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["ours", "nanogpt", "transformers"])
+def test_all_generate_as_much_in_the_precision_that_was_asked_for(peer, monkeypatch, dtype, name):
+    models, told = [], []
+    real, of_peer = contestants.GPT, peers.make_transformers
+    monkeypatch.setattr(contestants, "GPT", lambda config: models.append(real(config)) or models[0])
+    monkeypatch.setattr(contestants, "pack_weights", lambda model: told.append(model))
+    monkeypatch.setattr(
+        peers, "make_transformers", lambda settings: models.append(of_peer(settings)) or models[0]
+    )
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    make, ticks = {"ours": contestants.our_generation, **peers.GENERATION}[name], []
+    generate = make(SETTINGS | {"path": str(peer)}, CPU, dtype, lambda: ticks.append(1))
+    if name == "nanogpt":  # whose weights stay in float32, as its sample.py has it
+        forward = sys.modules["peer_model"].GPT.forward
+        monkeypatch.setattr(
+            "peer_model.GPT.forward",
+            lambda self, *ids: (told.append(torch.is_autocast_enabled("cpu")), forward(self, *ids)),
+        )
+    generate(torch.zeros(2, 5, dtype=torch.long), 3)
+    assert len(ticks) == 3
+    if name == "nanogpt":
+        assert told == [dtype == torch.bfloat16] * 3
+    else:
+        assert next(models[0].parameters()).dtype == dtype
+        assert told == models * (name == "ours")  # ours with its weights packed
+
+
+def test_another_precision_of_the_others_is_not_ours():
+    settings = {"dtype": "bfloat16", "peer_dtype": "float32"}
+    assert bench.settings_for("ours", "", settings)["dtype"] == "bfloat16"
+    assert bench.settings_for("nanogpt", "", settings)["dtype"] == "float32"
+    settings["peer_dtype"] = None
+    assert bench.settings_for("nanogpt", "", settings)["dtype"] == "bfloat16"
+
+
+def test_our_step_is_made_by_the_configs_optimizer(monkeypatch):
+    trainer = Mock()
+    monkeypatch.setattr(contestants, "Trainer", trainer)
+    optim = asdict(load_config(["configs/gpt2_124m_muon.toml"]).optim)
+    settings = SETTINGS | {"name": "ours", "optim": optim, "compile": False}
+    contestants.our_step(settings, CPU, torch.float32)
+    assert asdict(trainer.call_args.args[0].optim) == optim
+
+
+def test_the_ceiling_is_the_operations_of_the_products_over_their_seconds(monkeypatch):
+    products = Mock(wraps=torch.mm)
+    monkeypatch.setattr(torch, "mm", products)
+    monkeypatch.setattr(contestants.Stopwatch, "read", lambda _: {"products": 2.0})
+    found = contestants.matrix_product_rate(CPU, torch.float32)
+    assert products.call_count == 11  # the first isn't timed
+    assert found == 10 * (2 * 2048 * 768 * 3072) / 2
+
+
+def test_a_batch_that_finds_no_room_is_told_with_what_to_lower(monkeypatch):
+    def step(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 6 GiB")
+
+    monkeypatch.setattr(contestants, "our_step", step)
+    with pytest.raises(UserError, match="out of memory: lower --micro-batch-size"):
+        contestants.measure_training({"name": "ours"}, CPU, torch.float32)
+
+
+def test_a_step_is_told_in_tokens_shares_and_times():
+    ours = {"step_seconds": 2.0, "data_seconds": 0.5, "forward_seconds": 0.25}
+    ours |= {"peak_memory": 30, "matrix_product_flops": 4000.0}
+    slower = ours | {"step_seconds": 3.0, "data_seconds": 1.0}
+    other = {"step_seconds": 4.0, "forward_seconds": 1.0, "peak_memory": 40}
+    turns = {"ours": [ours, slower, ours], "nanogpt": [other] * 3}
+    machine = {"peak_flops": 20_000.0, "flops_per_token": 5}
+    found = bench.training_results(turns, machine, tokens=800)
+    empty = {"backward": None, "optimizer": None}
+    assert found == {
+        "ours": {
+            "tokens_per_second": 400,
+            "of_matrix_product": 0.5,
+            "mfu": 0.1,
+            "peak_memory": 30,
+            "seconds": {"data": 0.5, "forward": 0.25, **empty},
+            "data_share": 0.25,
+            "times_as_fast": 1,
+            "memory_ratio": 1,
+        },
+        "nanogpt": {
+            "tokens_per_second": 200,
+            "of_matrix_product": 0.25,
+            "mfu": 0.05,
+            "peak_memory": 40,
+            "seconds": {"data": None, "forward": 1.0, **empty},
+            "data_share": None,
+            "times_as_fast": 2,
+            "memory_ratio": 0.75,
+        },
+    }
+    unknown = bench.training_results(turns, machine | {"peak_flops": None}, tokens=800)
+    assert unknown["ours"]["mfu"] is None
+
+
+def test_generation_is_told_in_tokens_of_all_texts_together():
+    ours = {"prefill_seconds": 2.0, "token_seconds": 0.5}
+    turns = {"ours": [ours], "nanogpt": [{"prefill_seconds": 3.0, "token_seconds": 4.0}]}
+    found = bench.generation_results(turns, B=16, T=10)
+    assert found["ours"] == {
+        "prefill_tokens_per_second": 80,
+        "prefill_times_as_fast": 1,
+        "decode_tokens_per_second": 32,
+        "decode_times_as_fast": 1,
+    }
+    assert found["nanogpt"]["prefill_times_as_fast"] == 1.5
+    assert found["nanogpt"]["decode_times_as_fast"] == 8
+    turns = {name: [turn[0] | {"undisturbed_token_seconds": 0.25}] for name, turn in turns.items()}
+    found = bench.generation_results(turns, B=16, T=10)
+    assert found["ours"]["undisturbed_tokens_per_second"] == 64
+    assert found["nanogpt"]["undisturbed_times_as_fast"] == 1
+
+
+def test_the_loaders_seconds_are_per_token_that_was_drawn(monkeypatch):
+    """And the hash's per token of the shard. The clock goes on by a second at every look."""
+    make, draw, drawn = contestants.random_shard, contestants.micro_batches, []
+
+    def counted(*arguments: object, **options: object) -> Iterator[tuple]:
+        for number, inputs, targets in draw(*arguments, **options):
+            drawn.append(inputs.numel())
+            yield number, inputs, targets
+
+    clock = itertools.count()
+    monkeypatch.setattr(contestants, "random_shard", lambda _: make(500_000))
+    monkeypatch.setattr(contestants, "micro_batches", counted)
+    monkeypatch.setattr(contestants.time, "perf_counter", lambda: float(next(clock)))
+    model = SETTINGS["model"] | {"block_size": 1024}
+    turn = contestants.measure_loader({"model": model, "micro_batch_size": 256})()
+    assert turn["seconds_per_token"] == pytest.approx(1 / sum(drawn))
+    assert turn["hash_seconds_per_token"] == pytest.approx(1 / 500_000)
+    assert sum(drawn) == pytest.approx(10_000_000, rel=0.1)
+
+
+def test_prepared_tokens_are_those_in_the_shards(monkeypatch, tmp_path):
+    def prepare(command: list[object], **_: object) -> None:
+        out = Path(command[command.index("--out") + 1])
+        for name, tokens in (("train_000000", 900), ("val_000000", 100)):
+            (out / f"{name}.bin").write_bytes(bytes(1024 + 2 * tokens))
+
+    clock = itertools.count(step=4)
+    monkeypatch.setattr(contestants, "run", prepare)
+    monkeypatch.setattr(contestants.time, "perf_counter", lambda: float(next(clock)))
+    settings = {"files": [str(tmp_path / "a.parquet")], "workers": 1}
+    assert contestants.our_preparing(settings)() == 1000 / 4
+
+
+def test_bare_processes_rates_add_up(monkeypatch):
+    monkeypatch.setattr(peers, "BARE_TIKTOKEN", "print(100, 2.0)")
+    assert peers.prepare_with_bare_tiktoken({"files": [], "workers": 3})() == 150
+
+
 def test_ratios_are_medians_of_the_rounds_ratios():
     ours = [{"s": 1.0}, {"s": 10.0}, {"s": 2.0}]
     theirs = [{"s": 2.0}, {"s": 30.0}, {"s": 2.0}]
-    assert bench.ratio({"ours": ours, "other": theirs}, "other", "s") == 2.0
+    turns = {"ours": ours, "other": theirs}
+    assert bench.ratio(turns, "other", "s") == 2.0
+    assert bench.ratios(turns, "other", "s") == [2.0, 3.0, 1.0]
+
+
+def test_all_files_of_a_folder_come_into_one_table(call, tmp_path):
+    ours, theirs = [{"step_seconds": s} for s in (1.0, 2.0, 4.0)], [{"step_seconds": 4.0}] * 3
+    speeds = {"ours": 1234.5, "nanogpt": 99.95}
+    report = {
+        "settings": {"task": "train"},
+        "results": {name: {"tokens_per_second": speed} for name, speed in speeds.items()},
+        "turns": {"ours": ours, "nanogpt": theirs},
+    }
+    (tmp_path / "bench_train.json").write_text(json.dumps(report))
+    alone = {"settings": {"task": "data"}, "results": {}, "turns": {"ours": []}}
+    (tmp_path / "bench_data.json").write_text(json.dumps(alone))
+    head, *rows = call("bench", "table", tmp_path).out.splitlines()
+    assert head.split() == ["tokens/s", "ours", "theirs", "ours", "is", "lowest", "highest"]
+    assert [row.split() for row in rows] == [
+        ["train", "1,234.5", "nanogpt", "100.0", *"2.00 × 1.00 × 4.00 ×".split()]
+    ]
+    (tmp_path / "bench_train.json").write_text("[]")
+    assert (
+        "is no report of bench.py: expected an object" in call("bench", "table", tmp_path).error()
+    )
 
 
 # On paper

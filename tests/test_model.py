@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, without_key_biases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -302,6 +302,24 @@ def test_the_residual_stream_is_in_bfloat16_when_the_products_are(dtype, stream)
         model(random_ids(SMALL, 2, 8), random_ids(SMALL, 2, 8)).backward()
     assert seen == [stream] * 2 * len(model.h)
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_in_bfloat16_loss_and_gradients_are_float64s_but_for_rounding():
+    """Each rounding errs by 2⁻⁹ at most; those of three blocks add up."""
+    losses, gradients = [], []
+    ids, targets = random_ids(SMALL, 4, 16), random_ids(SMALL, 4, 16, seed=1)
+    for dtype in (torch.float64, torch.bfloat16):
+        model = make_model(scale=3.0)
+        model = model.double() if dtype == torch.float64 else model
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            loss = model(ids, targets)
+        loss.backward()
+        losses.append(loss.item())
+        found = {name: p.grad.double() for name, p in model.named_parameters()}
+        gradients.append(without_key_biases(found))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name, exact in gradients[0].items():
+        assert (gradients[1][name] - exact).norm() < 0.04 * exact.norm(), name
 
 
 def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch):
