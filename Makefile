@@ -7,7 +7,7 @@
 #              (MICRO_BATCH=16 windows in a training step, if those of the config don't fit)
 # make recipe  ways of training compared, on the Parquet files in TEXTS (JOBS=2 trainings at a time; hours)
 # make figures README's figures, from the trained model in visuals/model
-# make clean   remove what the targets above made
+# make clean   remove the environment and what the demo made
 
 PYTHON ?= python3
 VENV := .venv
@@ -68,6 +68,7 @@ bench: $(VENV)/requirements-dev.installed
 
 JOBS ?= 1
 recipe: $(VENV)/requirements-dev.installed
+	@$(if $(TEXTS),,echo "error: recipe needs a folder of Parquet files, TEXTS="; exit 2)
 	$(RUN) prepare_fineweb.py --source $(TEXTS) --out data/recipe --tokenizer bpe:4096 \
 		--val-tokens 131072
 	$(RUN) recipe.py --jobs $(JOBS)

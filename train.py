@@ -410,19 +410,24 @@ class Trainer:
         precision = str(dtype).removeprefix("torch.")
         averaged = self.config.optim.average_share > 0
         memory = estimated_memory(model, micro_batch, dtype, train.compile, averaged)
-        return "\n".join(
-            [
-                f"model       {model.num_parameters():,} parameters, vocabulary "
-                f"{self.tokenizer.name} of {self.tokenizer.vocab_size:,}",
-                f"batch       {shape}",
-                f"compute     {model.flops_per_token() * shape.tokens_per_step:.3g} FLOP per step, "
-                f"{model.flops_per_token() * asked:.3g} in all",
-                f"device      {self.ranks.world_size} × {device}, {precision}",
-                f"memory      about {memory / 1e9:.2g} GB per process (estimate)",
-                f"data        {there:,} tokens to train on; {train.max_steps:,} steps take "
-                f"{asked:,}: {asked / there:.2f} epochs",
-            ]
-        )
+        lines = [
+            f"model       {model.num_parameters():,} parameters, vocabulary "
+            f"{self.tokenizer.name} of {self.tokenizer.vocab_size:,}",
+            f"batch       {shape}",
+            f"compute     {model.flops_per_token() * shape.tokens_per_step:.3g} FLOP per step, "
+            f"{model.flops_per_token() * asked:.3g} in all",
+            f"device      {self.ranks.world_size} × {device}, {precision}",
+            f"memory      about {memory / 1e9:.2g} GB per process (estimate)",
+            f"data        {there:,} tokens to train on; {train.max_steps:,} steps take "
+            f"{asked:,}: {asked / there:.2f} epochs",
+        ]
+        rise, fall = self.config.optim.warmup_steps, self.config.optim.decay_steps
+        if rise + fall >= train.max_steps:
+            lines.append(
+                f"schedule    {rise:,} steps of warm-up and {fall:,} of fall don't fit into "
+                f"{train.max_steps:,}: lower --optim.warmup_steps or --optim.decay_steps"
+            )
+        return "\n".join(lines)
 
     def run(self) -> None:
         """From the present step to the last, unless there is nothing left to do."""

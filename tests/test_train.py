@@ -30,7 +30,7 @@ from data import load_windows, step_windows
 from distributed import Ranks
 from metrics import Metrics, estimated_memory
 from model import GPT, GPTConfig
-from optim import drop_average, swap_average
+from optim import drop_average, learning_rate_at, swap_average
 from scoring import Estimate, Scorer, Validation
 from shards import TokenStream, encoding_of
 from step import Stepper, StepResult
@@ -156,6 +156,22 @@ def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
     assert "36,096 parameters, vocabulary bpe-300 of 300" in plan
     assert "3 steps take 1,536" in plan
     assert "GB per process" in plan
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (11, None),
+        (10, "4 steps of warm-up and 6 of fall don't fit into 10: lower --optim.warmup_steps or"),
+    ],
+)
+def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, steps, told):
+    rise_and_fall = ("--optim.warmup_steps", 4, "--optim.decay_steps", 6)
+    trainer = train.Trainer(configure(*rise_and_fall, "--train.max_steps", steps), ALONE)
+    plan = trainer.plan()
+    assert told in plan if told else "schedule" not in plan
+    before_fall = learning_rate_at(steps - 7, trainer.config.optim, steps)
+    assert (before_fall == trainer.config.optim.learning_rate) == (told is None)
 
 
 def bytes_kept(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> int:
