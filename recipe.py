@@ -54,12 +54,12 @@ from datetime import date
 
 import torch
 
-from bench import hardware, print_table, versions
 from config import OptimSettings, make_config, read_toml
 from device import choose_device, device_name
 from distributed import Ranks
 from errors import UserError
 from records import as_record, read_json
+from reports import hardware, print_table, versions
 from shards import TokenStream
 from train import Trainer
 from writing import check_can_write, write_atomically

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import bench
 import contestants
 import peers
+import reports
 from config import Config, load_config
 from distributed import Ranks
 from errors import UserError
@@ -113,9 +114,9 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
     slow = report["results"]["nanogpt"]
     assert slow["seconds"]["forward"] >= 3
     assert slow["tokens_per_second"] <= 2 * 32 / 3
-    assert slow["times_as_fast"] == bench.ratio(report["turns"], "nanogpt", "step_seconds")
+    assert slow["times_as_fast"] == reports.ratio(report["turns"], "nanogpt", "step_seconds")
     for measured in report["turns"]["ours"]:
-        parts = sum(measured[f"{part}_seconds"] for part in bench.PARTS)
+        parts = sum(measured[f"{part}_seconds"] for part in reports.PARTS)
         assert parts == pytest.approx(measured["step_seconds"], rel=0.1)
     lines = result.out.splitlines()
     assert lines[0].split()[:3] == ["tokens/s", "of", "product"]
@@ -277,9 +278,9 @@ def test_a_report_names_the_commit_and_marks_changes_but_those_of_results(tmp_pa
             command, cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout
 
-    assert bench.commit(tmp_path) is None  # no checkout
+    assert reports.commit(tmp_path) is None  # no checkout
     git("init")
-    assert bench.commit(tmp_path) is None  # no commit
+    assert reports.commit(tmp_path) is None  # no commit
     (tmp_path / "results").mkdir()
     for name in ("bench.py", "results/found.json"):
         (tmp_path / name).write_text("old")
@@ -287,12 +288,12 @@ def test_a_report_names_the_commit_and_marks_changes_but_those_of_results(tmp_pa
     git("commit", "-m", "first")
     head = git("rev-parse", "--short", "HEAD").strip()
     (tmp_path / "results" / "found.json").write_text("new")
-    assert bench.commit(tmp_path) == head
+    assert reports.commit(tmp_path) == head
     (tmp_path / "bench.py").write_text("new")
-    assert bench.commit(tmp_path) == head + "+"
-    assert bench.commit(inner) is None  # unpacked inside another checkout
+    assert reports.commit(tmp_path) == head + "+"
+    assert reports.commit(inner) is None  # unpacked inside another checkout
     monkeypatch.setenv("PATH", "")
-    assert bench.commit(tmp_path) is None  # no git
+    assert reports.commit(tmp_path) is None  # no git
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
@@ -325,7 +326,7 @@ def test_a_disk_that_is_full_in_the_end_is_one_line(call, tmp_path, monkeypatch)
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bench, "write_atomically", full)
+    monkeypatch.setattr(reports, "write_atomically", full)
     options = ["--tokens-per-second", 1, "--output", tmp_path / "o.json"]
     assert "No space left on device" in call("bench", "plan", *options).error()
 
@@ -517,7 +518,7 @@ def test_a_step_is_told_in_tokens_shares_and_times():
     other = {"step_seconds": 4.0, "forward_seconds": 1.0, "peak_memory": 40}
     turns = {"ours": [ours, slower, ours], "nanogpt": [other] * 3}
     machine = {"peak_flops": 20_000.0, "flops_per_token": 5}
-    found = bench.training_results(turns, machine, tokens=800)
+    found = reports.training_results(turns, machine, tokens=800)
     empty = {"backward": None, "optimizer": None}
     assert found == {
         "ours": {
@@ -541,14 +542,14 @@ def test_a_step_is_told_in_tokens_shares_and_times():
             "memory_ratio": 0.75,
         },
     }
-    unknown = bench.training_results(turns, machine | {"peak_flops": None}, tokens=800)
+    unknown = reports.training_results(turns, machine | {"peak_flops": None}, tokens=800)
     assert unknown["ours"]["mfu"] is None
 
 
 def test_generation_is_told_in_tokens_of_all_texts_together():
     ours = {"prefill_seconds": 2.0, "token_seconds": 0.5}
     turns = {"ours": [ours], "nanogpt": [{"prefill_seconds": 3.0, "token_seconds": 4.0}]}
-    found = bench.generation_results(turns, B=16, T=10)
+    found = reports.generation_results(turns, B=16, T=10)
     assert found["ours"] == {
         "prefill_tokens_per_second": 80,
         "prefill_times_as_fast": 1,
@@ -558,7 +559,7 @@ def test_generation_is_told_in_tokens_of_all_texts_together():
     assert found["nanogpt"]["prefill_times_as_fast"] == 1.5
     assert found["nanogpt"]["decode_times_as_fast"] == 8
     turns = {name: [turn[0] | {"undisturbed_token_seconds": 0.25}] for name, turn in turns.items()}
-    found = bench.generation_results(turns, B=16, T=10)
+    found = reports.generation_results(turns, B=16, T=10)
     assert found["ours"]["undisturbed_tokens_per_second"] == 64
     assert found["nanogpt"]["undisturbed_times_as_fast"] == 1
 
@@ -605,8 +606,8 @@ def test_ratios_are_medians_of_the_rounds_ratios():
     ours = [{"s": 1.0}, {"s": 10.0}, {"s": 2.0}]
     theirs = [{"s": 2.0}, {"s": 30.0}, {"s": 2.0}]
     turns = {"ours": ours, "other": theirs}
-    assert bench.ratio(turns, "other", "s") == 2.0
-    assert bench.ratios(turns, "other", "s") == [2.0, 3.0, 1.0]
+    assert reports.ratio(turns, "other", "s") == 2.0
+    assert reports.ratios(turns, "other", "s") == [2.0, 3.0, 1.0]
 
 
 def test_all_files_of_a_folder_come_into_one_table(call, tmp_path):

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import hardware
 from checkpoint import find_checkpoint
 from convert import to_hf
 from device import choose_device
 from distributed import Ranks
 from model import GPT
+from reports import hardware
 from scoring import Scorer, evaluating
 from tasks import hellaswag_choices, lambada_requests, load_questions
 from visuals import KEPT, ROOT

@@ -1,0 +1,188 @@
+"""What bench.py's measurements come to: medians and ratios, tables, and the files that keep them.
+
+A turn is what a contestant measured at once. A ratio is of seconds, the other's to ours, round by
+round: what slows the machine for a while slows both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from errors import UserError, one_line
+from records import read_json
+from writing import write_atomically
+
+PARTS = ("data", "forward", "backward", "optimizer")
+Turn = dict[str, float]  # what a contestant measured in one turn
+
+
+# Turns
+
+
+def median(turns: list[Turn], key: str) -> float | None:
+    """The median of a number over the rounds; None where it wasn't measured."""
+    values = [turn[key] for turn in turns if key in turn]
+    return statistics.median(values) if values else None
+
+
+def ratios(turns: dict[str, list[Turn]], name: str, key: str) -> list[float]:
+    """How many times as long another takes as we do, round by round."""
+    return [theirs[key] / ours[key] for ours, theirs in zip(turns["ours"], turns[name])]
+
+
+def ratio(turns: dict[str, list[Turn]], name: str, key: str) -> float:
+    """The median of `ratios`."""
+    return statistics.median(ratios(turns, name, key))
+
+
+def training_results(turns: dict[str, list[Turn]], machine: dict, tokens: int) -> dict[str, dict]:
+    """What the turns of a step of so many `tokens` come to, by contestant.
+
+    `memory_ratio` is how many times the other's memory we take.
+    """
+    ceiling, peak = median(turns["ours"], "matrix_product_flops"), machine["peak_flops"]
+    results = {}
+    for name in turns:
+        seconds = {part: median(turns[name], f"{part}_seconds") for part in PARTS}
+        step, memory = (median(turns[name], key) for key in ("step_seconds", "peak_memory"))
+        flops = tokens / step * machine["flops_per_token"]
+        results[name] = {
+            "tokens_per_second": tokens / step,
+            "of_matrix_product": flops / ceiling,
+            "mfu": peak and flops / peak,
+            "peak_memory": memory,
+            "seconds": seconds,
+            "data_share": None if seconds["data"] is None else seconds["data"] / step,
+            "times_as_fast": ratio(turns, name, "step_seconds"),
+            "memory_ratio": median(turns["ours"], "peak_memory") / memory,
+        }
+    return results
+
+
+def generation_results(turns: dict[str, list[Turn]], B: int, T: int) -> dict[str, dict]:
+    """What the turns of B prompts of T tokens come to, by contestant."""
+    kinds = {"prefill": ("prefill_seconds", B * T), "decode": ("token_seconds", B)}
+    kinds["undisturbed"] = ("undisturbed_token_seconds", B)
+    results: dict[str, dict] = {name: {} for name in turns}
+    for kind, (key, tokens) in kinds.items():
+        if key not in turns["ours"][0]:
+            continue
+        for name, result in results.items():
+            result[f"{kind}_tokens_per_second"] = tokens / median(turns[name], key)
+            result[f"{kind}_times_as_fast"] = ratio(turns, name, key)
+    return results
+
+
+# Tables
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as they need to be, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for row in (head, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+
+
+def times(name: str, value: float, what: str = "as fast") -> str:
+    """A ratio for the table; we don't compare with ourselves."""
+    return "" if name == "ours" else f"{value:.2f} × {what}"
+
+
+def percent(value: float | None, digits: int) -> str:
+    """A share for the table."""
+    return "n/a" if value is None else f"{value:.{digits}%}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds for the table."""
+    return "n/a" if seconds is None else f"{seconds * 1e3:,.1f}"
+
+
+# Files
+
+
+def hardware() -> str:
+    """The processor and its cores, as Linux tells; a GPU's name stands under "machine"."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
+    return f"{os.cpu_count()} × {name}, {platform.system()} {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that matter to speed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "tiktoken", "numpy", "datasets", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(folder: Path) -> str | None:
+    """HEAD's short hash, with "+" if a tracked file outside results/ differs; None if unknown."""
+    git = ("git", "--git-dir=.git")  # of this folder, not of one that it was unpacked in
+    options = {"cwd": folder, "capture_output": True, "text": True, "check": False}
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
+    except OSError:  # there is no git
+        return None
+    if head.returncode:
+        return None
+    paths = (".", ":!results")
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths], **options).returncode
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def write_report(path: Path, report: dict) -> None:
+    """Write it as JSON. Raises UserError if the disk is full, or gone."""
+    try:
+        write_atomically(path, json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error
+
+
+# By task: what is told of a result, and of a turn the seconds that its ratio is of.
+TOLD = {
+    "train": ("tokens_per_second", "step_seconds"),
+    "generate": ("decode_tokens_per_second", "token_seconds"),
+    "tokenize": ("tokens_per_second", "seconds_per_token"),
+}
+
+
+def table(folder: Path) -> None:
+    """Print what the files in a folder tell of ours beside others.
+
+    Raises UserError if there is no such file, or one is something else.
+    """
+    rows = []
+    for path in sorted(folder.glob("bench_*.json")):
+        try:
+            rows += beside_others(path.stem.removeprefix("bench_"), read_json(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no report of bench.py: {one_line(error)}") from error
+    if not rows:
+        raise UserError(f"{folder}: expected a folder with bench_*.json that tell of others")
+    print_table(["tokens/s", "ours", "", "theirs", "ours is", "lowest", "highest"], rows)
+
+
+def beside_others(name: str, report: dict) -> list[list[str]]:
+    """A report's lines of that table, one for each contestant beside ours."""
+    results, rows = report["results"], []
+    rate, key = TOLD.get(report["settings"]["task"], ("", ""))
+    for other in report["turns"]:
+        if not rate or other == "ours":
+            continue
+        found = ratios(report["turns"], other, key)
+        spread = [f"{value:.2f} ×" for value in (statistics.median(found), min(found), max(found))]
+        speeds = [f"{results[who][rate]:,.1f}" for who in ("ours", other)]
+        rows.append([name, speeds[0], other, speeds[1], *spread])
+    return rows
