@@ -1,5 +1,5 @@
 # make demo    a fresh machine → environment, data, a small GPT trained on a CPU, a sample of its text
-#              (STEPS=150 for a shorter training)
+#              (STEPS=300 for a shorter training)
 # make test    the whole test suite
 # make soak    fifty training runs, killed at random, that must end like an untouched one (half an hour)
 # make lint    style checks

@@ -6,7 +6,7 @@
     python bench.py tokenize --source texts/ --peer build-nanogpt=../build-nanogpt
     python bench.py start
     python bench.py plan --tokens-per-second 400000
-    python bench.py table out/bench        what such measurements found, once more
+    python bench.py table out/bench        what files like those of --output tell
 
 A peer is a checkout or a package that you have already. It runs beside this repository in the same
 run, in a process of its own (contestants.py), and they take turns: what else happens on the machine
@@ -70,7 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = add_task("generate", "generation: the prompt, then token by token").add_argument
     add("--batch-size", type=positive, default=1, help="texts side by side (1)")
     add("--prompt-tokens", type=positive, default=16, help="length of the prompt (16)")
-    add("--new-tokens", type=positive, help="tokens to generate (32, on a GPU 256 if they fit)")
+    add("--new-tokens", type=positive, help="tokens to generate (32, on a GPU 256; fewer to fit)")
     add("--peer-dtype", choices=("bfloat16", "float16", "float32"), help="of the others (ours)")
     add_task("data", "the loader alone, on random tokens in the page cache")
     add = add_task("tokenize", "prepare_fineweb.py against bare tiktoken").add_argument
@@ -263,10 +263,12 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
     on_cpu = choose_device(arguments.device).type == "cpu"
     B = arguments.micro_batch_size or (2 if on_cpu else config.train.micro_batch_size)
     check_fits("--micro-batch-size", B, config.model.block_size)
-    if arguments.peer and (config.model.dropout or config.model.recompute):
+    optim, model = config.optim, config.model
+    special = (model.dropout, model.recompute, optim.name != "adamw", optim.average_share)
+    if arguments.peer and any(special):
         raise UserError(
-            f"--peer: others have no dropout and recompute nothing, unlike {arguments.config}: "
-            "choose another --config"
+            f"--peer: others train with AdamW, without dropout, recompute or average_share, unlike "
+            f"{arguments.config}: choose another --config"
         )
     settings = settings_of(arguments, config) | {
         "micro_batch_size": B,
@@ -304,15 +306,15 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
     """Generation."""
     on_gpu = choose_device(arguments.device).type == "cuda"
     B, T, room = arguments.batch_size, arguments.prompt_tokens, config.model.block_size
-    new = arguments.new_tokens or max(2, min(256 if on_gpu else 32, room - T))
+    new = arguments.new_tokens or (min(256, max(32, room - T)) if on_gpu else min(32, room - T))
     if arguments.peer_dtype and not arguments.peer:
         raise UserError("--peer-dtype is of the others: name some with --peer")
-    if new < 2:
+    if arguments.new_tokens == 1:
         raise UserError("--new-tokens 1: expected at least 2, the first belongs to the prompt")
-    if T + new > room:
+    if new < 2 or T + new > room:
         raise UserError(
-            f"--prompt-tokens {T} and --new-tokens {new} are more than the context of "
-            f"{room:,} together: lower one of them"
+            f"--prompt-tokens {T} and {max(2, new)} new ones are more than the context of "
+            f"{room:,}: lower --prompt-tokens or --new-tokens"
         )
     check_fits("--batch-size", B, T + new)
     settings = settings_of(arguments, config)

@@ -2,8 +2,8 @@
 
     out/NAME/checkpoints/step_000250/
         model.safetensors       the weights, float32, by their names in model.GPT
-        optimizer.safetensors   the optimizer's averages of gradients, as <parameter>/<state>; if a
-                                run averages its weights, that is the model, and they stand here
+        optimizer.safetensors   the optimizer's averages of gradients, as <parameter>/<state>; and
+                                the weights themselves, if the model is an average of them
         meta.json               step, settings, losses, size and SHA-256 of the two, a checksum
 
 A checkpoint is written into a folder with another name, forced to the disk, and then renamed:

@@ -132,10 +132,9 @@ def leave_room(device: torch.device) -> None:
 def measure_training(settings: dict, device: torch.device, dtype: torch.dtype) -> Measure:
     """A turn makes some steps: the seconds of one, part by part, and the memory."""
     ours = settings["name"] in ("ours", "document mask")
-    with memory_errors("lower --micro-batch-size"):
-        step = (our_step if ours else their_step)(settings, device, dtype)
-        for _ in range(2):
-            step(Stopwatch(device))  # compiles, and sets libraries up
+    step = (our_step if ours else their_step)(settings, device, dtype)
+    for _ in range(2):
+        step(Stopwatch(device))  # compiles, and sets libraries up
     leave_room(device)
 
     def measure() -> dict[str, float]:
@@ -395,10 +394,11 @@ def main() -> None:
         "peak_flops": peak_flops(device) if dtype.itemsize == 2 else None,  # of bfloat16
         "flops_per_token": flops_per_token,  # one count for every contestant
     }
-    measure = TASKS[settings["task"]](settings, device, dtype)
-    print(json.dumps(machine), file=answers, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(measure()), file=answers, flush=True)
+    with memory_errors("lower --micro-batch-size or --batch-size"):
+        measure = TASKS[settings["task"]](settings, device, dtype)
+        print(json.dumps(machine), file=answers, flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(measure()), file=answers, flush=True)
 
 
 if __name__ == "__main__":

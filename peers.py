@@ -1,7 +1,8 @@
 """The others that bench.py can measure: nanoGPT, build-nanogpt, Hugging Face's transformers.
 
 They are checkouts or packages that the user already has. Each is run as its own scripts run it: its
-model, with the padded vocabulary if it takes one, its optimizer, its generation.
+model, with the padded vocabulary if it takes one, its optimizer, its generation. But products in
+float32 are as exact as ours: without TF32.
 """
 
 from __future__ import annotations

@@ -196,23 +196,28 @@ def load_found(path: Path) -> Found:
 
 def found_so_far(path: Path, config: dict[str, Settings], names: list[str]) -> Found:
     """What a file has of these candidates. Raises UserError if it is about something else."""
-    command = shlex.join(["python", "recipe.py", *sys.argv[1:]])
-    now = (command, str(date.today()), machine(), versions())
+    now = circumstances()
     folder = Path(make_config(config).data.dir)
     data = " ".join(TokenStream(folder, split).fingerprint for split in ("train", "val"))
     found = load_found(path) if path.exists() else Found(*now, config, data, {}, 0.0, {}, ())
-    found.command, found.date, found.hardware, found.versions = now
+    mend = "choose another --out, or remove this one"
     if found.config != config:
-        raise UserError(f"{path} tells of another config: choose another --out")
+        raise UserError(f"{path} tells of another config: {mend}")
     if found.data != data:
-        raise UserError(f"{path} tells of other text than {folder} has: choose another --out")
+        raise UserError(f"{path} tells of other text than {folder} has: {mend}")
     for name in names:
         new = CANDIDATES[name]
         old = found.candidates.setdefault(name, new)
         if replace(old, meaning=new.meaning, rates=new.rates) != new:
-            raise UserError(f"{path} tells of another {name}: choose another --out")
+            raise UserError(f"{path} tells of another {name}: {mend}")
         found.candidates[name] = new
     return found
+
+
+def circumstances() -> tuple[str, str, str, dict[str, str]]:
+    """The first four of a Found's: command, date, hardware, versions."""
+    command = shlex.join(["python", "recipe.py", *sys.argv[1:]])
+    return command, str(date.today()), machine(), versions()
 
 
 def machine() -> str:
@@ -354,10 +359,10 @@ def main(arguments: argparse.Namespace) -> None:
     found = found_so_far(path, config, names)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
+        check_can_write(path)
+        found.save(path)  # a training that is broken off is to go on with the same settings only
     except OSError as error:
         raise UserError(f"can't write {arguments.out}: {error.strerror}") from error
-    check_can_write(path)
-    found.save(path)  # so that a training that is broken off only goes on with the same settings
     do(
         found,
         [(name, rate, SEEDS[0]) for name in names for rate in CANDIDATES[name].rates],
@@ -366,6 +371,7 @@ def main(arguments: argparse.Namespace) -> None:
     do(found, [(name, found.best_rate(name), seed) for seed in SEEDS for name in names], arguments)
     timed = dict.fromkeys([BASELINE, *names, *found.candidates])  # anew, on one machine
     turns = measure_steps([name for name in timed if name in CANDIDATES], arguments.config)
+    found.command, found.date, found.hardware, found.versions = circumstances()
     found.step_seconds, found.step_ratios = statistics.median(turns[BASELINE]), {}
     for name, seconds in turns.items():
         ratios = (ours / theirs for ours, theirs in zip(seconds, turns[BASELINE]))

@@ -150,7 +150,7 @@ def write_report(path: Path, report: dict) -> None:
         raise UserError(f"can't write {path}: {error.strerror}") from error
 
 
-# By task: what is told of a result, and of a turn the seconds that its ratio is of.
+# By task: the speed that is told of a result, and the seconds of a turn that a ratio compares.
 TOLD = {
     "train": ("tokens_per_second", "step_seconds"),
     "generate": ("decode_tokens_per_second", "token_seconds"),
@@ -176,10 +176,12 @@ def table(folder: Path) -> None:
 
 def beside_others(name: str, report: dict) -> list[list[str]]:
     """A report's lines of that table, one for each contestant beside ours."""
-    results, rows = report["results"], []
-    rate, key = TOLD.get(report["settings"]["task"], ("", ""))
+    task, rows = report["settings"]["task"], []
+    if task not in TOLD:
+        return []
+    (rate, key), results = TOLD[task], report["results"]
     for other in report["turns"]:
-        if not rate or other == "ours":
+        if other == "ours":
             continue
         found = ratios(report["turns"], other, key)
         spread = [f"{value:.2f} ×" for value in (statistics.median(found), min(found), max(found))]

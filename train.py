@@ -422,10 +422,11 @@ class Trainer:
             f"{asked:,}: {asked / there:.2f} epochs",
         ]
         rise, fall = self.config.optim.warmup_steps, self.config.optim.decay_steps
-        if rise + fall >= train.max_steps:
+        if rise + max(1, fall) >= train.max_steps:
+            and_fall, or_fall = f" and {fall:,} of fall", " or --optim.decay_steps"
             lines.append(
-                f"schedule    {rise:,} steps of warm-up and {fall:,} of fall don't fit into "
-                f"{train.max_steps:,}: lower --optim.warmup_steps or --optim.decay_steps"
+                f"schedule    {rise:,} steps of warm-up{and_fall if fall else ''} are too many for "
+                f"{train.max_steps:,}: lower --optim.warmup_steps{or_fall if fall else ''}"
             )
         return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import shutil
@@ -68,14 +69,13 @@ class GPT(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
         print("a peer may print what it likes")
-        self.config, self.seen = config, []
+        self.config = config
         self.table = torch.nn.Embedding(config.vocab_size, 2)
 
     def configure_optimizers(self, weight_decay, learning_rate, *others):
         return torch.optim.SGD(self.parameters(), lr=learning_rate)
 
     def forward(self, inputs, targets=None):
-        self.seen.append((inputs.shape, torch.is_autocast_enabled("cpu")))
         time.sleep(3)
         return None, self.table(inputs).mean()
 
@@ -253,10 +253,17 @@ def test_preparing_is_measured_beside_bare_tiktoken_and_build_nanogpt(tmp_path):
         ("train --rounds 0", "expected a whole number above 0"),
         (f"plan --tokens-per-second 1{'0' * 40}", "a whole number above 0 and below 2**63"),
         ("plan --tokens-per-second 1 --price 1e300", "--price: invalid price value: '1e300'"),
-        ("generate --prompt-tokens 1023", "--prompt-tokens 1023 and --new-tokens 2 are more"),
+        (
+            "generate --prompt-tokens 1023",
+            "--prompt-tokens 1023 and 2 new ones are more than",
+        ),
         (
             "train --config configs/finetune.toml --peer transformers",
-            "--peer: others have no dropout and recompute nothing, unlike configs/finetune.toml",
+            "--peer: others train with AdamW, without dropout, recompute or average_share, unlike",
+        ),
+        (
+            "train --config configs/gpt2_124m_muon.toml --peer transformers",
+            "unlike configs/gpt2_124m_muon.toml: choose another --config",
         ),
         ("table tests", "tests: expected a folder with bench_*.json that tell of others"),
     ],
@@ -414,7 +421,7 @@ SETTINGS = {
 CPU = torch.device("cpu")
 
 
-def test_the_others_have_our_shape_but_for_their_padded_vocabulary(peer, monkeypatch):
+def test_the_others_have_our_shape_but_for_their_padded_vocabulary(peer):
     settings = SETTINGS | {"path": str(peer)}
     for name in ("nanogpt", "build-nanogpt"):
         model, _, _ = peers.TRAINING[name](settings, CPU)
@@ -503,12 +510,16 @@ def test_the_ceiling_is_the_operations_of_the_products_over_their_seconds(monkey
 
 
 def test_a_batch_that_finds_no_room_is_told_with_what_to_lower(monkeypatch):
-    def step(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 6 GiB")
 
-    monkeypatch.setattr(contestants, "our_step", step)
-    with pytest.raises(UserError, match="out of memory: lower --micro-batch-size"):
-        contestants.measure_training({"name": "ours"}, CPU, torch.float32)
+    settings = SETTINGS | {"name": "ours", "task": "train"}
+    for make in (fail, lambda *_: fail):  # getting ready, and in a turn
+        monkeypatch.setitem(contestants.TASKS, "train", make)
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{json.dumps(settings)}\n\n"))
+        monkeypatch.setattr(contestants.os, "dup2", lambda *_: None)
+        with pytest.raises(UserError, match="out of memory: lower --micro-batch-size"):
+            contestants.main()
 
 
 def test_a_step_is_told_in_tokens_shares_and_times():
@@ -619,8 +630,9 @@ def test_all_files_of_a_folder_come_into_one_table(call, tmp_path):
         "turns": {"ours": ours, "nanogpt": theirs},
     }
     (tmp_path / "bench_train.json").write_text(json.dumps(report))
-    alone = {"settings": {"task": "data"}, "results": {}, "turns": {"ours": []}}
-    (tmp_path / "bench_data.json").write_text(json.dumps(alone))
+    for task in ("data", "plan"):  # which tell of nobody else
+        alone = {"settings": {"task": task}, "results": {}}
+        (tmp_path / f"bench_{task}.json").write_text(json.dumps(alone))
     head, *rows = call("bench", "table", tmp_path).out.splitlines()
     assert head.split() == ["tokens/s", "ours", "theirs", "ours", "is", "lowest", "highest"]
     assert [row.split() for row in rows] == [

@@ -159,19 +159,28 @@ def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"),
+    ("fall", "steps", "told"),
     [
-        (11, None),
-        (10, "4 steps of warm-up and 6 of fall don't fit into 10: lower --optim.warmup_steps or"),
+        (6, 11, None),
+        (
+            6,
+            10,
+            "schedule    4 steps of warm-up and 6 of fall are too many for 10: lower --op",
+        ),
+        (0, 6, None),
+        (0, 5, "schedule    4 steps of warm-up are too many for 5: lower --optim.warmup_steps"),
     ],
 )
-def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, steps, told):
-    rise_and_fall = ("--optim.warmup_steps", 4, "--optim.decay_steps", 6)
-    trainer = train.Trainer(configure(*rise_and_fall, "--train.max_steps", steps), ALONE)
-    plan = trainer.plan()
+def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, fall, steps, told):
+    changes = ("--optim.warmup_steps", 4, "--optim.decay_steps", fall, "--train.max_steps", steps)
+    trainer = train.Trainer(configure(*changes), ALONE)
+    plan, optim = trainer.plan(), trainer.config.optim
     assert told in plan if told else "schedule" not in plan
-    before_fall = learning_rate_at(steps - 7, trainer.config.optim, steps)
-    assert (before_fall == trainer.config.optim.learning_rate) == (told is None)
+    before_fall, last = (learning_rate_at(s, optim, steps) for s in (steps - 1 - fall, steps - 1))
+    falls_in_time = last == optim.min_learning_rate and (
+        before_fall == optim.learning_rate or not fall
+    )
+    assert falls_in_time == (told is None)
 
 
 def bytes_kept(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> int:
