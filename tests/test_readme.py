@@ -13,7 +13,7 @@ import shlex
 import shutil
 import statistics
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -851,6 +851,24 @@ def test_the_table_of_ways_of_training_is_what_was_found():
     share = f"{tokens:.0%}".replace("%", " %")
     assert f"[got there](results/recipe_124m.json) with {share} of the tokens, one seed." in PROSE
     assert len(rows["muon"].runs) == 1
+
+
+def test_what_half_batches_did_is_told_as_it_was_measured():
+    found = load_found(ROOT / "results" / "recipe.json")
+    rows, tokens, seconds = rows_of(found), [], []
+    without = [run for run in found.runs if (run.candidate, run.rate) == ("muon_linear", 0.01)]
+    same_rate = replace(rows["muon_linear"], runs=without)
+    half = rows["small_batches"]
+    assert half.rate == 0.01 and {run.seed for run in without} == {1, 2, 3}
+    for row in (same_rate, half):
+        both = shares(row, rows["nanogpt"], found.step_ratios[row.name])
+        tokens.append(both[0])
+        seconds.append(both[1])
+    fewer, less = (f"{100 * (1 - new / old):.0f} %" for old, new in (tokens, seconds))
+    lower = rows["muon_linear"].loss - half.loss
+    assert f"took {fewer} fewer tokens than without and {less} less time" in MEASURED_PROSE
+    assert f"ended {lower:.3f} lower than without them at its best rate" in MEASURED_PROSE
+    assert lower < max(half.last) - min(half.last)
 
 
 def test_what_is_won_where_documents_are_short_is_told_as_it_was_measured():
