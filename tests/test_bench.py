@@ -306,7 +306,7 @@ def test_a_report_names_the_commit_and_marks_changes_but_those_of_results(tmp_pa
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_make_bench_writes_where_it_is_told_and_says_what_it_leaves_out():
     def commands(*words: str) -> str:
-        make = ["make", "--dry-run", "bench", *words]
+        make = ["make", "--dry-run", "--no-print-directory", "bench", *words]
         return subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
     assert "--output out/bench/bench_train.json" in commands()

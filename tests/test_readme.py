@@ -900,6 +900,15 @@ def test_memory_is_told_as_it_was_measured():
     assert f"waited [{ours['data_share'] * 100:.1f} %](bench_h200_train.json) of" in MEASURED_PROSE
 
 
+def test_the_demos_memory_is_what_its_plan_tells():
+    config = load_config([str(ROOT / "configs" / "demo.toml")])
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=2048, **asdict(config.model)))
+    tokens = config.train.micro_batch_size * config.model.block_size
+    memory = estimated_memory(model, tokens, torch.float32, config.train.compile)
+    assert f"memory      about {memory / 1e9:.2g} GB per process (estimate)" in README
+
+
 def test_every_file_of_results_is_listed_there():
     linked = set(re.findall(r"\]\((\w+\.json)\)", MEASURED))
     assert linked == {path.name for path in (ROOT / "results").glob("*.json")}
