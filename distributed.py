@@ -29,6 +29,7 @@ from guard import RollCall
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch < 2.13
 
+LEFT: list[dist.ProcessGroup] = []  # by `process_group`, which tells why they are kept
 Result = TypeVar("Result")
 GRACE = 30  # seconds that a collective waits longer than RollCall, which can say for whom
 
@@ -183,7 +184,9 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     """Join the processes that torchrun started, and leave them when all have come to their end.
 
     NCCL's leaving waits for all ranks. Where one has failed, the process's end has to do
-    (`run_script`). Raises UserError if the device isn't there.
+    (`run_script`). And gloo's group, when it is freed, waits for its thread, which may be waiting
+    for Python's lock to free the last tensor that was sent: for ever, since who frees the group
+    holds that lock. So what was left isn't freed. Raises UserError if the device isn't there.
     """
     device = choose_device(device_name)
     if device.type == "cuda":
@@ -224,6 +227,7 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     finally:
         roll_call.close()
         if all_have_ended:
+            LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,8 +90,13 @@ def test_who_died_before_the_others_came_is_not_taken_for_the_one_that_comes(sto
     ],
 )
 def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(monkeypatch, ending, leaves):
-    """As NCCL's destroy would. All of them finish, or are stopped, together."""
-    store, done = HashStore(), []
+    """As NCCL's destroy would. All of them finish, or are stopped, together.
+
+    And the group that was left isn't freed: gloo's may wait for ever then.
+    """
+    store, done, group = HashStore(), [], object()
+    monkeypatch.setattr(distributed, "LEFT", [])
+    monkeypatch.setattr(distributed.dist, "group", SimpleNamespace(WORLD=group))
     for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     roll_call = RollCall(store, 0, 2, timeout_seconds=60)
@@ -104,5 +110,6 @@ def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(monkeypatch, en
             if ending:
                 raise ending
     assert done == ["left"] * leaves
+    assert distributed.LEFT == [group] * leaves
     assert roll_call.closed.is_set()
     assert store.check(["failed"]) == (not leaves)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config
 from data import BatchShape, load_windows, step_windows
-from distributed import Ranks
+from distributed import LEFT, Ranks
 from model import GPT, GPTConfig
 from optim import learning_rate_at
 from shards import TokenStream
@@ -138,6 +138,7 @@ def test_under_ddp_a_compiled_block_stays_one_graph_and_computes_the_same(
             stepper.loss_of(inputs, targets).backward()
             gradients.append({name: p.grad for name, p in model.named_parameters()})
     finally:
+        LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2  # a block, and the loss of a slice
