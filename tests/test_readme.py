@@ -25,6 +25,7 @@ from config import Config, load_config
 from metrics import estimated_memory
 from model import GPT, GPTConfig
 from recipe import load_found, rows_of, shares
+from reports import ratios
 from tokenizer import gpt2_encoding
 from visuals import KEPT, diagrams
 from visuals.story import attention_rows, chapters, load_story
@@ -605,10 +606,8 @@ def measured(name: str) -> dict:
 
 def spread(found: dict, peer: str, key: str) -> str:
     """A ratio, the median of the rounds' ratios, with the lowest and the highest of them."""
-    pairs = zip(found["turns"]["ours"], found["turns"][peer])
-    ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-    return f"{middle:.2f} × ({low:.2f} – {high:.2f})"
+    rounds = ratios(found["turns"], peer, key)
+    return f"{statistics.median(rounds):.2f} × ({min(rounds):.2f} – {max(rounds):.2f})"
 
 
 def speed_table(folder: str = "results/", all_rounds: bool = False) -> str:
