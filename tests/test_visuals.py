@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from dataclasses import asdict
 
@@ -148,6 +149,13 @@ def test_the_bigram_model_is_a_probability_and_its_loss_the_mean():
     assert counting.bigram_loss(train, [0, 1], V) == pytest.approx(min(losses))
 
 
+def test_what_a_compressor_has_read_before_costs_it_nothing_again():
+    generator = random.Random(0)
+    text, other = generator.randbytes(10_000), generator.randbytes(10_000)
+    assert counting.xz_after(other, text) == pytest.approx(8, rel=0.01)
+    assert counting.xz_after(other + text, text) < 0.5
+
+
 def test_the_counts_are_measured_on_shards(call, shards, tmp_path):
     output = tmp_path / "counting.json"
     printed = call("visuals.counting", "--data", shards, "--output", output).out
@@ -156,6 +164,7 @@ def test_the_counts_are_measured_on_shards(call, shards, tmp_path):
     assert result["training_tokens"] == len(train)
     assert result["contexts"][1]["different_contexts"] == len(set(train.read(0, len(train) - 1)))
     assert f"{result['bigram_loss']:.3f}" in printed
+    assert f"{result['xz_bits_per_byte_after_training_text']:.3f} bits per byte" in printed
 
 
 # The figures

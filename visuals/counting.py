@@ -3,14 +3,16 @@
     python -m visuals.counting --data data/demo --output results/counting.json
 
 For contexts of 0, 1, 2, … tokens it tells how often validation text has a context that the training
-text has too, and how often the most frequent follower there is the right guess. And it tells the
-loss of a bigram model, the best that one token of context allows, to be compared with a GPT's.
+text has too, and how often the most frequent follower there is the right guess. And it tells two
+numbers to be compared with a GPT's: the loss of a bigram model, the best that one token of context
+allows, and what a compressor makes of the validation text when it has the training text before it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import sys
 from collections import Counter, defaultdict
@@ -30,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     ARGUMENTS = parse_arguments()
 
-from shards import TokenStream, tokenizer_of
+from shards import TokenStream, encoding_of, tokenizer_of
 
 LONGEST = 5  # tokens of context
 
@@ -77,11 +79,25 @@ def bigram_loss(train: list[int], tokens: list[int], vocab_size: int) -> float:
     return min(loss(2**power) for power in range(11))
 
 
+def xz_after(before: bytes, text: bytes) -> float:
+    """Bits per byte of `text` that `xz -9e` needs beyond what it needs for the text before it."""
+
+    def packed(content: bytes) -> int:
+        return len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
+
+    return 8 * (packed(before + text) - packed(before)) / len(text)
+
+
 def measure(data: Path) -> dict[str, object]:
     """All numbers, for the shards in a folder."""
     vocab_size = tokenizer_of(data).vocab_size
     streams = {split: TokenStream(data, split) for split in ("train", "val")}
     train, val = (stream.read(0, len(stream)).tolist() for stream in streams.values())
+    encoding = encoding_of(data)
+    texts = [
+        encoding.decode_bytes([token for token in tokens if token != encoding.eot_token])
+        for tokens in (train, val)
+    ]
     rows = []
     for context in range(LONGEST + 1):
         followers = count_followers(train, context)
@@ -102,6 +118,7 @@ def measure(data: Path) -> dict[str, object]:
         "vocab_size": vocab_size,
         "contexts": rows,
         "bigram_loss": round(bigram_loss(train, val, vocab_size), 4),
+        "xz_bits_per_byte_after_training_text": round(xz_after(*texts), 3),
     }
 
 
@@ -115,6 +132,8 @@ def main(arguments: argparse.Namespace) -> None:
             f"{row['right']:13.1%}"
         )
     print(f"a bigram model's loss: {result['bigram_loss']:.3f} nats per token")
+    xz = result["xz_bits_per_byte_after_training_text"]
+    print(f"xz -9e, after the training text: {xz:.3f} bits per byte")
     if arguments.output:
         record = {
             "what": "guessing validation tokens by counting what followed in the training text",

@@ -127,8 +127,9 @@ def architecture() -> Figure:
     shape(14.7, stream)
     axes.add_patch(Rectangle((3, 17), 65, 47, fill=False, ec=GREY, lw=1, ls="--"))
     axes.text(66.5, 61.5, f"block, {model.n_layer} times", ha="right", va="center", weight="bold")
-    attention = f"attention, {model.n_head} heads\nof size {C // model.n_head}"
-    mlp = f"MLP: {C} → {4 * C:,} → {C}\nGELU between"
+    heads, size = model.n_head, C // model.n_head
+    attention = f"attention, {heads} heads of {size}\n(B, {heads}, {T}, {size})"
+    mlp = f"MLP: {C} → {4 * C:,} → {C}, GELU\n(B, {T}, {4 * C})"
     _sublayer(axes, middle, 19, "ln_1", attention, LIGHT_GREEN)
     _sublayer(axes, middle, 41, "ln_2", mlp, LIGHT_ORANGE)
     shape(65.8, stream)

@@ -16,7 +16,6 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
-from matplotlib.transforms import Bbox
 from PIL import Image
 
 from checkpoint import find_checkpoint
@@ -39,6 +38,10 @@ LABEL_PLACES = (  # offset in points, and which side of the label is there
     ((-5, 0), {"ha": "right", "va": "center"}),
     ((0, 9), {"ha": "center"}),
     ((0, -11), {"ha": "center", "va": "top"}),
+    ((8, -8), {"va": "top"}),
+    ((-8, -8), {"ha": "right", "va": "top"}),
+    ((8, 8), {}),
+    ((-8, 8), {"ha": "right"}),
 )
 FRAMES = 24  # of the animation, a token each
 SEED, KNOBS = 20, {"temperature": 0.6, "top_k": 20}  # of the tokens that it draws
@@ -65,8 +68,8 @@ def counting() -> Figure:
     context = [row["context"] for row in rows]
     figure, axes = sheet(7.5, 3.6)
     for name, label, colour in (
-        ("seen", "context occurs in the training text", BLUE),
-        ("right", "its most frequent follower is right", ORANGE),
+        ("seen", "… the context occurs in the training text", BLUE),
+        ("right", "… its most frequent follower there is right", ORANGE),
     ):
         shares = [row[name] for row in rows]
         axes.plot(context, shares, marker="o", color=colour, label=label)
@@ -82,7 +85,7 @@ def counting() -> Figure:
     axes.set(xlabel="tokens of context", ylim=(-0.06, 1.12), xticks=context)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(loc="upper right")
-    axes.set_title("places in text never seen before", loc="left")
+    axes.set_title("share of places in new text where …", loc="left")
     return figure
 
 
@@ -110,30 +113,38 @@ def embedding_map(run: Path) -> Figure:
     axes.set(xticks=[], yticks=[], xlabel="first main direction", ylabel="second main direction")
     figure.draw_without_rendering()  # lays everything out, so that labels know where they are
     dots = axes.transData.transform(places)
-    taken = [Bbox.from_extents(*(dot - 3), *(dot + 3)) for dot in dots]
-    for token, place in zip(words, places):
-        label_beside(axes, story.encoding.decode([token]).strip(), place, taken)
+    texts = [story.encoding.decode([token]).strip() for token in words]
+    write_labels(axes, texts, places, np.hstack((dots - 3, dots + 3)))
     return figure
 
 
-def label_beside(axes: Axes, text: str, place: np.ndarray, taken: list[Bbox]) -> None:
-    """Write a label where it covers the least of the boxes in `taken`, and add its own."""
+def write_labels(axes: Axes, texts: list[str], places: np.ndarray, dots: np.ndarray) -> None:
+    """Write each label where it covers least of the other labels and of the `dots`, (n, 4) each."""
     labels = [
-        axes.annotate(text, place, offset, textcoords="offset points", fontsize=9, **align)
-        for offset, align in LABEL_PLACES
+        [
+            axes.annotate(text, place, offset, textcoords="offset points", fontsize=9, **align)
+            for offset, align in LABEL_PLACES
+        ]
+        for text, place in zip(texts, places)
     ]
-    boxes = [label.get_window_extent() for label in labels]
-    best = min(range(len(boxes)), key=lambda number: covered(boxes[number], taken))
-    for number, label in enumerate(labels):
-        if number != best:
-            label.remove()
-    taken.append(boxes[best])
+    boxes = np.array(
+        [[label.get_window_extent().extents for label in possible] for possible in labels]
+    )  # (labels, places, 4): left, bottom, right, top
+    chosen: dict[int, int] = {}
+    for number in [*range(len(texts))] * 3:  # later rounds know where all others are
+        others = [boxes[other, at] for other, at in chosen.items() if other != number]
+        chosen[number] = int(covered(boxes[number], np.vstack((dots, *others))).argmin())
+    for number, possible in enumerate(labels):
+        for at, label in enumerate(possible):
+            if at != chosen[number]:
+                label.remove()
 
 
-def covered(box: Bbox, others: list[Bbox]) -> float:
-    """The area that a box shares with others."""
-    shared = (Bbox.intersection(box, other) for other in others)
-    return sum(common.width * common.height for common in shared if common)
+def covered(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The area that each box (n, 4) shares with the others (m, 4): (n,)."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])  # (n, m, 2)
+    high = np.minimum(boxes[:, None, 2:], others[:, 2:])  # (n, m, 2)
+    return (high - low).clip(min=0).prod(axis=-1).sum(axis=-1)
 
 
 def positions(run: Path) -> Figure:
@@ -162,8 +173,13 @@ def attention_heads(run: Path) -> Figure:
             at.set_xticks(range(T), labels if layer == layers - 1 else [""] * T, rotation=90)
             at.set_yticks(range(T), labels if head == 0 else [""] * T)
             at.tick_params(length=0, labelsize=9)
+            for row, column in zip(*np.tril_indices(T)):
+                share = rows[layer, head, row, column]
+                colour = "white" if share > 0.5 else INK
+                number = f"{100 * share:.0f}"
+                at.text(column, row, number, color=colour, fontsize=7, ha="center", va="center")
     figure.supylabel("this token …", fontsize=11)
-    figure.supxlabel("… takes from this one (dark: much)", fontsize=11)
+    figure.supxlabel("… takes so many percent from this one", fontsize=11)
     return figure
 
 
@@ -180,9 +196,10 @@ def sampling(run: Path) -> Figure:
         ("temperature 1.5: wilder", {"temperature": 1.5}, ORANGE),
         ("top-k 4", {"temperature": 1, "top_k": 4}, GREEN),
         ("top-p 0.7", {"temperature": 1, "top_p": 0.7}, RED),
+        ("demo: 0.6 and top-k 20", {"temperature": 0.6, "top_k": 20}, GREY),
     ]
     figure, axes = sheet(9, 6.2, 2, 3)
-    bars = [next_probabilities(logits, **knobs)[0] for _, knobs, _ in panels]  # 5 × (V,)
+    bars = [next_probabilities(logits, **knobs)[0] for _, knobs, _ in panels]  # 6 × (V,)
     bars = [weights / weights.sum() for weights in bars]
     highest = max(float(probabilities.max()) for probabilities in bars)
     for at, (title, _, colour), probabilities in zip(axes.flat, panels, bars):
@@ -191,7 +208,6 @@ def sampling(run: Path) -> Figure:
         at.set_title(title, loc="left")
         at.set_xlabel(f"{int(probabilities.count_nonzero()):,} tokens possible")
         at.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes[1, 2].axis("off")
     return figure
 
 
@@ -262,9 +278,12 @@ def recipe() -> Figure:
     found = load_found(ROOT / "results" / "recipe.json")
     rows, tokens = rows_of(found), found.config["train"]["tokens_per_step"]
     figure, panels = sheet(9, 3.8, columns=2)
-    lines = {"nanogpt": ("AdamW, cosine", GREY), "muon": ("Muon, cosine", BLUE)}
-    lines["muon_ema"] = ("Muon, weights averaged", ORANGE)
-    for name, (label, colour) in lines.items():
+    lines = {
+        "nanogpt": ("AdamW, cosine", GREY, "-"),
+        "muon": ("Muon, cosine", BLUE, "--"),
+        "muon_ema": ("Muon, weights averaged", ORANGE, "-"),
+    }
+    for name, (label, colour, style) in lines.items():
         row = rows[name]
         losses = [run.losses for run in row.runs]
         low, high = np.min(losses, axis=0), np.max(losses, axis=0)
@@ -272,7 +291,7 @@ def recipe() -> Figure:
         for axes, unit in zip(panels, (tokens / 1e6, minutes)):
             steps, means = np.array(row.curve).T
             axes.fill_between(steps * unit, low, high, color=colour, alpha=0.25, lw=0)
-            axes.plot(steps * unit, means, color=colour, label=label)
+            axes.plot(steps * unit, means, color=colour, ls=style, label=label)
     for axes, unit in zip(panels, ("million tokens", "minutes of training")):
         axes.axhline(rows["nanogpt"].loss, color=GREY, lw=0.8, ls=":")
         axes.set(xlabel=unit, ylabel="validation loss, nats per token")

@@ -1,7 +1,7 @@
 """One sentence on its way through a trained GPT, with every number on the way.
 
     python -m visuals.story
-    python -m visuals.story --text "Raise an error if the" --next " object"
+    python -m visuals.story --text "Return the name of a" --next " file"
 
 In README's order: characters, tokens, vectors, attention, logits, loss, gradient. The model is the
 one in visuals/model, whose numbers README shows, or another (--checkpoint out/demo).
