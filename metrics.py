@@ -165,11 +165,12 @@ def estimated_memory(
     """About how many bytes training takes with micro-batches of so many tokens.
 
     Weights, gradients and AdamW's two averages: 16 bytes per parameter, and 4 if the weights are
-    averaged too. (Muon keeps one, and copies the gradient.) Activations kept for the backward pass:
-    17 numbers of C per token and block with fused attention (Korthikanti et al. 2022, section 4.1,
-    without the score matrix), or a block's input alone if the rest is recomputed one block at a
-    time. And a slice of the logits; without torch.compile, also what becomes of them on the way to
-    their gradient: four times as many numbers in float32.
+    averaged too. (Of the blocks' matrices Muon keeps one average, and in bfloat16 takes the other's
+    room while it makes steps orthogonal; in float32 twice as much.) Activations kept for the
+    backward pass: 17 numbers of C per token and block with fused attention (Korthikanti et al.
+    2022, section 4.1, without the score matrix), or a block's input alone if the rest is recomputed
+    one block at a time. And a slice of the logits; without torch.compile, also what becomes of them
+    on the way to their gradient: four times as many numbers in float32.
     """
     config = model.config
     block = 17 * config.n_embd * dtype.itemsize  # bytes per token

@@ -22,16 +22,21 @@ MOMENTUM = 0.95  # Jordan's
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
+def quick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies in it, else float32."""
+    is_quick = choose_dtype("auto", device) == torch.bfloat16
+    return torch.bfloat16 if is_quick else torch.float32
+
+
 def orthogonalise(matrices: Tensor) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: (n, rows, columns) -> the same, by Newton–Schulz iteration.
 
-    Only matrix products are needed, and bfloat16 is exact enough where the hardware multiplies in
-    it, whatever train.dtype is: the result is in it, too. Singular values end between 0.7 and 1.2,
-    which is as good as 1 for a step; only those below 0.0015 of the matrix's norm stay smaller.
+    Only matrix products are needed, and `quick_dtype` is exact enough for them, whatever
+    train.dtype is: the result is in it, too. Singular values end between 0.7 and 1.2, which is as
+    good as 1 for a step; only those below 0.0015 of the matrix's norm stay smaller.
     """
     a, b, c = COEFFICIENTS
-    is_quick = choose_dtype("auto", matrices.device) == torch.bfloat16
-    x = matrices.bfloat16() if is_quick else matrices.float()
+    x = matrices.to(quick_dtype(matrices.device))
     is_tall = x.size(-2) > x.size(-1)
     x = x.mT.contiguous() if is_tall else x  # a view would take kernels that round otherwise
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
@@ -70,35 +75,44 @@ class Muon(torch.optim.AdamW):
             parameter.grad = gradient
         found_inf = getattr(self, "found_inf", torch.zeros((), device=self.ranks.device))
         for group in hidden:
-            momenta = [self._momentum(p, found_inf, group["matrices"]) for p in group["params"]]
             rate = group["lr"] * (1 - found_inf)
             kept = 1 - rate * group["weight_decay"]
-            for parameter, update in zip(group["params"], self._orthogonal(momenta)):
-                rows, columns = update.shape[-2:]
-                scale = max(1, rows / columns) ** 0.5  # of tall matrices: Jordan's
-                parameter.mul_(kept).sub_(update.view_as(parameter).float() * (rate * scale))
+            for parameters in of_one_shape(group["params"]):
+                updates = self._updates(parameters, group["matrices"], found_inf)
+                for parameter, update in zip(parameters, updates):
+                    rows, columns = update.shape[-2:]
+                    scale = max(1, rows / columns) ** 0.5  # of tall matrices: Jordan's
+                    parameter.mul_(kept).sub_(update.view_as(parameter).float() * (rate * scale))
 
-    def _momentum(self, parameter: Tensor, found_inf: Tensor, n: int) -> Tensor:
-        """The parameter's momentum, a gradient ahead (Nesterov's): (n, rows, columns)."""
-        gradient = torch.where(found_inf > 0, 0.0, parameter.grad)
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"]
-        momentum.lerp_(gradient, (1 - MOMENTUM) * (1 - found_inf))
-        return gradient.lerp(momentum, MOMENTUM).unflatten(0, (n, -1))
+    def _updates(self, parameters: list[Tensor], n: int, found_inf: Tensor) -> tuple[Tensor, ...]:
+        """What the parameters, of one shape, are to go against: (n, rows, columns) for each.
 
-    def _orthogonal(self, momenta: list[Tensor]) -> list[Tensor]:
-        """`orthogonalise` all of them, those of one shape at once and shared out over the ranks."""
-        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for place, momentum in enumerate(momenta):
-            by_shape[momentum.shape].append(place)
-        updates: dict[int, Tensor] = {}
-        for (n, *_), places in by_shape.items():
-            matrices = [matrix for place in places for matrix in momenta[place]]
-            share = -(-len(matrices) // self.ranks.world_size)  # rounded up
-            mine = matrices[self.ranks.rank * share :][:share]
-            mine += [torch.zeros_like(matrices[0])] * (share - len(mine))
-            orthogonal = self.ranks.gather(orthogonalise(torch.stack(mine)))
-            updates.update(zip(places, orthogonal.split(n)))
-        return [updates[place] for place in range(len(momenta))]
+        It is their momentum, a gradient ahead (Nesterov's), made orthogonal: by this rank for its
+        share of the matrices, by the others for theirs.
+        """
+        matrices = []  # (gradient, momentum) of each
+        for parameter in parameters:
+            gradient, state = parameter.grad, self.state[parameter]
+            gradient.masked_fill_(found_inf > 0, 0.0)
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(gradient, (1 - MOMENTUM) * (1 - found_inf))
+            matrices += zip(gradient.unflatten(0, (n, -1)), state["momentum"].unflatten(0, (n, -1)))
+        share = -(-len(matrices) // self.ranks.world_size)  # rounded up
+        mine = matrices[self.ranks.rank * share :]
+        ahead = torch.zeros(
+            (share, *matrices[0][0].shape),
+            dtype=quick_dtype(self.ranks.device),
+            device=self.ranks.device,
+        )
+        for place, (gradient, momentum) in zip(ahead, mine):
+            place.copy_(gradient.lerp(momentum, MOMENTUM))
+        return self.ranks.gather(orthogonalise(ahead)).split(n)
+
+
+def of_one_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters, those of one shape together."""
+    groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        groups[parameter.shape].append(parameter)
+    return list(groups.values())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
 from data import (
     BatchShape,
@@ -32,6 +33,26 @@ def test_a_token_sees_its_document_up_to_itself_and_positions_begin_there(rows):
             begin = max([s for s in range(t + 1) if row[s] == 9], default=0)
             assert mask[t] == [begin <= s <= t for s in range(6)]
             assert places[t] == t - begin
+
+
+def windows_of_blocks() -> torch.Tensor:
+    """Ids (4, 300) below 97: three of FlexAttention's blocks of 128. 96 begins a document."""
+    ids = torch.randint(96, (4, 300), generator=torch.Generator().manual_seed(0))
+    for row, begins in enumerate(([], [0, 127], [128, 129], [5, 128, 255, 256, 299])):
+        ids[row, begins] = 96
+    return ids
+
+
+def test_a_mask_in_blocks_is_the_same_and_leaves_out_the_blocks_that_are_empty():
+    ids = windows_of_blocks()
+    whole, positions = within_documents(ids, 96)
+    mask, also = within_documents(ids, 96, in_blocks=True)
+    assert torch.equal(also, positions)
+    assert torch.equal(create_mask(mask.mask_mod, 4, None, 300, 300, "cpu"), whole)
+    padded = torch.nn.functional.pad(whole, (0, 84, 0, 84)).view(4, 1, 3, 128, 3, 128)
+    is_seen = padded.any(dim=5).any(dim=3)  # (4, 1, 3, 3)
+    assert torch.equal(mask.to_dense().bool(), is_seen)
+    assert is_seen.flatten(1).sum(dim=1).tolist() == [6, 6, 4, 3]
 
 
 @pytest.mark.parametrize("num_windows", [1, 2, 100])

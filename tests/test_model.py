@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, without_key_biases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_data import windows_of_blocks
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,7 @@ from model import (
 )
 
 SMALL = GPTConfig(vocab_size=97, block_size=16, n_layer=3, n_head=4, n_embd=32)
+BLOCKS = GPTConfig(vocab_size=97, block_size=300, n_layer=2, n_head=2, n_embd=32)
 
 
 def make_model(config: GPTConfig = SMALL, seed: int = 0, scale: float = 1.0) -> GPT:
@@ -154,6 +156,36 @@ def test_a_mask_in_blocks_is_the_same_and_compiled_once_for_all_batches(monkeypa
         torch.testing.assert_close(other, loss)
         torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
     assert backend.frame_count == 1
+
+
+def test_a_mask_in_blocks_is_the_same_for_the_kernel_that_skips_blocks():
+    """A CPU has that kernel for the way forward; a GPU for both."""
+    model, twin = (make_model(BLOCKS, scale=3.0) for _ in range(2))
+    twin.compile_parts()
+    ids = windows_of_blocks()
+    with torch.no_grad():
+        expected = model(ids, documents=within_documents(ids, 96))
+        found = twin(ids, documents=within_documents(ids, 96, in_blocks=True))
+        other = within_documents(ids[:1].expand(4, -1), 96, in_blocks=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(twin(ids, documents=other), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_a_mask_in_blocks_gives_the_same_loss_and_gradients():
+    model, twin = (make_model(BLOCKS, scale=3.0).cuda() for _ in range(2))
+    twin.compile_parts()
+    ids = windows_of_blocks().cuda()
+    targets = ids.roll(-1, dims=1)
+    results = []
+    for one, in_blocks in ((model, False), (twin, True)):
+        loss = one(ids, targets, within_documents(ids, 96, in_blocks))
+        results.append((loss.item(), torch.autograd.grad(loss, [*one.parameters()])))
+    (expected, gradients), (found, others) = results
+    assert found == pytest.approx(expected, rel=1e-3)
+    for gradient, other in zip(gradients, others):
+        assert (other - gradient).norm() <= 0.01 * gradient.norm() + 1e-5
 
 
 def test_changing_a_future_token_leaves_earlier_logits_unchanged():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
 from test_step import ALONE
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from config import OptimSettings
 from distributed import Ranks
@@ -44,7 +47,9 @@ def test_orthogonal_matrices_keep_their_directions_and_lose_their_lengths(
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
-    found = orthogonalise(matrices).float()
+    found = orthogonalise(matrices)
+    assert found.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    found = found.float()
     core = U.mT @ found @ Vh.mT  # diagonal, if the directions are the same
     lengths = core.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(core, torch.diag_embed(lengths), atol=error, rtol=0)
@@ -139,6 +144,48 @@ def test_a_rank_of_four_orthogonalises_a_fourth_of_the_matrices(monkeypatch, ran
     assert [len(some) for some in seen] == [2, 1, 1, 1]
     worked = [bool(some.any()) for some in seen]
     assert worked == [rank < 3, rank < 2, rank < 2, rank < 2]
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes that are taken inside, until they are given back: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        given, made = (
+            {
+                id(one.untyped_storage()): one.untyped_storage()
+                for one in tree_leaves(some)
+                if isinstance(one, torch.Tensor)
+            }
+            for some in ((arguments, named), result)
+        )
+        for storage in (made[key] for key in made.keys() - given.keys()):
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, count: int) -> None:
+        self.now += count
+        self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_takes_no_more_room_than_the_average_that_is_not_kept(arithmetic, dtype):
+    """In bfloat16: 4 bytes for each number of the matrices, as metrics.estimated_memory has it."""
+    arithmetic(dtype)
+    model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=4, n_head=4, n_embd=128))
+    optimizer = make_optimizer(model, SETTINGS, ALONE)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    with Memory() as memory:
+        optimizer.step()
+    count = sum(parameter.numel() for parameter in model.h.parameters() if parameter.dim() == 2)
+    assert memory.now == 0
+    assert 1.5 * dtype.itemsize < memory.most / count < 2.1 * dtype.itemsize
 
 
 def test_matrices_and_embeddings_decay_and_vectors_do_not():

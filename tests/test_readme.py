@@ -24,7 +24,7 @@ from test_tasks import hellaswag_hub
 from config import Config, load_config
 from metrics import estimated_memory
 from model import GPT, GPTConfig
-from recipe import load_found, rows_of, shares
+from recipe import Found, load_found, rows_of, shares
 from reports import ratios
 from tokenizer import gpt2_encoding
 from visuals import KEPT, diagrams
@@ -747,7 +747,7 @@ def gpu_prose() -> list[str]:
         "The seven tests that needed a GPU passed there, at commit 40b8b0c. Since then much that "
         "runs there has changed: the loss, averaged weights, how Muon's matrices are shared out, "
         "how the code waits for a GPU, what a run does before its first step, and how ranks end. "
-        "An eighth test, for `data.document_mask`, is newer.",
+        "Two more tests, for `data.document_mask`, are newer.",
         "Some ways of training the 124M ([recipe_124m.json](recipe_124m.json)): 400 steps of 8,192 "
         "tokens of English, three learning rates each. Where the best is the lowest, a lower one "
         "might be better.",
@@ -866,6 +866,34 @@ def test_the_table_of_ways_of_training_is_what_was_found():
         "million tokens, one seed."
     ) in PROSE
     assert len(rows["muon"].runs) == 1
+
+
+def test_what_muons_config_tells_of_measurements_is_what_was_found():
+    lines = (ROOT / "configs" / "gpt2_124m_muon.toml").read_text(encoding="utf-8").splitlines()
+    told = " ".join(" ".join(line.partition("#")[2] for line in lines).split())
+    small, large = (load_found(ROOT / "results" / f"{n}.json") for n in ("recipe", "recipe_124m"))
+
+    def last(found: Found, name: str, rate: float) -> float:
+        return statistics.mean(
+            run.last for run in found.runs if (run.candidate, run.rate) == (name, rate)
+        )
+
+    rows = rows_of(small)
+    tokens, _ = shares(rows["muon"], rows["nanogpt"], 1.0)
+    assert tokens == pytest.approx(0.5, abs=0.05) and "Muon needs half of AdamW's tokens" in told
+    assert last(small, "muon_ema", 0.01) < last(small, "muon_wsd", 0.01) < last(small, "muon", 0.01)
+    assert last(small, "muon_ema", 0.02) > last(small, "muon_wsd", 0.02) > last(small, "muon", 0.02)
+    level, cosine, linear = (
+        f"{last(large, name, 0.02):.2f}" for name in ("muon_wsd", "muon", "muon_linear")
+    )
+    assert (
+        f"{level} with such a fall, {cosine} with a cosine, {linear} with a linear fall all the way"
+    ) in told
+    gains = [
+        last(large, "muon_linear", rate) - last(large, "restart", rate)
+        for rate in (0.01, 0.02, 0.04)
+    ]
+    assert f"by {min(gains):.2f} to {max(gains):.2f} at each of three rates" in told
 
 
 def test_what_half_batches_did_is_told_as_it_was_measured():

@@ -183,6 +183,12 @@ def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, fal
     assert falls_in_time == (told is None)
 
 
+def test_the_plan_counts_the_averages(configure, monkeypatch):
+    monkeypatch.setattr(train, "estimated_memory", lambda *some, **named: 4e9 + 1e9 * some[-1])
+    for share, told in ((0.0, "about 4 GB"), (0.1, "about 5 GB")):
+        assert told in train.Trainer(configure("--optim.average_share", share), ALONE).plan()
+
+
 def bytes_kept(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> int:
     """What autograd keeps of the blocks for the backward pass, weights aside."""
     kept = {}
