@@ -59,7 +59,7 @@ from device import choose_device, device_name
 from distributed import Ranks
 from errors import UserError
 from records import as_record, read_json
-from reports import hardware, print_table, versions
+from reports import commit, hardware, print_table, versions
 from shards import TokenStream
 from train import Trainer
 from writing import check_can_write, write_atomically
@@ -146,6 +146,7 @@ class Run:
     losses: tuple[float | None, ...]  # of the validations after those steps; None: not finite
     hardware: str
     torch: str  # its version
+    commit: str | None  # of the code, if it is a repository's
 
     @property
     def last(self) -> float:
@@ -250,7 +251,7 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     told = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
     shutil.rmtree(folder / "checkpoints")
-    return Run(name, rate, seed, *zip(*told), machine(), torch.__version__)
+    return Run(name, rate, seed, *zip(*told), machine(), torch.__version__, commit(ROOT))
 
 
 def measure_steps(

@@ -22,8 +22,9 @@ import recipe
 from config import Config, make_config, read_toml
 from errors import UserError
 from recipe import Candidate, Found, Run
+from reports import commit
 
-STEPS, ON = (10, 20, 30), ("a CPU", "2.13.0")
+STEPS, ON = (10, 20, 30), ("a CPU", "2.13.0", "0123abc")
 
 
 def candidate(meaning: str) -> Candidate:
@@ -161,7 +162,7 @@ def test_trainings_are_done_once_and_kept(begin, tmp_path, monkeypatch, capsys):
     assert sorted(run.seed for run in kept.runs) == [1, 2]
     assert all(run.steps == (20, 40) and run.losses[1] < run.losses[0] for run in kept.runs)
     assert kept.step_seconds > 0 and kept.step_ratios == {"nanogpt": 1.0}
-    assert kept.runs[0].torch == torch.__version__
+    assert (kept.runs[0].torch, kept.runs[0].commit) == (torch.__version__, commit(ROOT))
     for run in kept.runs:  # by train.py, from its own settings
         config = read_toml(tmp_path / "out" / f"nanogpt_0.001_{run.seed}" / "config.toml")
         optim = config["optim"]
