@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -199,11 +200,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     keep_until: int = 0,
+    damaged: Collection[Path] = (),
 ) -> Path:
     """Write a checkpoint into `folder`, then remove old ones.
 
     The `keep` newest stay, and as many that weren't saved after a skipped step, and
-    the best, and the newest that is not after step `keep_until`.
+    the best, and the newest that is not after step `keep_until`. Those that are known to be
+    `damaged` count for nothing.
     """
     final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
@@ -220,7 +223,7 @@ def save_checkpoint(
             f"can't save {final}: {error}; make room or mend the disk, then give the same command "
             "again to go on from the checkpoint before it"
         ) from error
-    _remove_old(folder, final, keep, keep_until)
+    _remove_old(folder, final, keep, keep_until, damaged)
     return final
 
 
@@ -230,6 +233,7 @@ def add_losses(
     best_val_loss: float | None,
     keep: int,
     keep_until: int = 0,
+    damaged: Collection[Path] = (),
 ) -> None:
     """Tell a checkpoint of a validation that came after it was saved, then remove old ones, as
     `save_checkpoint` would have done.
@@ -246,7 +250,7 @@ def add_losses(
             f"can't write {path / META}: {error.strerror}; make room or mend the disk, then give "
             "the same command again"
         ) from error
-    _remove_old(path.parent, path, keep, keep_until)
+    _remove_old(path.parent, path, keep, keep_until, damaged)
 
 
 def check_can_save(folder: Path) -> None:
@@ -398,7 +402,9 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _remove_old(folder: Path, newest: Path, keep: int, keep_until: int) -> None:
+def _remove_old(
+    folder: Path, newest: Path, keep: int, keep_until: int, damaged: Collection[Path]
+) -> None:
     """Of the checkpoints up to `newest`, keep those that save_checkpoint says.
 
     Later ones are damaged, or the run would have gone on from them. One that can't be removed is no
@@ -406,12 +412,13 @@ def _remove_old(folder: Path, newest: Path, keep: int, keep_until: int) -> None:
     """
     paths = checkpoints_in(folder)
     paths = paths[: paths.index(newest) + 1]
-    told = {path: _loss_and_skipped(path) for path in paths}
-    best = min((path for path in paths if told[path][0] < math.inf), key=told.get, default=newest)
-    sound = [path for path in paths if not told[path][1]][-keep:]
-    early = [path for path in paths if step_of(path) <= keep_until][-1:]
+    whole = [path for path in paths if path not in damaged]
+    told = {path: _loss_and_skipped(path) for path in whole}
+    best = min((path for path in whole if told[path][0] < math.inf), key=told.get, default=newest)
+    sound = [path for path in whole if not told[path][1]][-keep:]
+    early = [path for path in whole if step_of(path) <= keep_until][-1:]
     for path in paths:
-        if path not in (*paths[-keep:], *sound, *early, best):
+        if path not in (*whole[-keep:], *sound, *early, best):
             try:
                 _remove(path)
             except OSError as error:

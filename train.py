@@ -147,6 +147,8 @@ class Trainer:
                 self._go_on_from(checkpoint)
         elif self.config.train.init_from:
             self._begin_with(self.config.train.init_from)
+        # Or the run would go on from them.
+        self.damaged = {path for path in self.checkpoints_at_start if step_of(path) > self.step}
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         """Set everything as it was when the checkpoint was saved."""
@@ -332,19 +334,25 @@ class Trainer:
             skipped=self.skipped,
             spikes=spikes.memory() if spikes.limit else None,
         )
+        folder = self.out / "checkpoints"
+        self.damaged.discard(folder / step_name(self.step))
         with self.stepper.averaged():
-            save_checkpoint(self.out / "checkpoints", meta, self.model, optimizer, **self._kept())
+            save_checkpoint(folder, meta, self.model, optimizer, **self._kept())
 
     def _losses(self, val_loss: float | None) -> dict[str, float | None]:
         """What a checkpoint tells of validations; what is not finite is none."""
         return strict({"val_loss": val_loss, "best_val_loss": self.best_val_loss})
 
-    def _kept(self) -> dict[str, int]:
+    def _kept(self) -> dict[str, object]:
         """Which checkpoints stay, as `save_checkpoint` takes it."""
         train, optim = self.config.train, self.config.optim
         # From the last checkpoint before the rate falls, another, longer run can go on.
         level = last_at_peak(optim, train.max_steps) + 1 if optim.decay_steps else 0
-        return {"keep": train.keep_checkpoints, "keep_until": level}
+        return {
+            "keep": train.keep_checkpoints,
+            "keep_until": level,
+            "damaged": self.damaged,
+        }
 
     def _add_to_checkpoint(self, val_loss: float) -> None:
         """Tell the checkpoint of the present step (rank 0) what it was saved without."""

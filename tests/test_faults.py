@@ -600,6 +600,17 @@ def test_a_damaged_checkpoint_is_skipped_by_all_ranks(train, alone, tmp_path):
     assert lines_of(tmp_path / "run") == lines_of(alone)
 
 
+def test_a_damaged_checkpoint_costs_no_other_its_place(train, alone, tmp_path):
+    """One that was saved between the rest, and is passed: it goes, and the one before it stays."""
+    shutil.copytree(alone, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step_000040").rename(folder / "step_000035")
+    (folder / "step_000035" / "model.safetensors").write_bytes(b"")
+    result = train(tmp_path / "run", 1, *CANONICAL, "--train.keep_checkpoints", 2)
+    assert result.status == 0 and "skipped: " in result.err
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000020", "step_000040"]
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(train, alone, tmp_path, world_size):
     """Files of this process can't grow beyond 100 kB from step 15 on: the system's own refusal."""
