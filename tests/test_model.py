@@ -27,6 +27,7 @@ from model import (
     attention_written_out,
     choose_next,
     logits_to_gradient,
+    next_probabilities,
 )
 
 SMALL = GPTConfig(vocab_size=97, block_size=16, n_layer=3, n_head=4, n_embd=32)
@@ -624,3 +625,13 @@ def test_draws_follow_the_probabilities():
     frequency = drawn.bincount(minlength=4) / len(drawn)
     # Five standard errors of a frequency over 200,000 draws are at most 0.0056.
     assert (frequency - expected).abs().max() < 0.0056
+
+
+def test_top_k_is_so_many_also_where_logits_are_equal():
+    """In bfloat16, with its few digits, they often are."""
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0]]).bfloat16()
+    for top_k in range(1, 6):
+        weights = next_probabilities(logits, 1.0, top_k=top_k)
+        assert weights.count_nonzero() == top_k
+        assert weights[0].argmax() in (1, 2, 3)
+    assert next_probabilities(logits, 1.0, top_k=9).count_nonzero() == 5

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 
 PATH = ROOT / "model.py"
 B, T, C, NH, V, BLOCK = 2, 5, 12, 3, 67, 8
-FREE = ("T", "N", "n", "V'", "reach", "slots")  # of any size, but the same throughout a call
+FREE = ("T", "N", "n", "k", "V'", "reach", "slots")  # of any size, but the same throughout a call
 FIXED = {"B": B, "C": C, "4C": 4 * C, "nh": NH, "hs": C // NH, "V": V, "block": BLOCK, "1": 1}
 
 
