@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -53,13 +55,16 @@ def open_shard(path: Path) -> np.ndarray:
     Raises UserError, naming the file, for a wrong header or a length that doesn't match it.
     """
     try:
-        if path.suffix == ".npy":
-            return _open_npy(path)
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
-        size = path.stat().st_size
+        return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
     except OSError as error:
         raise UserError(f"can't read the shard {path}: {error.strerror}") from error
+
+
+def _open_bin(path: Path) -> np.ndarray:
+    """A shard as this repository and llm.c write it."""
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+    size = path.stat().st_size
     if len(header) < HEADER_BYTES:
         raise UserError(f"{path} has {size} bytes, a shard's header alone has {HEADER_BYTES}")
     magic, version, tokens = (int(number) for number in header.view("<i4")[:3])
@@ -266,6 +271,7 @@ class TokenStream:
         manifest = read_manifest(folder)
         self.folder = folder
         self.split = split
+        _let_many_files_be_open()  # a shard that is mapped is one of them
         self.shards = _listed_shards(folder, split, manifest) or _found_shards(folder, split)
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.vocab_size = tokenizer_of(folder).vocab_size
@@ -306,6 +312,19 @@ class TokenStream:
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _let_many_files_be_open() -> None:
+    """Raise this process's own limit, often 1,024, towards the one that the system sets."""
+    if os.name != "posix":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS has another limit, which it doesn't tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listed_shards(folder: Path, split: str, manifest: Manifest | None) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +99,28 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, content, complaint):
 def test_a_missing_shard_is_refused_by_name(tmp_path, name):
     with pytest.raises(UserError, match=f"can't read the shard {tmp_path / name}: No such file"):
         open_shard(tmp_path / name)
+
+
+OPENED = """
+import resource, sys
+from pathlib import Path
+from errors import UserError
+from shards import TokenStream
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+try:
+    print(TokenStream(Path(sys.argv[1]), "train").read(98, 2).tolist())
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("hard", "told"), [(4096, "[98, 99]"), (64, "Too many open files")])
+def test_more_shards_than_files_may_be_open_at_first(tmp_path, hard, told):
+    for number in range(100):
+        content = shard_header(1) + struct.pack("<H", number)
+        (tmp_path / f"train_{number:06d}.bin").write_bytes(content)
+    assert told in run("-c", OPENED, tmp_path, hard).out
 
 
 def test_a_folder_in_a_shards_place_is_refused_by_name(tmp_path):
