@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, positive, run_script
+from errors import Parser, UserError, output_file, positive, run_script
 
 PEERS = {  # by task: the file that is taken from a checkout; None: a package that is installed
     "train": {"nanogpt": "model.py", "build-nanogpt": "train_gpt2.py", "transformers": None},
@@ -497,9 +497,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.task == "table":
         return table(arguments.folder)
     config = load_config([str(arguments.config)])
-    output = arguments.output
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise UserError(f"--output {output}: expected a file in a folder that is there")
+    output = arguments.output and output_file(arguments.output)
     if output:
         check_can_write(output)
     task = {f.__name__: f for f in (train, generate, data, tokenize, start, plan)}[arguments.task]

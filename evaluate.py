@@ -21,13 +21,11 @@ no infinity.
 from __future__ import annotations
 
 import argparse
-import os
-import stat
 import sys
 from pathlib import Path
 
 from config import TASK_NAMES, make_config, task_names
-from errors import Parser, UserError, one_line, positive, run_script
+from errors import Parser, UserError, output_file, positive, run_script
 
 TOKENS = 10_485_760  # of the validation split: 20 of llm.c's batches of 524,288
 
@@ -62,7 +60,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises UserError for what doesn't go together, and for an --output that can't be a file."""
+    """Raises UserError for what doesn't go together, and for an --output that can't be a file.
+
+    Of a link in its place the file behind it is meant.
+    """
     names = asked(arguments)
     if not names:
         raise UserError("--tasks is empty: no task is named")
@@ -74,22 +75,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if given and "val" not in names:
             raise UserError(f"--{option} is val's, --tasks is {arguments.tasks}")
     if arguments.output:
-        check_output(arguments.output)
-
-
-def check_output(output: Path) -> None:
-    """Raises UserError for a name that no file can have, or that something else has."""
-    named = f"--output {str(output)!r:.300}"
-    if not os.path.isdir(output.parent):
-        raise UserError(f"{named}: there is no folder {str(output.parent)!r:.300}")
-    try:
-        mode = os.stat(output).st_mode
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise UserError(f"{named}: {one_line(error)}") from error
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{named} is a folder or a device, expected the name of a file")
+        arguments.output = output_file(arguments.output)
 
 
 def asked(arguments: argparse.Namespace) -> list[str]:

@@ -184,7 +184,8 @@ def test_wrong_input_is_one_line(call, tmp_path):
         ("folder", "is a folder or a device"),
         ("/dev/full", "'/dev/full' is a folder or a device, expected the name of a file"),
         ("a\0b", "null byte"),
-        ("a\0b/c", "there is no folder"),
+        ("a\0b/c", "null byte"),
+        ("device", "is a folder or a device"),
         ("a" * 300, "File name too long"),
     ],
 )
@@ -192,9 +193,18 @@ def test_a_report_that_cannot_be_a_file_is_one_line_before_a_model_is_looked_for
     call, tmp_path, name, complaint
 ):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to("/dev/null")
     error = call("evaluate", "--checkpoint", tmp_path, "--output", tmp_path / name).error()
     assert error.startswith("error: --output ")
     assert complaint in error
+
+
+def test_a_report_goes_into_the_file_that_a_link_leads_to(call, tmp_path):
+    output, link = tmp_path / "found.json", tmp_path / "link.json"
+    link.symlink_to(output)
+    for _ in range(2):  # at first it leads nowhere
+        assert call("evaluate", *asked("lambada", "--output", link)).status == 0
+        assert link.is_symlink() and json.loads(output.read_text())["results"]
 
 
 def test_a_report_that_cannot_be_written_is_one_line_before_anything_is_measured(call, tmp_path):

@@ -18,7 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from errors import Parser, run_script
+from errors import Parser, output_file, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -124,6 +124,7 @@ def measure(data: Path) -> dict[str, object]:
 
 def main(arguments: argparse.Namespace) -> None:
     """Print the table."""
+    output = arguments.output and output_file(arguments.output)
     result = measure(arguments.data)
     print("tokens of context   in the training text   seen there before   guessed right")
     for row in result["contexts"]:
@@ -134,14 +135,14 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"a bigram model's loss: {result['bigram_loss']:.3f} nats per token")
     xz = result["xz_bits_per_byte_after_training_text"]
     print(f"xz -9e, after the training text: {xz:.3f} bits per byte")
-    if arguments.output:
+    if output:
         record = {
             "what": "guessing validation tokens by counting what followed in the training text",
             "command": f"python -m visuals.counting --data {arguments.data}",
             "python": sys.version.split()[0],
             **result,
         }
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
