@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from config import Config
 from device import Moment, peak_flops
 from distributed import Ranks
-from errors import UserError
+from errors import UserError, one_line
 from model import GPT, HeadLoss
 from records import strict
 from writing import write_atomically
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 METRICS = "metrics.jsonl"
+Viewer = tuple[Callable[..., None], Callable[[], None]]  # log(numbers, step=…), close()
 
 
 def _lines_of(path: Path) -> list[str]:
@@ -58,8 +65,8 @@ class Metrics:
         """Go on after step `start`: what the file tells of later steps will be done again, and at
         0 all of it.
 
-        Raises UserError if an asked-for package is not installed, the disk is full, or the file
-        that is there can't be read.
+        Raises UserError if an asked-for package is not installed or can't begin, the disk is full,
+        or the file that is there can't be read.
         """
         folder = Path(config.train.out)
         self.path = folder / METRICS
@@ -67,24 +74,35 @@ class Metrics:
         with self._disk_errors():
             write_atomically(self.path, "".join(kept))
         first = start + 1 if start else 0  # the first step that is told from here on
-        self.tensorboard = self.wandb = None
-        try:
-            if config.log.tensorboard:
+        self.viewers: dict[str, Viewer] = {}
+        if config.log.tensorboard:
+            with self._opening("log.tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first)
-            if config.log.wandb:
-                import wandb
+                board = SummaryWriter(folder / "tensorboard", purge_step=first)
+                self.viewers["log.tensorboard"] = partial(_to_tensorboard, board), board.close
+        if config.log.wandb:
+            name = self._wandb_id(folder / "wandb_id", start)
+            with self._opening("log.wandb"):
+                from wandb import init
 
-                self.wandb = wandb.init(
+                run = init(
                     project=config.log.wandb,
-                    id=self._wandb_id(folder / "wandb_id", start),
+                    id=name,
                     name=folder.name,
                     config=asdict(config),
                     resume="allow",
                 )
+                self.viewers["log.wandb"] = run.log, run.finish
+
+    @contextmanager
+    def _opening(self, setting: str) -> Iterator[None]:
+        try:
+            yield
         except ImportError as error:
             raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
+        except Exception as error:  # whatever kinds these packages have
+            raise UserError(f"{setting}: {one_line(error)}") from error
 
     def _wandb_id(self, path: Path, start: int) -> str:
         """What Weights & Biases is to know this run by, also when it goes on."""
@@ -115,18 +133,25 @@ class Metrics:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         known = ((key, value) for key, value in values.items() if isinstance(value, (int, float)))
         numbers = {f"{kind}/{key}": value for key, value in known}
-        if self.tensorboard:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(key, value, step)
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
+        self._tell_viewers(lambda log, close: log(numbers, step=step))
 
     def close(self) -> None:
         """Hand in what is still buffered."""
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        self._tell_viewers(lambda log, close: close())
+
+    def _tell_viewers(self, tell: Callable[..., None]) -> None:
+        """One that fails gets nothing any more. The run goes on: metrics.jsonl has all of it."""
+        for setting, viewer in list(self.viewers.items()):
+            try:
+                tell(*viewer)
+            except Exception as error:  # whatever kinds these packages have
+                del self.viewers[setting]
+                print(f"\n{setting} gets no more numbers: {one_line(error)}", file=sys.stderr)
+
+
+def _to_tensorboard(board: SummaryWriter, numbers: dict[str, float], step: int) -> None:
+    for key, value in numbers.items():
+        board.add_scalar(key, value, step)
 
 
 class Speed:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from checkpoint import MODEL, newest_checkpoint, read_checkpoint
 from config import load_config
 from data import load_windows, step_windows
 from distributed import Ranks
+from errors import UserError
 from metrics import Metrics, estimated_memory
 from model import GPT, GPTConfig
 from optim import drop_average, learning_rate_at, swap_average
@@ -880,3 +881,32 @@ def test_each_start_from_nothing_is_a_run_of_its_own_at_weights_and_biases(
     first, on, anew = (settings.pop("id") for settings in begun)
     assert first == on != anew
     assert {(s["project"], s["name"], s["resume"]) for s in begun} == {("project", "run", "allow")}
+
+
+@pytest.mark.parametrize(
+    ("package", "told"),
+    [
+        (ModuleType("wandb"), "wandb is not installed"),  # the folder `wandb` that a run has left
+        (SimpleNamespace(init=lambda **_: 1 / 0), "log.wandb: division by zero"),
+    ],
+)
+def test_weights_and_biases_that_cannot_begin_are_one_line(configure, monkeypatch, package, told):
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    with pytest.raises(UserError, match=told):
+        train.train(configure("--log.wandb", "project"))
+
+
+def test_a_viewer_that_fails_costs_the_run_nothing(configure, monkeypatch, tmp_path, capsys):
+    steps = []
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        steps.append(step)
+        if step == 2:
+            raise OSError("the line\nis dead")
+
+    run = SimpleNamespace(log=log, finish=lambda: steps.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    train.train(configure("--log.wandb", "project", "--train.max_steps", 4))
+    assert steps == [1, 2]
+    assert capsys.readouterr().err.count("log.wandb gets no more numbers: the line is dead") == 1
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
