@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -288,11 +289,25 @@ def step_name(step: int) -> str:
 
 def _write(temporary: Path, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer) -> None:
     """Write a checkpoint's three files and see them onto the disk."""
-    save_file(_contiguous(model.state_dict()), temporary / MODEL)
-    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+    save_tensors(_contiguous(model.state_dict()), temporary / MODEL)
+    save_tensors(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
     write_meta(temporary, meta, files=(MODEL, OPTIMIZER))
     for path in (temporary / MODEL, temporary / OPTIMIZER, temporary / META, temporary):
         sync(path)
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, to be read by whoever may read a new file of this user's.
+
+    safetensors itself keeps it to the user. Raises OSError or SafetensorError.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    with suppress(OSError):  # of a file system without modes
+        path.chmod(mode)
 
 
 def write_meta(folder: Path, meta: Meta, files: tuple[str, ...]) -> None:

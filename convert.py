@@ -37,9 +37,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 import json
 import os
 
-from safetensors.torch import save_file
-
-from checkpoint import MODEL
+from checkpoint import MODEL, save_tensors
 from huggingface import (
     CONFIG,
     EXPECTED,
@@ -82,7 +80,7 @@ def to_hf(checkpoint: str, out: Path) -> None:
         **{f"{place}_pdrop": config.dropout for place in ("embd", "attn", "resid")},
     }
     with whole(out) as new:
-        save_file(tensors, new / MODEL, metadata={"format": "pt"})
+        save_tensors(tensors, new / MODEL, metadata={"format": "pt"})
         write_json(new / CONFIG, described)
         write_json(new / "generation_config.json", end)
         write_tokenizer(vocabulary_of(encoding), config.block_size, new)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, write_meta
+from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, save_tensors, write_meta
 from errors import UserError, check_gated, hub_errors, one_line
 from model import GPT, GPTConfig
 from records import read_json
@@ -172,7 +172,7 @@ def from_hf(folder: Path, out: Path) -> None:
     check_shapes(tensors, shapes, folder)
     encoding = make_encoding(read_vocabulary(folder, config.vocab_size))
     with whole(out) as new:
-        save_file(tensors, new / MODEL)
+        save_tensors(tensors, new / MODEL)
         sha256 = save_vocabulary(encoding, new / VOCABULARY)
         meta = Meta(
             step=0,

@@ -161,6 +161,17 @@ def as_nobody() -> Iterator[None]:
             os.seteuid(0)
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_weights_are_for_whoever_may_read_a_new_file(tmp_path, mask):
+    """safetensors by itself keeps them to the user."""
+    before = os.umask(mask)
+    try:
+        path = save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~mask}
+
+
 def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one():
     """A run would begin anew there, and cut its metrics off."""
     with tempfile.TemporaryDirectory() as name:  # tmp_path is in a folder for root alone

@@ -30,10 +30,9 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
     ARGUMENTS = parse_arguments()
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import MODEL, find_checkpoint, write_meta
+from checkpoint import MODEL, find_checkpoint, save_tensors, write_meta
 from shards import VOCABULARY
 
 
@@ -59,7 +58,7 @@ def keep(run: Path, folder: Path) -> None:
         else:
             tensors[name] = weights
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / MODEL)
+    save_tensors(tensors, folder / MODEL)
     write_meta(folder, found.meta, files=(MODEL,))
     shutil.copyfile(run / VOCABULARY, folder / VOCABULARY)
     with (run / "metrics.jsonl").open(encoding="utf-8") as metrics:
