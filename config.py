@@ -242,7 +242,7 @@ def make_parser() -> Parser:
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """A config file's sections. Raises UserError if it is missing or not TOML."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"can't read the config {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -179,9 +179,9 @@ def read_prompts(arguments: argparse.Namespace) -> Iterator[str | None]:
     prompt = arguments.prompt
     try:
         if arguments.prompt_file == "-":
-            prompt = sys.stdin.buffer.read().decode()
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig")
         elif arguments.prompt_file:
-            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
+            prompt = Path(arguments.prompt_file).read_bytes().decode("utf-8-sig")
         elif prompt:
             prompt.encode()
     except (OSError, UnicodeError) as error:

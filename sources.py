@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import sysconfig
@@ -79,9 +80,13 @@ def find_source(name: str, revision: str | None = None) -> Source:
         return Source(name, files=(PYTHON_DOCS,), sizes=(0,), revision=f"Python {version}")
     if name in HUB_NAMES:
         return hub_source(name, HUB_NAMES[name], revision)
-    files = local_files(name)
-    if files:
+    try:
+        files = local_files(name)
         stats = [file.stat() for file in files]
+    except OSError as error:
+        where = error.filename or name
+        raise UserError(f"--source {name}: can't read {where}: {error.strerror}") from error
+    if files:
         state = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)]
         revision = "files " + hashlib.sha256(repr(state).encode()).hexdigest()[:16]
         sizes = tuple(stat.st_size for stat in stats)
@@ -95,22 +100,47 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
 
 def local_files(name: str) -> list[Path]:
-    """The readable files that a file name, a folder or a glob stands for, sorted.
+    """The files that a file name, a folder or a glob stands for, sorted.
 
     Of a folder, what lies in hidden folders such as .git or .venv is left out, as a glob does it,
     and only files of one kind are taken: beside Parquet or JSON lines, a README.md is no document.
+    Raises OSError for what can't be read.
     """
     path = Path(name)
     if not path.is_dir():
         found = [path] if path.is_file() else map(Path, glob.glob(name, recursive=True))
         return sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if not any(part.startswith(".") for part in file.relative_to(path).parts) and file.is_file()
-    )
+    found = sorted(_files_under(path))
     kinds = ([file for file in found if file.name.endswith(kind)] for kind in KINDS)
-    return next(filter(None, kinds), [])
+    chosen, *others = [*filter(None, kinds)] or [[]]
+    if others:
+        rest = sum(map(len, others))
+        print(
+            f"--source {name}: {len(chosen):,} files such as {chosen[0].name} are read, {rest:,} "
+            f"of other kinds, such as {others[0][0].name}, are not; a pattern such as "
+            f"'{name}/**/*{others[0][0].suffix}' names those",
+            file=sys.stderr,
+        )
+    return chosen
+
+
+def _files_under(folder: Path) -> Iterator[Path]:
+    """All files that aren't hidden, also behind links, each folder once.
+
+    Raises OSError for a folder that can't be read: its text would be missing.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(at)
+        folders[:] = sorted(one for one in folders if not one.startswith(".") and real not in seen)
+        if real not in seen:
+            files = (Path(at, one) for one in names if not one.startswith("."))
+            yield from filter(Path.is_file, files)
+        seen.add(real)
 
 
 def hub_source(name: str, address: str, commit: str | None) -> Source:
@@ -175,7 +205,7 @@ def text_documents(file: str) -> Iterator[Document]:
     """A text file is one document, read piece by piece."""
 
     def pieces() -> Iterator[str]:
-        with named_errors(file), open(file, encoding="utf-8", newline="") as text:
+        with named_errors(file), open(file, encoding="utf-8-sig", newline="") as text:
             while piece := text.read(PIECE_CHARACTERS):
                 yield piece
 

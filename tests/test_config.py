@@ -165,3 +165,9 @@ def test_make_config_leaves_what_is_not_given_at_its_default():
     assert asdict(config)["model"]["n_embd"] == 768
     with pytest.raises(UserError):
         make_config({"log": {"eval_every": -1}})
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_config(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\nseed = 7\n")
+    assert load_config([str(path)]).train.seed == 7

@@ -188,16 +188,18 @@ def test_a_prompt_longer_than_the_context_is_cropped_with_a_notice(call, trained
 
 
 def test_a_prompt_comes_from_a_file_or_from_standard_input(trained, tmp_path):
-    (tmp_path / "prompt.txt").write_text("The lazy dog", encoding="utf-8")
+    """As it is, but for a mark of the byte order."""
+    text = "\ufeffThe lazy\r\ndog"
+    (tmp_path / "prompt.txt").write_bytes(text.encode())
     texts = [
         run(
-            *("sample.py", "--checkpoint", trained, "--seed", 1, "--prompt-file", source),
-            stdin="The lazy dog",
+            *("sample.py", "--checkpoint", trained, "--seed", 1, "--jsonl", "--prompt-file", source),
+            stdin=text,
         ).out
         for source in ("-", tmp_path / "prompt.txt")
     ]
     assert texts[0] == texts[1]
-    assert texts[0].startswith("The lazy dog")
+    assert json.loads(texts[0])["prompt"] == "The lazy\r\ndog"
 
 
 def test_interactive_mode_answers_line_by_line_until_the_input_ends(trained):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import run
 from fake_hub import FakeHub
+from test_checkpoint import as_nobody
 
 import sources
 from errors import UserError
@@ -114,6 +116,35 @@ def test_a_folder_gives_its_files_in_sorted_order_without_hidden_ones(tmp_path):
     assert documents(tmp_path) == ["a.txt", "b/10.md", "b/2.txt", "b/c/1.rst"]
 
 
+def test_folders_behind_links_are_read_too_and_each_once(tmp_path):
+    tree(tmp_path / "elsewhere")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "e.txt").write_text("e.txt")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "linked again").symlink_to(tmp_path / "elsewhere")
+    (folder / "round").symlink_to(folder)
+    assert documents(folder) == ["e.txt", "a.txt", "b/10.md", "b/2.txt", "b/c/1.rst"]
+
+
+def test_a_folder_in_a_source_that_cannot_be_read_is_named():
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is in a folder for root alone
+        folder = Path(name, "texts")
+        (folder / "closed").mkdir(parents=True)
+        (folder / "a.txt").write_text("a")
+        Path(name).chmod(0o755)
+        (folder / "closed").chmod(0)
+        with as_nobody(), pytest.raises(UserError, match="can't read .*closed: Permission denied"):
+            find_source(str(folder))
+        (folder / "closed").chmod(0o700)
+        assert documents(folder) == ["a"]
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfText")
+    assert documents(tmp_path) == ["Text"]
+
+
 def test_a_glob_gives_its_files_in_sorted_order(tmp_path):
     tree(tmp_path)
     assert documents(tmp_path / "b/*.*") == ["b/10.md", "b/2.txt"]
@@ -127,12 +158,14 @@ def test_empty_files_are_empty_documents_and_no_lines_are_none(tmp_path):
     assert documents(tmp_path / "*") == [""]
 
 
-def test_a_readme_beside_a_folders_parquet_files_is_no_document(tmp_path):
+def test_a_readme_beside_a_folders_parquet_files_is_no_document(tmp_path, capsys):
     (tmp_path / "README.md").write_text("What these files are.")
     (tmp_path / "notes.jsonl").write_text('{"text": "line"}\n')
     assert documents(tmp_path) == ["line"]
     pq.write_table(pa.table({"text": ["row"]}), tmp_path / "c.parquet")
     assert documents(tmp_path) == ["row"]
+    told = "files such as c.parquet are read, 2 of other kinds, such as notes.jsonl, are not"
+    assert told in capsys.readouterr().err
     assert len(documents(tmp_path / "*")) == 3
 
 
