@@ -7,6 +7,8 @@ stop is no error: Stopped.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import signal
 import socket
@@ -94,6 +96,19 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def prepare_streams() -> None:
+    """See that there are streams to write to and read from, and that they take any text.
+
+    A shell's `>&-` leaves none, and one that knows only ASCII would refuse a "±": it gets `\\xb1`.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # as their numbers are
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaint is one line."""
 
@@ -103,6 +118,8 @@ class Parser(argparse.ArgumentParser):
         """As argparse does. After a process's own command line come a script's slow imports: until
         `run_script` takes over, Ctrl-C ends them without a traceback.
         """
+        if args is None:
+            prepare_streams()
         parsed = super().parse_known_args(args, namespace)
         if args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _end_at_once)
@@ -193,6 +210,17 @@ def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: 
         print(f"{where}interrupted", file=Expendable(sys.stderr))
         return 130
     except BrokenPipeError:  # whoever read our output is gone, as `head` goes after ten lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        _drop_output()
+        print(f"error: {where}can't write: {error.strerror}", file=Expendable(sys.stderr))
+        return 2
     return 0
+
+
+def _drop_output() -> None:
+    """Have what is still to be written to standard output lost, without another complaint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

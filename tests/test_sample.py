@@ -193,7 +193,8 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(trained, tmp_path):
     (tmp_path / "prompt.txt").write_bytes(text.encode())
     texts = [
         run(
-            *("sample.py", "--checkpoint", trained, "--seed", 1, "--jsonl", "--prompt-file", source),
+            *("sample.py", "--checkpoint", trained, "--jsonl", "--seed", 1),
+            *("--prompt-file", source),
             stdin=text,
         ).out
         for source in ("-", tmp_path / "prompt.txt")
