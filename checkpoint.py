@@ -361,7 +361,8 @@ def find_checkpoint(name: str) -> Checkpoint:
     if found is None:
         raise UserError(
             f"{name} is no checkpoint: expected a run folder such as out/demo, or a folder with "
-            f"{META} and {MODEL} in it; train.py makes them"
+            f"{META} and {MODEL} in it; train.py makes them, and convert.py from-hf out of a "
+            "folder for transformers"
         )
     return found
 

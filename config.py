@@ -178,8 +178,11 @@ class Config:
 
 
 def toml_value(value: object) -> str:
-    """A setting's value as TOML writes it; JSON's strings, numbers and booleans are TOML's too."""
-    return json.dumps(value, ensure_ascii=False)
+    """A setting's value as TOML writes it.
+
+    JSON's strings, numbers and booleans are TOML's too, but for one character to be escaped.
+    """
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 SECTIONS = {"model": ModelSettings, "data": DataSettings, "optim": OptimSettings}
@@ -312,6 +315,11 @@ def _checked(section: str, key: str, value: Any) -> Any:
         raise UserError(f"{name} = {value!r}: expected {_type_name(kind)}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} = {value}: expected a finite number")
+    if kind is str and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # a config.toml can't hold it
+            raise UserError(f"{name} = {value!r}: expected text in UTF-8") from error
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{name} = {value!r}: expected one of {', '.join(limits['choices'])}")
     if limits["minimum"] is not None and not value >= limits["minimum"]:

@@ -36,6 +36,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 
 import json
 import os
+import shlex
 
 from checkpoint import MODEL, save_tensors
 from huggingface import (
@@ -116,7 +117,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not here and not is_hub_name(source):
         raise UserError(f"{source}: expected {', '.join(NAMES)}, owner/name, or a folder")
     from_hf(Path(source) if here else download(source), out)
-    print(f"{out}: python sample.py --checkpoint {out}")
+    print(f"{out}: python sample.py --checkpoint {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of settings in glibc's malloc.h
 
+# What PyTorch says of a tensor that found no room; the last, if its size has more than 64 bits.
+NO_ROOM = ("out of memory", "can't allocate memory", "storage size calculation overflowed")
+
 # Dense bf16 matrix products per second, in FLOP/s, by what the device calls itself: the vendor's
 # datasheet for each. A device that isn't here has no MFU: better none than a wrong one.
 PEAK_FLOPS = {
@@ -123,7 +126,7 @@ def memory_errors(advice: str) -> Iterator[None]:
         yield
     except RuntimeError as error:  # often, only its message tells
         told = str(error).lower()
-        if "out of memory" in told or "can't allocate memory" in told:
+        if any(words in told for words in NO_ROOM):
             raise UserError(f"out of memory: {advice}") from error
         raise
 

@@ -140,7 +140,11 @@ def cached(name: str) -> Path:
     Raises UserError if it can't be had, is no GPT-2, or can't be kept.
     """
     files = download(name)  # …/models--owner--name/snapshots/<commit>
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gpt2-from-scratch")
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user without a name, in a container
+        raise UserError(f"{error} Name a folder to keep {name} in: XDG_CACHE_HOME") from error
+    cache = Path(home, "gpt2-from-scratch")
     final = cache / files.parent.parent.name / files.name
     if not is_there(final / META):
         try:
@@ -439,11 +443,17 @@ def whole(out: Path) -> Iterator[Path]:
     Raises UserError if it can't be written.
     """
     try:
+        is_there_already = out.is_dir()  # empty, and perhaps where a disk is mounted
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as folder:
+        place = out if is_there_already else out.parent
+        with tempfile.TemporaryDirectory(dir=place, prefix=".partial-") as folder:
             new = Path(folder, "new")
             new.mkdir()
             yield new
-            new.replace(out)
+            if is_there_already:
+                for path in new.iterdir():
+                    path.replace(out / path.name)
+            else:
+                new.replace(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't write {out}: {one_line(error)}") from error

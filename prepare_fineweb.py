@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, positive, run_script
+from errors import Expendable, Parser, UserError, positive, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -93,7 +93,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stderr, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -428,7 +428,12 @@ def fetch(arguments: argparse.Namespace) -> Manifest:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Prepare, and say what came of it."""
+    """Prepare, and say what came of it. Whoever reads along may leave."""
+    with redirect_stderr(Expendable(sys.stderr)):
+        _prepare_and_tell(arguments)
+
+
+def _prepare_and_tell(arguments: argparse.Namespace) -> None:
     taken = 0 if arguments.pretokenized else arguments.val_tokens
     if arguments.max_tokens and arguments.max_tokens <= taken:
         raise UserError(

@@ -112,9 +112,11 @@ class Completion:
         if found:
             self.text = self.text[: min(found)]
             self.finish_reason = "stop"
-            enough = len(self.text.encode())
-            while len(self.encoding.decode_bytes(self.tokens[:-1])) >= enough and self.tokens:
+            while self.tokens and self._text_of(self.tokens[:-1]).startswith(self.text):
                 self.tokens.pop()  # a token that only made the stop text is no part of the text
+
+    def _text_of(self, tokens: list[int]) -> str:
+        return self.encoding.decode_bytes(tokens).decode(errors="replace")
 
     def finish(self, reason: str) -> None:
         """End the text here; half a character that is left becomes U+FFFD."""
@@ -275,7 +277,7 @@ def main(arguments: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             if not arguments.interactive:
                 raise
-            print()
+            print(file=sys.stderr if arguments.jsonl else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ MAX_VOCAB_SIZE = 65_536  # ids are stored as uint16
 # Longer texts are encoded in pieces, so that memory stays bounded. It also keeps tiktoken alive:
 # its regular expressions give up on a run of a million blanks.
 PIECE_CHARACTERS = 1 << 18
+WORD_CHARACTERS = 1000  # of a word that is learned from at once
 MAX_TRAINING_BYTES = 2_000_000  # of different words, to learn from: keeps train_bpe within 1 GB
 
 
@@ -56,7 +57,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
     The result holds `vocab_size - 1` tokens, because <|endoftext|> takes the last id. Of equally
     frequent pairs the first in byte order wins, so the same texts always give the same vocabulary.
-    Beyond 2 MB of different words (some 20 MB of English) the rarest ones are left out.
+    Beyond 2 MB of different words (some 20 MB of English) the rarest ones are left out. Words of
+    more than a thousand characters (DNA, say) are learned from in pieces: a merge goes through all
+    of a word.
     Raises UserError if `vocab_size` is out of range or the texts have too few pairs to merge.
     """
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
@@ -71,9 +74,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     counts: list[int] = []
     size = 0
     for word, count in word_counts.most_common():
-        words.append([bytes([byte]) for byte in word.encode()])
-        counts.append(count)
-        size += len(words[-1])
+        for at in range(0, len(word), WORD_CHARACTERS):
+            piece = word[at : at + WORD_CHARACTERS].encode()
+            words.append([bytes([byte]) for byte in piece])
+            counts.append(count)
+            size += len(piece)
         if size > MAX_TRAINING_BYTES:
             break
 
@@ -205,7 +210,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
     """
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' network errors are OSErrors
+    except (OSError, ValueError) as error:  # no network; something else that answers in its place
         raise UserError(
             f"GPT-2's vocabulary is not in tiktoken's cache and can't be downloaded "
             f"({type(error).__name__}): connect once, or point TIKTOKEN_CACHE_DIR at a folder that "

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 
 import itertools
 import math
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -52,7 +53,14 @@ from optim import last_at_peak, swap_average
 from records import strict
 from resume import agree_on_checkpoint, check_can_begin_with, check_can_go_on
 from scoring import BrokenOff, Scorer, Validation, evaluating, validate
-from shards import VOCABULARY, TokenStream, check_contents, encoding_of, tokenizer_of
+from shards import (
+    VOCABULARY,
+    TokenStream,
+    check_contents,
+    encoding_of,
+    file_sha256,
+    tokenizer_of,
+)
 from step import SAMPLE, Stepper, StepResult, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
@@ -401,8 +409,11 @@ class Trainer:
         try:
             write_atomically(self.out / "config.toml", self.config.to_toml())
             vocabulary = Path(self.config.data.dir) / VOCABULARY
+            ours = self.out / VOCABULARY
             if vocabulary.exists():
-                write_atomically(self.out / VOCABULARY, vocabulary.read_text(encoding="utf-8"))
+                write_atomically(ours, vocabulary.read_text(encoding="utf-8"))
+            elif ours.exists() and file_sha256(ours) != self.tokenizer.sha256:
+                ours.unlink()  # of an earlier run: nothing could be read with it
         except OSError as error:
             raise UserError(
                 f"can't write to the run folder {self.out}: {error.strerror}"
@@ -471,7 +482,7 @@ class Trainer:
             raise Stopped(told, number)
         self._check_weights()
         if first:
-            say(f"done: python sample.py --checkpoint {self.out}")
+            say(f"done: python sample.py --checkpoint {shlex.quote(str(self.out))}")
 
     def _loop(self, metrics: Metrics | None, bar: tqdm) -> bool:
         """Step after step, and what is due after some of them; returns whether it was stopped.

@@ -171,3 +171,12 @@ def test_a_mark_of_the_byte_order_is_no_part_of_a_config(tmp_path):
     path = tmp_path / "a.toml"
     path.write_bytes(b"\xef\xbb\xbf[train]\nseed = 7\n")
     assert load_config([str(path)]).train.seed == 7
+
+
+def test_text_that_toml_cannot_hold_as_it_is_comes_back_or_is_refused(tmp_path):
+    path = tmp_path / "a.toml"
+    odd = make_config({"train": {"out": 'a\x7f"\\\n\té'}})
+    path.write_text(odd.to_toml(), encoding="utf-8")
+    assert load_config([str(path)]) == odd
+    with pytest.raises(UserError, match="data.dir = .*: expected text in UTF-8"):
+        make_config({"data": {"dir": "a\udcff"}})

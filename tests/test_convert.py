@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT
+from conftest import TEXT, run
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 
-from checkpoint import MODEL, find_checkpoint
+from checkpoint import META, MODEL, find_checkpoint
 from huggingface import byte_characters, is_hub_name, merges_of
 from model import GPT
 from tokenizer import GPT2_SHA256, gpt2_encoding, vocabulary_of
@@ -481,6 +481,17 @@ def test_what_cannot_be_written_leaves_nothing(call, exported, trained, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_empty_folder_is_filled_where_it_is(call, exported, trained, tmp_path):
+    """It may be a disk's, or behind a link: no other can take its place."""
+    for way, source, file in (("from-hf", exported, META), ("to-hf", trained, "config.json")):
+        (tmp_path / f"{way} folder").mkdir()
+        (tmp_path / way).symlink_to(tmp_path / f"{way} folder")
+        assert call("convert", way, source, "--out", tmp_path / way).status == 0
+        found = [path.name for path in (tmp_path / f"{way} folder").iterdir()]
+        assert file in found and MODEL in found
+        assert not any(name.startswith(".") for name in found)
+
+
 def test_nothing_is_overwritten(call, exported, trained, tmp_path):
     (tmp_path / "file").touch()
     for way, source in (("from-hf", exported), ("to-hf", trained)):
@@ -613,6 +624,14 @@ def test_a_cache_that_cannot_be_written_is_one_line(hub, on_hub, tmp_path, monke
     error = sampled(on_hub, hub).error()
     assert f"can't keep gpt2 in {tmp_path}/file/gpt2-from-scratch: " in error
     assert "XDG_CACHE_HOME may name another folder" in error
+
+
+def test_a_user_without_a_home_is_told_what_to_set(hub, on_hub):
+    """One without a name, as containers have them."""
+    nobody = "import os, sys; os.environ.pop('XDG_CACHE_HOME', 0); os.environ.pop('HOME', 0)"
+    code = f"{nobody}; os.getuid = lambda: 12345; import huggingface as h; h.download = str"
+    code += "\ntry: h.cached('gpt2')\nexcept h.UserError as error: print(error)"
+    assert "Name a folder to keep gpt2 in: XDG_CACHE_HOME" in run("-c", code).out
 
 
 @pytest.mark.parametrize("cut_after", [None, 60_000])  # dead from the start, or within a file

@@ -25,6 +25,7 @@ from step import StepResult
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
         RuntimeError("CUDA error: out of memory"),  # of pinned memory, a graph, NCCL
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904, 2]"),
     ],
 )
 def test_memory_that_ran_out_is_told_with_advice(error):

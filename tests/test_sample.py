@@ -77,6 +77,23 @@ def test_a_stop_text_across_tokens_is_never_shown():
     assert completion.tokens == tokens[:2]
 
 
+@pytest.mark.parametrize(
+    ("written", "kept", "text"),
+    [
+        (b"\xff\xfe\xfd ok stop", 7, "\ufffd\ufffd\ufffd ok "),
+        (b"\xe2\x80stop", 1, "\ufffd"),
+        ("é — stop".encode(), 7, "é — "),
+        (b"stop", 0, ""),
+    ],
+)
+def test_the_tokens_of_a_stop_text_are_not_told_whatever_is_before_it(written, kept, text):
+    """Byte by byte."""
+    tokens = [gpt2_encoding().encode_single_token(bytes([byte])) for byte in written]
+    completion, shown = feed(tokens, stops=["stop"])
+    assert (completion.text, "".join(shown)) == (text, text)
+    assert completion.tokens == tokens[:kept]
+
+
 def test_end_of_text_ends_and_is_no_part_of_the_text():
     encoding = gpt2_encoding()
     completion, _ = feed([*encoding.encode_ordinary("One"), encoding.eot_token, 11])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -306,6 +308,16 @@ def test_a_vocabulary_with_another_hash_is_refused_by_name(trained, tmp_path):
         load_vocabulary(path, GPT2_SHA256)
 
 
+def test_a_word_without_an_end_takes_no_time_without_an_end():
+    """DNA: 200 thousand letters, and every merge went through all of them."""
+    generator = random.Random(0)
+    dna = "".join(generator.choices("ACGT", k=200_000))
+    began = time.process_time()
+    vocabulary = train_bpe([dna], 400)
+    assert time.process_time() - began < 20
+    assert len(vocabulary) == 399 and max(map(len, vocabulary)) >= 4
+
+
 def test_a_missing_vocabulary_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=f"can't read the vocabulary {tmp_path / 'none'}: No such"):
         load_vocabulary(tmp_path / "none")
@@ -313,9 +325,10 @@ def test_a_missing_vocabulary_is_refused_by_name(tmp_path):
         load_vocabulary(tmp_path)
 
 
-def test_gpt2_without_cache_and_network_is_an_error_that_says_what_to_do(monkeypatch):
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError])  # of a hotel's login page: no hash
+def test_gpt2_without_cache_and_network_is_an_error_that_says_what_to_do(monkeypatch, kind):
     def refuse(name):
-        raise ConnectionError
+        raise kind
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):

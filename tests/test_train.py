@@ -33,7 +33,7 @@ from metrics import Metrics, estimated_memory
 from model import GPT, GPTConfig
 from optim import drop_average, learning_rate_at, swap_average
 from scoring import Estimate, Scorer, Validation
-from shards import TokenStream, encoding_of
+from shards import VOCABULARY, TokenStream, encoding_of
 from step import Stepper, StepResult
 from tasks import load_questions
 
@@ -910,3 +910,20 @@ def test_a_viewer_that_fails_costs_the_run_nothing(configure, monkeypatch, tmp_p
     assert steps == [1, 2]
     assert capsys.readouterr().err.count("log.wandb gets no more numbers: the line is dead") == 1
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_vocabulary_of_an_earlier_run_does_not_stay_beside_other_weights(
+    configure, shards, tmp_path
+):
+    """Shards without a vocabulary of their own have GPT-2's, and nothing is written of it."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for split in ("train", "val"):
+        shutil.copy(shards / f"{split}_000000.bin", bare)
+    ours = tmp_path / "run" / VOCABULARY
+    train.train(configure("--train.max_steps", 1, "--log.eval_every", 0))
+    assert ours.exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    changes = ("--data.dir", bare, "--log.eval_every", 0, "--train.max_steps", 1)
+    train.train(configure(*changes))
+    assert not ours.exists()

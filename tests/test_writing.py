@@ -7,6 +7,7 @@ import io
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from shards import check_contents, open_shard
-from writing import ShardWriter, check_can_write, locked, write_atomically
+from writing import ShardWriter, check_can_write, locked, sync, write_atomically
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,6 +97,23 @@ def test_the_new_name_is_on_the_disk_too_when_a_file_was_replaced(tmp_path, monk
     monkeypatch.setattr(Path, "replace", note_replace)
     write_atomically(tmp_path / "file", "new")
     assert done == [(tmp_path / "file").stat().st_ino, "replaced", tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("kind", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_has_nothing_to_do_for_a_folder_is_no_error(tmp_path, monkeypatch, kind):
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or files_too:
+            raise OSError(kind, os.strerror(kind))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files_too = False
+    write_atomically(tmp_path / "file", "new")
+    files_too = True
+    with pytest.raises(OSError, match=os.strerror(kind)):
+        sync(tmp_path / "file")
 
 
 def test_a_lock_that_cannot_be_given_back_hides_no_error(tmp_path, monkeypatch):
