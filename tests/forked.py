@@ -57,6 +57,8 @@ def _become(words: list[str], folder: str, environment: dict[str, str], files: l
         handle = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
     sys.argv = words
     sys.path[:] = [folder, *(path for path in sys.path if path != folder and "tests" not in path)]
     runpy.run_path(words[0], run_name="__main__")
