@@ -315,7 +315,7 @@ def _checked(section: str, key: str, value: Any) -> Any:
         raise UserError(f"{name} = {value!r}: expected {_type_name(kind)}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} = {value}: expected a finite number")
-    if kind is str and not value.isascii():
+    if kind is str:
         try:
             value.encode()
         except UnicodeEncodeError as error:  # a config.toml can't hold it

@@ -117,7 +117,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not here and not is_hub_name(source):
         raise UserError(f"{source}: expected {', '.join(NAMES)}, owner/name, or a folder")
     from_hf(Path(source) if here else download(source), out)
-    print(f"{out}: python sample.py --checkpoint {shlex.quote(str(out))}")
+    print(f"{out}: python sample.py --checkpoint {shlex.quote(out.as_posix())}")
 
 
 if __name__ == "__main__":

@@ -115,8 +115,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse does. After a process's own command line come a script's slow imports: until
-        `run_script` takes over, Ctrl-C ends them without a traceback.
+        """As argparse does, with streams that are fit for all that follows.
+
+        After a process's own command line come a script's slow imports: until `run_script` takes
+        over, Ctrl-C ends them without a traceback.
         """
         if args is None:
             prepare_streams()
@@ -124,6 +126,11 @@ class Parser(argparse.ArgumentParser):
         if args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _end_at_once)
         return parsed
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """As argparse does, after --help, say, whose reader may have left."""
+        _flush_output()
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """Print the message, exit with status 2. Under torchrun the first rank speaks for all."""
@@ -164,7 +171,7 @@ def output_file(name: Path) -> Path:
     try:
         path = name.resolve()
         if not path.parent.is_dir():
-            raise UserError(f"{named}: there is no folder {str(name.parent)!r:.300}")
+            raise UserError(f"{named}: there is no folder {str(path.parent)!r:.300}")
         is_other = not stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
         return path
@@ -187,8 +194,8 @@ def run_script(main: Callable[..., None], *arguments: object) -> int:
     status = _status_of(
         main, arguments, f"[rank {rank} on {socket.gethostname()}] " if rank else ""
     )
+    _flush_output()
     if rank:
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
@@ -210,17 +217,19 @@ def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: 
         print(f"{where}interrupted", file=Expendable(sys.stderr))
         return 130
     except BrokenPipeError:  # whoever read our output is gone, as `head` goes after ten lines
-        _drop_output()
         return 1
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
+    except OSError as error:  # of a file that was open: the output, most likely
+        deed = {errno.ENOSPC: "write", errno.EIO: "read or write"}.get(error.errno)
+        if error.filename is not None or not deed:
             raise
-        _drop_output()
-        print(f"error: {where}can't write: {error.strerror}", file=Expendable(sys.stderr))
+        print(f"error: {where}can't {deed}: {error.strerror}", file=Expendable(sys.stderr))
         return 2
     return 0
 
 
-def _drop_output() -> None:
-    """Have what is still to be written to standard output lost, without another complaint."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _flush_output() -> None:
+    """Write what is left for standard output; if that can't be, it is lost without a complaint."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

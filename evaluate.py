@@ -60,10 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises UserError for what doesn't go together, and for an --output that can't be a file.
-
-    Of a link in its place the file behind it is meant.
-    """
+    """Raises UserError for what doesn't go together, and for an --output that can't be a file."""
     names = asked(arguments)
     if not names:
         raise UserError("--tasks is empty: no task is named")
@@ -75,7 +72,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if given and "val" not in names:
             raise UserError(f"--{option} is val's, --tasks is {arguments.tasks}")
     if arguments.output:
-        arguments.output = output_file(arguments.output)
+        output_file(arguments.output)
 
 
 def asked(arguments: argparse.Namespace) -> list[str]:
@@ -236,7 +233,8 @@ def write_report(
         "results": results,
     }
     try:
-        write_atomically(arguments.output, json.dumps(strict(report), indent=1) + "\n")
+        text = json.dumps(strict(report), indent=1) + "\n"
+        write_atomically(output_file(arguments.output), text)
     except OSError as error:
         raise UserError(f"can't write {arguments.output}: {error.strerror}") from error
 
@@ -245,7 +243,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Have all data ready, then measure task by task, and tell what was found."""
     with ranks.together():
         if arguments.output and ranks.is_first:
-            check_can_write(arguments.output)
+            check_can_write(output_file(arguments.output))
     checkpoint = ranks.in_turn(lambda: find_model(arguments.checkpoint))
     model = checkpoint.make_model()
     scorer = Scorer(model.to(ranks.device), checkpoint.encoding(), ranks)

@@ -139,11 +139,11 @@ def cached(name: str) -> Path:
 
     Raises UserError if it can't be had, is no GPT-2, or can't be kept.
     """
-    files = download(name)  # …/models--owner--name/snapshots/<commit>
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:  # a user without a name, in a container
         raise UserError(f"{error} Name a folder to keep {name} in: XDG_CACHE_HOME") from error
+    files = download(name)  # …/models--owner--name/snapshots/<commit>
     cache = Path(home, "gpt2-from-scratch")
     final = cache / files.parent.parent.name / files.name
     if not is_there(final / META):
@@ -440,10 +440,11 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 def whole(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` if all goes well; else nothing is left of it.
 
-    Raises UserError if it can't be written.
+    If `out` is there, and empty, its files are moved in, those that vouch for the others last: it
+    may be a disk's, or behind a link. Raises UserError if it can't be written.
     """
     try:
-        is_there_already = out.is_dir()  # empty, and perhaps where a disk is mounted
+        is_there_already = out.is_dir()
         out.parent.mkdir(parents=True, exist_ok=True)
         place = out if is_there_already else out.parent
         with tempfile.TemporaryDirectory(dir=place, prefix=".partial-") as folder:
@@ -451,7 +452,7 @@ def whole(out: Path) -> Iterator[Path]:
             new.mkdir()
             yield new
             if is_there_already:
-                for path in new.iterdir():
+                for path in sorted(new.iterdir(), key=lambda path: path.name in (META, CONFIG)):
                     path.replace(out / path.name)
             else:
                 new.replace(out)

@@ -82,13 +82,13 @@ class Metrics:
                 board = SummaryWriter(folder / "tensorboard", purge_step=first)
                 self.viewers["log.tensorboard"] = partial(_to_tensorboard, board), board.close
         if config.log.wandb:
-            name = self._wandb_id(folder / "wandb_id", start)
+            identity = self._wandb_id(folder / "wandb_id", start)
             with self._opening("log.wandb"):
                 from wandb import init
 
                 run = init(
                     project=config.log.wandb,
-                    id=name,
+                    id=identity,
                     name=folder.name,
                     config=asdict(config),
                     resume="allow",
@@ -99,9 +99,11 @@ class Metrics:
     def _opening(self, setting: str) -> Iterator[None]:
         try:
             yield
-        except ImportError as error:
-            raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
         except Exception as error:  # whatever kinds these packages have
+            if isinstance(error, ImportError) and error.name:
+                raise UserError(
+                    f"{error.name} is not installed: pip install {error.name}"
+                ) from error
             raise UserError(f"{setting}: {one_line(error)}") from error
 
     def _wandb_id(self, path: Path, start: int) -> str:

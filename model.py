@@ -496,7 +496,7 @@ def next_probabilities(
     """
     logits = logits.float()
     if top_k is not None and top_k < logits.size(-1):
-        likeliest, ids = logits.topk(top_k)  # 2 × (B, k): of equal ones, some
+        likeliest, ids = logits.topk(top_k)  # 2 × (B, k)
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, likeliest)  # (B, V)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # the likeliest: 0
     logits = logits / max(temperature, torch.finfo(torch.float32).tiny)

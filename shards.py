@@ -9,6 +9,7 @@ shards of build-nanogpt.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -57,7 +58,10 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
     except OSError as error:
-        raise UserError(f"can't read the shard {path}: {error.strerror}") from error
+        told = f"can't read the shard {path}: {error.strerror}"
+        if error.errno == errno.EMFILE:
+            told += " (ulimit -n): allow more, or make larger shards"
+        raise UserError(told) from error
 
 
 def _open_bin(path: Path) -> np.ndarray:
@@ -315,7 +319,10 @@ class TokenStream:
 
 
 def _let_many_files_be_open() -> None:
-    """Raise this process's own limit, often 1,024, towards the one that the system sets."""
+    """Raise this process's own limit, often 1,024, towards the one that the system sets.
+
+    To 65,536, that is: room for 6,000 billion tokens in shards of 100 million.
+    """
     if os.name != "posix":
         return
     import resource

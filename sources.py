@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import sys
 import sysconfig
 from collections import deque
@@ -116,9 +117,9 @@ def local_files(name: str) -> list[Path]:
     if others:
         rest = sum(map(len, others))
         print(
-            f"--source {name}: {len(chosen):,} files such as {chosen[0].name} are read, {rest:,} "
-            f"of other kinds, such as {others[0][0].name}, are not; a pattern such as "
-            f"'{name}/**/*{others[0][0].suffix}' names those",
+            f"--source {name}: files like {chosen[0].name} are read ({len(chosen):,}), others like "
+            f"{others[0][0].name} aren't ({rest:,}); a pattern such as "
+            f"'{glob.escape(name)}/**/*{others[0][0].suffix}' names those",
             file=sys.stderr,
         )
     return chosen
@@ -127,7 +128,8 @@ def local_files(name: str) -> list[Path]:
 def _files_under(folder: Path) -> Iterator[Path]:
     """All files that aren't hidden, also behind links, each folder once.
 
-    Raises OSError for a folder that can't be read: its text would be missing.
+    Raises OSError for a folder that can't be read and a link that leads nowhere: text would be
+    missing.
     """
 
     def fail(error: OSError) -> None:
@@ -135,12 +137,15 @@ def _files_under(folder: Path) -> Iterator[Path]:
 
     seen: set[str] = set()
     for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(at)
-        folders[:] = sorted(one for one in folders if not one.startswith(".") and real not in seen)
-        if real not in seen:
-            files = (Path(at, one) for one in names if not one.startswith("."))
-            yield from filter(Path.is_file, files)
+        if (real := os.path.realpath(at)) in seen:
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = sorted(one for one in folders if not one.startswith("."))
+        for one in names:
+            path = Path(at, one)
+            if not one.startswith(".") and stat.S_ISREG(path.stat().st_mode):
+                yield path
 
 
 def hub_source(name: str, address: str, commit: str | None) -> Source:

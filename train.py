@@ -482,7 +482,7 @@ class Trainer:
             raise Stopped(told, number)
         self._check_weights()
         if first:
-            say(f"done: python sample.py --checkpoint {shlex.quote(str(self.out))}")
+            say(f"done: python sample.py --checkpoint {shlex.quote(self.out.as_posix())}")
 
     def _loop(self, metrics: Metrics | None, bar: tqdm) -> bool:
         """Step after step, and what is due after some of them; returns whether it was stopped.

@@ -218,12 +218,15 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_the_newest_out(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_neither_the_best_nor_one_of_the_newest(tmp_path):
+    """Nor is it the last one before the learning rate falls."""
+    save(tmp_path, 5)
     save(tmp_path, 10, val_loss=2.0)
     damaged = save(tmp_path, 15, val_loss=1.0)
     model, optimizer = trained()
     for step, loss in ((20, 3.0), (30, 4.0)):
         meta = replace(META_1, step=step, val_loss=loss)
-        save_checkpoint(tmp_path, meta, model, optimizer, keep=1, damaged={damaged})
+        rest = {"keep": 1, "keep_until": 15, "damaged": {damaged}}
+        save_checkpoint(tmp_path, meta, model, optimizer, **rest)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step_000010", "step_000030"]
 

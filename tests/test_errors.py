@@ -26,9 +26,9 @@ def shell(redirections: str, option: str = "", **variables: str) -> subprocess.C
     """The script in a shell, which opens and closes its streams."""
     words = ["bash", "-c", f'"$0" -c "$1" {option} {redirections}', sys.executable, SCRIPT]
     environment = {**os.environ, **variables}
-    return subprocess.run(
-        words, cwd=ROOT, env=environment, input="asked", capture_output=True, text=True, check=False
-    )
+    environment.pop("PYTHONUNBUFFERED", None)  # the end is when most is written
+    options = {"input": "asked", "capture_output": True, "encoding": "utf-8", "check": False}
+    return subprocess.run(words, cwd=ROOT, env=environment, **options)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,38 @@ def test_a_stream_that_knows_only_ascii_gets_escapes():
     assert "\\u2026 of a script" in shell("", "--help", PYTHONIOENCODING="ascii").stdout
 
 
-def test_an_error_of_reading_is_not_taken_for_one_of_writing():
-    code = "from errors import run_script; run_script(lambda: open('/nowhere'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert "FileNotFoundError" in done.stderr
+@pytest.mark.parametrize("redirections", [">/dev/full", "| true"])
+def test_help_that_nobody_reads_is_no_complaint(redirections):
+    done = shell(f"{redirections}; exit ${{PIPESTATUS[0]}}", "--help")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("deed", "status", "told"),
+    [
+        ("raise UserError('bad')", 2, "error: bad\n"),  # and what was printed before is lost
+        ("open('/nowhere')", 1, "FileNotFoundError"),
+        ("raise OSError(5, 'Input/output error')", 2, "error: can't read or write: Input/output"),
+        ("raise OSError(5, 'Input/output error', 'file')", 1, "Traceback"),
+        ("raise OSError(28, 'No space left on device')", 2, "error: can't write: No space left"),
+    ],
+)
+def test_what_is_left_to_be_written_to_a_full_disk_changes_no_message(deed, status, told):
+    code = "import sys\nfrom errors import UserError, run_script\ndef main():\n"
+    code += f"    print('before')\n    {deed}\nsys.exit(run_script(main))"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            *([sys.executable, "-c", code],),
+            cwd=ROOT,
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    if status == 1:
+        assert told in done.stderr
+    else:
+        assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+        assert done.returncode == status

@@ -701,3 +701,13 @@ def test_help_and_a_typo_answer_without_the_slow_imports():
 def test_preparing_needs_no_torch():
     """It would cost every worker a second and 200 MB."""
     assert run("-c", "import sys, prepare_fineweb; sys.exit('torch' in sys.modules)").status == 0
+
+
+def test_whoever_reads_along_may_leave(texts, tmp_path):
+    """`prepare_fineweb.py … 2>&1 | head`"""
+    words = ["--source", texts, "--out", tmp_path / "out", "--tokenizer", "bpe:300"]
+    words += ["--val-tokens", 100, "--workers", 1]
+    with start(*words) as process:
+        process.stderr.close()
+        assert process.wait() == 0
+    assert read_manifest(tmp_path / "out")

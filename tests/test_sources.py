@@ -127,6 +127,16 @@ def test_folders_behind_links_are_read_too_and_each_once(tmp_path):
     assert documents(folder) == ["e.txt", "a.txt", "b/10.md", "b/2.txt", "b/c/1.rst"]
 
 
+def test_a_link_that_leads_nowhere_is_named_and_a_pipe_is_no_file(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / ".hidden.txt").symlink_to("nowhere")
+    assert documents(tmp_path) == ["a"]
+    (tmp_path / "c.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="can't read .*c.txt: No such file"):
+        find_source(str(tmp_path))
+
+
 def test_a_folder_in_a_source_that_cannot_be_read_is_named():
     with tempfile.TemporaryDirectory() as name:  # tmp_path is in a folder for root alone
         folder = Path(name, "texts")
@@ -164,7 +174,7 @@ def test_a_readme_beside_a_folders_parquet_files_is_no_document(tmp_path, capsys
     assert documents(tmp_path) == ["line"]
     pq.write_table(pa.table({"text": ["row"]}), tmp_path / "c.parquet")
     assert documents(tmp_path) == ["row"]
-    told = "files such as c.parquet are read, 2 of other kinds, such as notes.jsonl, are not"
+    told = "files like c.parquet are read (1), others like notes.jsonl aren't (2)"
     assert told in capsys.readouterr().err
     assert len(documents(tmp_path / "*")) == 3
 

@@ -36,6 +36,7 @@ from scoring import Estimate, Scorer, Validation
 from shards import VOCABULARY, TokenStream, encoding_of
 from step import Stepper, StepResult
 from tasks import load_questions
+from tokenizer import gpt2_encoding, save_vocabulary
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -883,11 +884,16 @@ def test_each_start_from_nothing_is_a_run_of_its_own_at_weights_and_biases(
     assert {(s["project"], s["name"], s["resume"]) for s in begun} == {("project", "run", "allow")}
 
 
+def no_library() -> None:
+    raise ImportError("libfoo.so is missing")
+
+
 @pytest.mark.parametrize(
     ("package", "told"),
     [
         (ModuleType("wandb"), "wandb is not installed"),  # the folder `wandb` that a run has left
         (SimpleNamespace(init=lambda **_: 1 / 0), "log.wandb: division by zero"),
+        (SimpleNamespace(init=lambda **_: no_library()), "log.wandb: libfoo.so is missing"),
     ],
 )
 def test_weights_and_biases_that_cannot_begin_are_one_line(configure, monkeypatch, package, told):
@@ -912,6 +918,14 @@ def test_a_viewer_that_fails_costs_the_run_nothing(configure, monkeypatch, tmp_p
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_a_viewer_that_cannot_be_closed_costs_the_run_nothing(configure, monkeypatch, capsys):
+    run = SimpleNamespace(log=lambda numbers, step: None, finish=lambda: 1 / 0)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    train.train(configure("--log.wandb", "project", "--train.max_steps", 1))
+    told = capsys.readouterr().err
+    assert "log.wandb gets no more numbers: division by zero" in told and "\ndone: " in told
+
+
 def test_a_vocabulary_of_an_earlier_run_does_not_stay_beside_other_weights(
     configure, shards, tmp_path
 ):
@@ -923,7 +937,10 @@ def test_a_vocabulary_of_an_earlier_run_does_not_stay_beside_other_weights(
     ours = tmp_path / "run" / VOCABULARY
     train.train(configure("--train.max_steps", 1, "--log.eval_every", 0))
     assert ours.exists()
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    changes = ("--data.dir", bare, "--log.eval_every", 0, "--train.max_steps", 1)
-    train.train(configure(*changes))
-    assert not ours.exists()
+    changes = ("--data.dir", bare, "--log.eval_every", 0, "--train.max_steps")
+    for right in (False, True):
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        if right:
+            save_vocabulary(gpt2_encoding(), ours)
+        train.train(configure(*changes, 1))
+        assert ours.exists() == right

@@ -196,7 +196,7 @@ def sampling(run: Path) -> Figure:
         ("temperature 1.5: wilder", {"temperature": 1.5}, ORANGE),
         ("top-k 4", {"temperature": 1, "top_k": 4}, GREEN),
         ("top-p 0.7", {"temperature": 1, "top_p": 0.7}, RED),
-        ("demo: 0.6 and top-k 20", {"temperature": 0.6, "top_k": 20}, GREY),
+        ("demo: 0.6 and top-k 20", KNOBS, GREY),
     ]
     figure, axes = sheet(9, 6.2, 2, 3)
     bars = [next_probabilities(logits, **knobs)[0] for _, knobs, _ in panels]  # 6 × (V,)
