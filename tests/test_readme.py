@@ -882,6 +882,9 @@ def test_what_muons_config_tells_of_measurements_is_what_was_found():
     assert tokens == pytest.approx(0.5, abs=0.05) and "Muon needs half of AdamW's tokens" in told
     assert last(small, "muon_ema", 0.01) < last(small, "muon_wsd", 0.01) < last(small, "muon", 0.01)
     assert last(small, "muon_ema", 0.02) > last(small, "muon_wsd", 0.02) > last(small, "muon", 0.02)
+    assert "a level rate and a late linear fall end lower than a cosine, and averaged" in told
+    assert "weights without any fall lowest" in told
+    assert "with this one (one seed) it is the other way round" in told
     level, cosine, linear = (
         f"{last(large, name, 0.02):.2f}" for name in ("muon_wsd", "muon", "muon_linear")
     )
