@@ -901,8 +901,9 @@ def test_what_muons_config_tells_of_measurements_is_what_was_found():
 def test_what_half_batches_did_is_told_as_it_was_measured():
     found = load_found(ROOT / "results" / "recipe.json")
     rows, tokens, seconds = rows_of(found), [], []
-    without = [run for run in found.runs if (run.candidate, run.rate) == ("muon_linear", 0.01)]
-    same_rate = replace(rows["muon_linear"], runs=without)
+    then = rows["muon_linear_then"]  # with the code that half batches had
+    without = [run for run in found.runs if (run.candidate, run.rate) == (then.name, 0.01)]
+    same_rate = replace(then, runs=without)
     half = rows["small_batches"]
     assert half.rate == 0.01 and {run.seed for run in without} == {1, 2, 3}
     for row in (same_rate, half):
@@ -910,7 +911,7 @@ def test_what_half_batches_did_is_told_as_it_was_measured():
         tokens.append(both[0])
         seconds.append(both[1])
     fewer, less = (f"{100 * (1 - new / old):.0f} %" for old, new in (tokens, seconds))
-    lower = rows["muon_linear"].loss - half.loss
+    lower = then.loss - half.loss
     assert f"took {fewer} fewer tokens than without and {less} less time" in MEASURED_PROSE
     assert f"ended {lower:.3f} lower than without them at its best rate" in MEASURED_PROSE
     assert lower < max(half.last) - min(half.last)
