@@ -88,9 +88,9 @@ def find_source(name: str, revision: str | None = None) -> Source:
         where = error.filename or name
         raise UserError(f"--source {name}: can't read {where}: {error.strerror}") from error
     if files:
-        state = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)]
+        state = [(str(file), one.st_size, one.st_mtime_ns) for file, one in zip(files, stats)]
         revision = "files " + hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-        sizes = tuple(stat.st_size for stat in stats)
+        sizes = tuple(one.st_size for one in stats)
         return Source(name, tuple(map(str, files)), sizes, revision)
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
         return hub_source(name, name, revision)
@@ -105,7 +105,7 @@ def local_files(name: str) -> list[Path]:
 
     Of a folder, what lies in hidden folders such as .git or .venv is left out, as a glob does it,
     and only files of one kind are taken: beside Parquet or JSON lines, a README.md is no document.
-    Raises OSError for what can't be read.
+    What is there of other kinds is told on standard error. Raises OSError for what can't be read.
     """
     path = Path(name)
     if not path.is_dir():
@@ -126,10 +126,10 @@ def local_files(name: str) -> list[Path]:
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
-    """All files that aren't hidden, also behind links, each folder once.
+    """All files of known kinds that aren't hidden, also behind links, each folder once.
 
-    Raises OSError for a folder that can't be read and a link that leads nowhere: text would be
-    missing.
+    Raises OSError for a folder that can't be read and for such a file's link that leads nowhere:
+    text would be missing.
     """
 
     def fail(error: OSError) -> None:
@@ -143,8 +143,10 @@ def _files_under(folder: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(one for one in folders if not one.startswith("."))
         for one in names:
+            if one.startswith(".") or not one.endswith(SUFFIXES):
+                continue
             path = Path(at, one)
-            if not one.startswith(".") and stat.S_ISREG(path.stat().st_mode):
+            if stat.S_ISREG(path.stat().st_mode):
                 yield path
 
 

@@ -57,9 +57,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
     The result holds `vocab_size - 1` tokens, because <|endoftext|> takes the last id. Of equally
     frequent pairs the first in byte order wins, so the same texts always give the same vocabulary.
-    Beyond 2 MB of different words (some 20 MB of English) the rarest ones are left out. Words of
-    more than a thousand characters (DNA, say) are learned from in pieces: a merge goes through all
-    of a word.
     Raises UserError if `vocab_size` is out of range or the texts have too few pairs to merge.
     """
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
@@ -67,20 +64,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             f"a vocabulary of {vocab_size} tokens: expected 257 (every byte and {END_OF_TEXT}) "
             f"to {MAX_VOCAB_SIZE} (what fits into two bytes)"
         )
-    word_counts = Counter(
-        word for text in texts for word in word_pattern().findall(well_formed(text))
-    )
-    words: list[list[bytes]] = []
-    counts: list[int] = []
-    size = 0
-    for word, count in word_counts.most_common():
-        for at in range(0, len(word), WORD_CHARACTERS):
-            piece = word[at : at + WORD_CHARACTERS].encode()
-            words.append([bytes([byte]) for byte in piece])
-            counts.append(count)
-            size += len(piece)
-        if size > MAX_TRAINING_BYTES:
-            break
+    words, counts = _words_to_learn_from(texts)
 
     # For each token that could be made next: how often it would occur, and in which words.
     pair_counts: Counter[bytes] = Counter()
@@ -116,6 +100,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         for pair in changed - {best}:
             heapq.heappush(heap, (-pair_counts[pair], pair))
     return ranks
+
+
+def _words_to_learn_from(texts: Iterable[str]) -> tuple[list[list[bytes]], list[int]]:
+    """The different words, in bytes, and how often each occurs.
+
+    Beyond 2 MB of them (some 20 MB of English) the rarest ones are left out. Words of more than a
+    thousand characters (DNA, say) come in pieces: a merge goes through all of a word.
+    """
+    word_counts = Counter(
+        word for text in texts for word in word_pattern().findall(well_formed(text))
+    )
+    words: list[list[bytes]] = []
+    counts: list[int] = []
+    size = 0
+    for word, count in word_counts.most_common():
+        for at in range(0, len(word), WORD_CHARACTERS):
+            piece = word[at : at + WORD_CHARACTERS].encode()
+            words.append([bytes([byte]) for byte in piece])
+            counts.append(count)
+            size += len(piece)
+        if size > MAX_TRAINING_BYTES:
+            break
+    return words, counts
 
 
 def _pop_most_frequent(heap: list[tuple[int, bytes]], pair_counts: Counter[bytes]) -> bytes | None:

@@ -155,7 +155,7 @@ class Trainer:
                 self._go_on_from(checkpoint)
         elif self.config.train.init_from:
             self._begin_with(self.config.train.init_from)
-        # Or the run would go on from them.
+        # The run would go on from these if they were whole.
         self.damaged = {path for path in self.checkpoints_at_start if step_of(path) > self.step}
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:

@@ -130,7 +130,8 @@ def test_folders_behind_links_are_read_too_and_each_once(tmp_path):
 def test_a_link_that_leads_nowhere_is_named_and_a_pipe_is_no_file(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     os.mkfifo(tmp_path / "b.txt")
-    (tmp_path / ".hidden.txt").symlink_to("nowhere")
+    for other in (".hidden.txt", "latest.log"):
+        (tmp_path / other).symlink_to("nowhere")
     assert documents(tmp_path) == ["a"]
     (tmp_path / "c.txt").symlink_to("nowhere")
     with pytest.raises(UserError, match="can't read .*c.txt: No such file"):
