@@ -54,7 +54,7 @@ from datetime import date
 
 import torch
 
-from config import OptimSettings, make_config, read_toml
+from config import OptimSettings, TrainSettings, make_config, read_toml
 from device import choose_device, device_name
 from distributed import Ranks
 from errors import UserError
@@ -88,6 +88,9 @@ class Candidate:
         optim = values.setdefault("optim", {})
         peak = optim.get("learning_rate", OptimSettings().learning_rate)
         optim["min_learning_rate"] = self.floor * peak
+        # A rate that ruins the weights has lost; that is no reason to end the comparison.
+        train = values["train"]
+        train["max_skipped_steps"] = train.get("max_steps", TrainSettings().max_steps)
         return values
 
 

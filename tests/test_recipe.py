@@ -297,6 +297,15 @@ def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
     assert len(begun) <= 4
 
 
+def test_a_rate_that_ruins_the_weights_is_a_finding_and_ends_nothing(begin, tmp_path, monkeypatch):
+    quick = replace(recipe.CANDIDATES["nanogpt"], rates=(1e30, 0.001))
+    monkeypatch.setitem(recipe.CANDIDATES, "nanogpt", quick)
+    recipe.main(begin("--jobs", 2))
+    kept = recipe.load_found(tmp_path / "out" / "found.json")
+    assert kept.run("nanogpt", 1e30, 1).losses[-1] is None
+    assert kept.best_rate("nanogpt") == 0.001
+
+
 def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch):
     """Not even by the thread that is free for it before the main one has heard."""
     begun = []
