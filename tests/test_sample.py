@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import time
 from functools import partial
 
 import pytest
@@ -228,6 +231,32 @@ def test_interactive_mode_answers_line_by_line_until_the_input_ends(trained):
     assert result.out.startswith("The quick")
     assert "\nThe lazy" in result.out
     assert result.err.count("> ") == 4
+
+
+@pytest.mark.parametrize("more", [(), ("--jsonl",)])
+def test_ctrl_c_stops_a_text_and_asks_for_the_next_line(trained, more):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "sample.py", "--checkpoint", trained, "--interactive", *more),
+            *ENDLESS[2:],
+        ],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
+    print("The quick", file=process.stdin, flush=True)
+    waiting = bytearray(4)
+    while fcntl.ioctl(process.stdin, termios.FIONREAD, waiting) or any(waiting):
+        time.sleep(0.05)  # until the line has been read
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("", timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err
+    assert err.count("> ") == 2
+    assert out == "" if more else out.startswith("The quick") and out.endswith("\n")
 
 
 def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained):
