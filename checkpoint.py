@@ -376,12 +376,14 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
         content = _read_meta(path)
         if content.pop("checksum", None) != _checksum(content):
             raise UserError(f"{path / META} is damaged: its checksum is not as saved")
-        version, fingerprints = content.pop("format_version", None), content.pop("files", {})
+        version, fingerprints = content.pop("format_version", None), content.pop("files", None)
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{path / META} has format {version!r:.40}, this code reads {FORMAT_VERSION}"
             )
         meta = as_record(Meta, content)
+        if not isinstance(fingerprints, dict):
+            raise ValueError("files is no object")
         if not set(files) <= set(fingerprints) <= {MODEL, OPTIMIZER}:
             raise ValueError(f"it vouches for {sorted(fingerprints)!r:.80}")
     except (OSError, ValueError, TypeError) as error:

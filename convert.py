@@ -107,7 +107,11 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Convert, and say what to do with it."""
     source, out = arguments.source, arguments.out
-    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
+    try:
+        is_taken = is_there(out) and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"--out: can't read {out}: {error.strerror}") from error
+    if is_taken:
         raise UserError(f"--out {out} is there already: choose another folder, or remove it")
     if arguments.way == "to-hf":
         to_hf(source, out)

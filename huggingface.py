@@ -325,7 +325,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
     vocabulary, *other = found.values() or [vocabulary_of(gpt2_encoding())]
     if other not in ([], [vocabulary]):
         raise UserError(f"{folder}: {VOCAB} and {TOKENIZER} hold different vocabularies")
-    expected = found and spelled_merges(vocabulary)
+    expected = spelled_merges(vocabulary) if merges else []
     for name, lines in merges.items():
         if lines != expected:
             raise UserError(f"{folder / name}: its merges are not those of the vocabulary")

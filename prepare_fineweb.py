@@ -342,7 +342,9 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
     """Do what the command line says, going on where an earlier run stopped."""
     folder = arguments.out
     earlier = read_manifest(folder) or read_progress(folder)
-    source = find_source(arguments.source, earlier and earlier.settings.get("revision"))
+    then = earlier.settings if earlier else {}
+    same = then.get("source") == arguments.source
+    source = find_source(arguments.source, then.get("revision") if same else None)
     settings = {
         "source": source.name,
         "revision": source.revision,

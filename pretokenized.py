@@ -63,6 +63,7 @@ def fetch(
         manifest = read_manifest(folder)
         if manifest:
             check_contents(folder, manifest.shards, manifest.tokenizer.vocab_size)
+            Progress.remove(folder)
             return manifest
         commit, published = look_up(repository, earlier and earlier.settings["revision"])
         chosen = choose(published, max_tokens or sys.maxsize)
@@ -74,7 +75,7 @@ def fetch(
         records = tuple(download(repository, commit, shard, folder) for shard in chosen)
         manifest = Manifest(progress.settings, tokenizer, records)
         write_atomically(folder / MANIFEST, manifest.to_json())
-        progress.remove(folder)
+        Progress.remove(folder)
     return manifest
 
 

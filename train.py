@@ -236,7 +236,7 @@ class Trainer:
                 "Its gradient is no longer an exception: raise --train.skip_spikes, or leave it out"
             )
         # The last good step had a finite loss. Its update may be what spoiled the weights, though.
-        before, good = self.step - self.skipped - 1, "the beginning"
+        before, good = result.step - self.skipped - 1, "the beginning"
         for path in checkpoints_in(self.out / "checkpoints"):
             if step_of(path) <= before:
                 good = f"{path}: remove those after it, and go on"

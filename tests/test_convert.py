@@ -7,16 +7,25 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, run
+from conftest import TEXT, as_nobody, run
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 
 from checkpoint import META, MODEL, find_checkpoint
-from huggingface import byte_characters, is_hub_name, merges_of
+from convert import main, parse_arguments
+from errors import UserError
+from huggingface import (
+    byte_characters,
+    is_hub_name,
+    merges_of,
+    read_vocabulary,
+    spelled_merges,
+)
 from model import GPT
 from tokenizer import GPT2_SHA256, gpt2_encoding, vocabulary_of
 
@@ -238,6 +247,24 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
     version, first, second, *rest = (folder / "merges.txt").read_text().splitlines()
     (folder / "merges.txt").write_text("\n".join((version, second, first, *rest)))
     assert "merges.txt: its merges are not those of the vocabulary" in complaint()
+
+
+def test_without_a_vocabulary_merges_are_compared_with_gpt2s(tmp_path):
+    merges = spelled_merges(vocabulary_of(gpt2_encoding()))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    assert len(read_vocabulary(tmp_path, 50_257)) == 50_256
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *reversed(merges)]))
+    with pytest.raises(UserError, match="merges.txt: its merges are not those"):
+        read_vocabulary(tmp_path, 50_257)
+
+
+def test_a_folder_to_write_into_that_cannot_be_read_is_one_line():
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is in a folder for root alone
+        out = Path(name, "out")
+        out.mkdir(mode=0o100)
+        Path(name).chmod(0o755)
+        with as_nobody(), pytest.raises(UserError, match="can't read .*out: Permission denied"):
+            main(parse_arguments(["to-hf", "x", "--out", str(out)]))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pretokenized
 from errors import UserError
 from pretokenized import Published, choose, download
 from shards import MANIFEST, PROGRESS, TokenStream, read_manifest, shard_header
+from writing import Progress
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 TOKENS = np.arange(1000, dtype="<u2")
@@ -78,6 +79,15 @@ def test_a_download_that_broke_off_goes_on_with_the_same_commit(fetch, hub, tmp_
     assert {line.rsplit("/", 1)[1] for line in fetched} == {lost, "fineweb_train_000003.bin"}
     assert (folder / lost).read_bytes() == files[lost]
     assert json.loads((folder / MANIFEST).read_text())["settings"]["revision"] == COMMIT
+
+
+def test_a_kill_after_the_manifest_leaves_nothing_in_the_way(fetch, tmp_path):
+    folder = tmp_path / "data"
+    fetch()
+    settings, tokenizer = (getattr(read_manifest(folder), key) for key in ("settings", "tokenizer"))
+    Progress(settings, tokenizer).save(folder)  # which is removed last
+    assert fetch().status == 0
+    assert len(TokenStream(folder, "train")) == 900
 
 
 def test_what_is_no_shard_is_one_line(fetch, hub, tmp_path):

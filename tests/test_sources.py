@@ -13,9 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run
+from conftest import as_nobody, run
 from fake_hub import FakeHub
-from test_checkpoint import as_nobody
 
 import sources
 from errors import UserError
@@ -416,6 +415,15 @@ def test_a_run_that_goes_on_reads_the_commit_it_began_with(hub, on_hub, tmp_path
     hub.commits[NEW] = {"README.md": CARD, "sample/10BT/000_00000.parquet": parquet(["x"])}
     assert on_hub(hub, *command).status == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == finished
+
+
+def test_another_source_for_a_folder_is_told_whatever_the_first_was(hub, on_hub, tmp_path):
+    """Not that the Hub knows no commit of a local file's name."""
+    (tmp_path / "a.txt").write_text("text " * 100)
+    command = ["prepare_fineweb.py", "--val-tokens", 10, "--workers", 1]
+    command += ["--out", tmp_path / "out", "--source"]
+    assert on_hub(hub, *command, tmp_path / "a.txt").status == 0
+    assert "holds finished shards with another source" in on_hub(hub, *command, hub.name).error()
 
 
 def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, on_hub):

@@ -588,6 +588,18 @@ def test_an_update_that_spoils_the_weights_costs_no_checkpoint_from_before_it(co
     train.train(configure(*often, "--train.max_steps", 6))
 
 
+def test_the_way_out_is_the_same_when_the_next_step_is_under_way_already(configure):
+    """As on a GPU, where a step is looked at late."""
+    often = ("--train.checkpoint_every", 1, "--train.keep_checkpoints", 9, "--log.eval_every", 0)
+    train.train(configure(*often, "--train.max_steps", 5))
+    trainer = train.Trainer(configure(*often), ALONE)
+    result = StepResult(8, 0.001, torch.tensor([math.nan, math.nan, 1.0, 0.0]))
+    trainer.skipped = 3  # steps 6 to 8, after an update that may be what spoiled the weights
+    for trainer.step in (8, 9):
+        assert "Go back to" in trainer._way_out(result)
+        assert "step_000004: remove those after it" in trainer._way_out(result)
+
+
 def test_a_run_whose_last_update_spoils_the_weights_is_not_called_done(configure, capsys):
     wild = ("--optim.learning_rate", 1e39, "--log.eval_every", 0, "--train.max_steps", 1)
     with pytest.raises(train.UserError, match="the weights after step 1 aren't finite"):
