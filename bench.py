@@ -108,8 +108,8 @@ import torch
 from config import Config, load_config
 from data import BatchShape
 from device import choose_device
-from metrics import estimated_memory
 from model import GPT, GPTConfig
+from plan import estimated_memory
 from reports import (
     PARTS,
     commit,

@@ -27,14 +27,7 @@ from torch import Tensor, nn
 
 import peers
 from checkpoint import Meta, save_checkpoint
-from config import (
-    Config,
-    DataSettings,
-    LogSettings,
-    ModelSettings,
-    OptimSettings,
-    TrainSettings,
-)
+from config import make_config
 from data import BatchShape, micro_batches
 from decoding import pack_weights
 from device import choose_device, choose_dtype, device_name, memory_errors, peak_flops
@@ -49,7 +42,7 @@ from shards import (
     file_sha256,
     shard_header,
 )
-from train import Trainer
+from step import begin
 
 Measure = Callable[[], dict[str, float]]  # a turn: the numbers by name
 
@@ -166,23 +159,24 @@ def random_shard(count: int) -> Path:
 def our_step(
     settings: dict, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Stopwatch], None]:
-    """A step of train.py's Trainer, on a shard of random tokens."""
+    """A step of train.py, on a shard of random tokens."""
     B, T = settings["micro_batch_size"], settings["model"]["block_size"]
     folder = random_shard(64 * B * T + 1)
-    config = Config(
-        model=ModelSettings(**settings["model"]),
-        optim=OptimSettings(**settings["optim"]),
-        data=DataSettings(dir=str(folder), document_mask=settings["name"] == "document mask"),
-        train=TrainSettings(
-            out=str(folder / "run"),
-            tokens_per_step=B * T,
-            micro_batch_size=B,
-            dtype=str(dtype).removeprefix("torch."),
-            compile=settings["compile"],
-        ),
-        log=LogSettings(eval_every=0, sample_every=0),
+    config = make_config(
+        {
+            "model": settings["model"],
+            "optim": settings["optim"],
+            "data": {"document_mask": settings["name"] == "document mask"},
+            "train": {
+                "tokens_per_step": B * T,
+                "micro_batch_size": B,
+                "dtype": str(dtype).removeprefix("torch."),
+                "compile": settings["compile"],
+            },
+        }
     )
-    stepper = Trainer(config, Ranks(rank=0, local_rank=0, world_size=1, device=device)).stepper
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=device)
+    stepper = begin(config, ranks, BatchShape.of(config, 1), TokenStream(folder, "train"))
     shutil.rmtree(folder)  # what is open stays readable
     load, forward, update = stepper.loader.load, stepper.loss_of, stepper.update
     numbers = itertools.count()

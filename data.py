@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from config import Config
 from errors import UserError
 from shards import TokenStream
 
@@ -98,6 +99,13 @@ class BatchShape:
     block_size: int
     micro_batch_size: int  # windows
     world_size: int
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> BatchShape:
+        """As the settings have it, for so many processes."""
+        train = config.train
+        block_size = config.model.block_size
+        return cls(train.tokens_per_step, block_size, train.micro_batch_size, world_size)
 
     def __post_init__(self) -> None:
         """Raises UserError if the numbers don't divide, naming the nearest that do."""

@@ -1,4 +1,4 @@
-"""What a run tells of itself: `metrics.jsonl`, its speed, and the memory that it will take."""
+"""What a run tells of itself: `metrics.jsonl`, its speed, and a line now and then."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+from tqdm import tqdm
 
 from config import Config
 from device import Moment, peak_flops
 from distributed import Ranks
 from errors import UserError, one_line
-from model import GPT, HeadLoss
 from records import strict
 from writing import write_atomically
 
@@ -28,6 +27,11 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 Viewer = tuple[Callable[..., None], Callable[[], None]]  # log(numbers, step=…), close()
+
+
+def say(text: str) -> None:
+    """Tell the user something, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def _lines_of(path: Path) -> list[str]:
@@ -184,28 +188,3 @@ class Speed:
         before = Moment(self.device)
         yield
         self.pauses += Moment(self.device).seconds_after(before)
-
-
-def estimated_memory(
-    model: GPT, tokens: int, dtype: torch.dtype, compiled: bool, averaged: bool = False
-) -> int:
-    """About how many bytes training takes with micro-batches of so many tokens.
-
-    Weights, gradients and AdamW's two averages: 16 bytes per parameter, and 4 if the weights are
-    averaged too. (Of the blocks' matrices Muon keeps one average, and in bfloat16 takes the other's
-    room while it makes steps orthogonal; in float32 twice as much.) Activations kept for the
-    backward pass: 17 numbers of C per token and block with fused attention (Korthikanti et al.
-    2022, section 4.1, without the score matrix), or a block's input alone if the rest is recomputed
-    one block at a time. And a slice of the logits; without torch.compile, also what becomes of them
-    on the way to their gradient: four times as many numbers in float32.
-    """
-    config = model.config
-    block = 17 * config.n_embd * dtype.itemsize  # bytes per token
-    if config.recompute:
-        bytes_in_stream = 2 if dtype == torch.bfloat16 else 4  # as GPT.hidden_states has it
-        blocks = config.n_layer * config.n_embd * bytes_in_stream + block
-    else:
-        blocks = config.n_layer * block
-    bytes_per_logit = dtype.itemsize + (0 if compiled else 16)
-    logits = min(tokens, HeadLoss.SLICE) * config.vocab_size * bytes_per_logit
-    return (16 + 4 * averaged) * model.num_parameters() + tokens * blocks + logits

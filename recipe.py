@@ -45,7 +45,6 @@ import shlex
 import shutil
 import statistics
 import subprocess
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -55,13 +54,14 @@ from datetime import date
 import torch
 
 from config import OptimSettings, TrainSettings, make_config, read_toml
+from data import BatchShape
 from device import choose_device, device_name
 from distributed import Ranks
 from errors import UserError
 from records import as_record, read_json
 from reports import commit, hardware, print_table, versions
 from shards import TokenStream
-from train import Trainer
+from step import begin
 from writing import check_can_write, write_atomically
 
 SEEDS = (1, 2, 3)
@@ -263,13 +263,12 @@ def measure_steps(
     """Seconds of a step, by candidate: of several rounds, in which all take turns."""
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=choose_device("auto"))
     steppers = {}
-    with tempfile.TemporaryDirectory(prefix="recipe_") as folder:
-        for name in names:
-            candidate = CANDIDATES[name]
-            values = candidate.values(config, candidate.rates[0], SEEDS[0])
-            values["train"]["out"] = folder
-            steppers[name] = Trainer(make_config(values), ranks).stepper
-            steppers[name].take(0)  # compiles
+    for name in names:
+        candidate = CANDIDATES[name]
+        values = make_config(candidate.values(config, candidate.rates[0], SEEDS[0]))
+        stream = TokenStream(Path(values.data.dir), "train")
+        steppers[name] = begin(values, ranks, BatchShape.of(values, 1), stream)
+        steppers[name].take(0)  # compiles
     turns: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, stepper in steppers.items():

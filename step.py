@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import Checkpoint, ScalerMemory
 from config import Config
 from data import BatchShape, StepLoader, micro_batches, within_documents
 from device import Moment, choose_dtype, keep_freed_memory
 from distributed import Ranks, TreeSum
 from errors import UserError
-from guard import SpikeFilter
-from model import GPT, Documents
+from guard import SpikeFilter, SpikeMemory
+from model import GPT, Documents, GPTConfig
 from optim import (
     drop_average,
     learning_rate_at,
@@ -121,6 +123,24 @@ class Stepper:
         self.wrapped = self._wrap()
         if ranks.device.type == "cpu" and config.train.compile:
             keep_freed_memory()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from what a checkpoint holds."""
+        checkpoint.load_model(self.model)
+        checkpoint.load_optimizer(self.model, self.optimizer)
+        swap_average(self.optimizer)  # a checkpoint's model is the average, if there is one
+        if checkpoint.meta.scaler:
+            self.scaler.load_state_dict(asdict(checkpoint.meta.scaler))
+        if checkpoint.meta.spikes:
+            self.spikes.remember(checkpoint.meta.spikes)
+
+    def memory(self) -> dict[str, ScalerMemory | SpikeMemory | None]:
+        """What `restore` wants of a checkpoint's Meta."""
+        scaler = self.scaler.state_dict()
+        return {
+            "scaler": ScalerMemory(**scaler) if scaler else None,
+            "spikes": self.spikes.memory() if self.spikes.limit else None,
+        }
 
     def _wrap(self) -> nn.Module:
         """The model as it is trained: compiled if asked for, and under DDP if there are others.
@@ -295,3 +315,13 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack((loss, grad_norm, skip.float(), asked))
+
+
+def begin(config: Config, ranks: Ranks, shape: BatchShape, stream: TokenStream) -> Stepper:
+    """A run's model, with the weights that `train.seed` draws, and what trains it.
+
+    Raises UserError if the settings don't go together.
+    """
+    torch.manual_seed(config.train.seed)
+    model = GPT(GPTConfig(vocab_size=stream.vocab_size, **asdict(config.model)))
+    return Stepper(config, ranks, model.to(ranks.device), shape, stream)

@@ -12,66 +12,37 @@ from __future__ import annotations
 
 import sys
 
-from config import Config, load_config, task_names
+from config import Config, load_config
 from errors import Expendable, Stopped, UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     CONFIG = load_config()
 
-import itertools
 import math
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
-import tiktoken
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
-    Checkpoint,
-    Meta,
-    ScalerMemory,
-    add_losses,
-    check_can_save,
-    checkpoints_in,
-    save_checkpoint,
-    step_name,
-    step_of,
-)
+from checkpoint import Meta
 from data import BatchShape, step_windows
-from device import device_name, memory_errors
+from device import memory_errors
 from distributed import Ranks, process_group
+from examiner import Examiner
 from guard import StopRequest
 from huggingface import find_model
-from metrics import METRICS, Metrics, Speed, estimated_memory, kinds_told
-from model import GPT, GPTConfig
-from optim import last_at_peak, swap_average
+from metrics import Metrics, Speed, kinds_told, say
+from plan import plan
 from records import strict
-from resume import agree_on_checkpoint, check_can_begin_with, check_can_go_on
-from scoring import BrokenOff, Scorer, Validation, evaluating, validate
-from shards import (
-    VOCABULARY,
-    TokenStream,
-    check_contents,
-    encoding_of,
-    file_sha256,
-    tokenizer_of,
-)
-from step import SAMPLE, Stepper, StepResult, draw_seed
-from tasks import load_questions
-from tokenizer import token_byte_lengths
-from writing import locked, sync, write_atomically
-
-SAMPLE_TOKENS = 100  # length of the samples that a run prints now and then
-
-
-def say(text: str) -> None:
-    """Tell the user something, above the progress bar."""
-    tqdm.write(text, file=sys.stderr)
+from resume import check_can_begin_with, check_can_go_on
+from run_folder import RunFolder
+from scoring import BrokenOff, Validation
+from shards import TokenStream, check_contents, tokenizer_of
+from step import StepResult, begin
 
 
 class Trainer:
@@ -83,35 +54,19 @@ class Trainer:
         Raises UserError if settings, data and checkpoint don't fit together.
         """
         self.config, self.ranks = config, ranks
-        self.out = Path(config.train.out)
-        folder = Path(config.data.dir)
         ranks.check_same("a setting", repr(shared_settings(config)))
-        self.shape = BatchShape(
-            config.train.tokens_per_step,
-            config.model.block_size,
-            config.train.micro_batch_size,
-            ranks.world_size,
-        )
+        shape = BatchShape.of(config, ranks.world_size)
         with ranks.together():
-            self._open_data(folder)
-        ranks.check_same("the data", self.data)
-        torch.manual_seed(config.train.seed)
-        self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, **asdict(config.model)))
-        self.model.to(ranks.device)
-        self.stepper = Stepper(config, ranks, self.model, self.shape, self.train_stream)
-        self.stop = StopRequest()
+            self._open_data(Path(config.data.dir))
+        ranks.check_same("the data", self.fingerprint)
+        self.stepper = begin(config, ranks, shape, self.train_stream)
+        self.model, self.shape = self.stepper.model, shape
         self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
+        self.folder = RunFolder(config, ranks)
         self._resume()
-        self.encoding = self._find_encoding(folder)
-        self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
-        self.tasks = [
-            ranks.in_turn(lambda name=name: load_questions(name))
-            for name in task_names(config.log.eval_tasks)
-        ]
-        if self.tasks and not self.encoding:
-            raise UserError("log.eval_tasks needs GPT-2's vocabulary, which can't be had here")
-        for questions in self.tasks:  # now, rather than at the first of them
-            questions.check_lengths(self._scorer())
+        self.stop = StopRequest()
+        self.examiner = Examiner(config, self.stepper, self.val_stream, self._asked_to_stop)
+        self.metrics: Metrics | None = None  # rank 0's, from `run` on
 
     def _open_data(self, folder: Path) -> None:
         """Open the splits; see that the shards are what the manifest says, before a step uses them.
@@ -128,50 +83,20 @@ class Trainer:
         mine = records[self.ranks.local_rank :: self.ranks.local_world_size]
         check_contents(folder, mine, self.tokenizer.vocab_size)
 
-    def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
-        """The data's encoding. Downloaded shards come without their vocabulary, which is GPT-2's;
-        if a machine can't get it, training goes on without what needs text.
-        """
-        encoding = None
-        with self.ranks.together():
-            try:
-                encoding = encoding_of(data)
-            except UserError as error:
-                if (data / VOCABULARY).exists():
-                    raise
-                if self.ranks.local_rank == 0:
-                    say(f"no bits per byte and no samples: {error}")
-        return None if self.ranks.anywhere(not encoding) else encoding
-
     def _resume(self) -> None:
         """Go on from the newest complete checkpoint, or begin with what train.init_from names."""
-        folder = self.out / "checkpoints"
-        with self.ranks.together():
-            self.checkpoints_at_start = checkpoints_in(folder) if self.ranks.is_first else []
-        checkpoint = agree_on_checkpoint(folder, self.ranks)
+        checkpoint = self.folder.newest()
         if checkpoint:
             with self.ranks.together():
-                check_can_go_on(checkpoint, self.config, self.data)
-                self._go_on_from(checkpoint)
+                check_can_go_on(checkpoint, self.config, self.fingerprint)
+                self.stepper.restore(checkpoint)
+            self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
+            if checkpoint.meta.best_val_loss is not None:
+                self.best_val_loss = checkpoint.meta.best_val_loss
+            if self.ranks.is_first:
+                say(f"going on after step {self.step:,} from {checkpoint.path}")
         elif self.config.train.init_from:
             self._begin_with(self.config.train.init_from)
-        # The run would go on from these if they were whole.
-        self.damaged = {path for path in self.checkpoints_at_start if step_of(path) > self.step}
-
-    def _go_on_from(self, checkpoint: Checkpoint) -> None:
-        """Set everything as it was when the checkpoint was saved."""
-        checkpoint.load_model(self.model)
-        checkpoint.load_optimizer(self.model, self.stepper.optimizer)
-        swap_average(self.stepper.optimizer)  # a checkpoint's model is the average, if there is one
-        if checkpoint.meta.scaler:
-            self.stepper.scaler.load_state_dict(asdict(checkpoint.meta.scaler))
-        self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
-        if checkpoint.meta.spikes:
-            self.stepper.spikes.remember(checkpoint.meta.spikes)
-        if checkpoint.meta.best_val_loss is not None:
-            self.best_val_loss = checkpoint.meta.best_val_loss
-        if self.ranks.is_first:
-            say(f"going on after step {self.step:,} from {checkpoint.path}")
 
     def _begin_with(self, name: str) -> None:
         """Take the weights of another run's checkpoint, to train them further on other text."""
@@ -184,8 +109,8 @@ class Trainer:
             say(f"beginning with the weights of {checkpoint.path}")
 
     @property
-    def data(self) -> str:
-        """The fingerprint of the training data and, if it is used, that of the validation data."""
+    def fingerprint(self) -> str:
+        """That of the training data and, if it is used, that of the validation data."""
         streams = filter(None, (self.train_stream, self.val_stream))
         return " ".join(stream.fingerprint for stream in streams)
 
@@ -202,7 +127,7 @@ class Trainer:
         self.step = result.step
         return result
 
-    def check(self, result: StepResult, metrics: Metrics | None) -> bool:
+    def count_skipped(self, result: StepResult) -> bool:
         """Count and tell a skipped step, and return whether this one was.
 
         Every rank sees the same numbers, so all of them do the same.
@@ -215,9 +140,10 @@ class Trainer:
             self.skipped = 0
             return False
         self.skipped += 1
-        if metrics:
+        if self.metrics:
             numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
-            metrics.write("skip", result.step, numbers | {"windows": self._windows(result.step)})
+            windows = {"windows": self._windows(result.step)}
+            self.metrics.write("skip", result.step, numbers | windows)
         told = f"step {result.step:,}: loss {result.loss}, gradient norm {result.grad_norm}"
         if self.skipped > self.config.train.max_skipped_steps:
             raise UserError(
@@ -236,10 +162,8 @@ class Trainer:
                 "Its gradient is no longer an exception: raise --train.skip_spikes, or leave it out"
             )
         # The last good step had a finite loss. Its update may be what spoiled the weights, though.
-        before, good = result.step - self.skipped - 1, "the beginning"
-        for path in checkpoints_in(self.out / "checkpoints"):
-            if step_of(path) <= before:
-                good = f"{path}: remove those after it, and go on"
+        sound = self.folder.newest_before(result.step - self.skipped)
+        good = f"{sound}: remove those after it, and go on" if sound else "the beginning"
         return f"Go back to {good} with a lower --optim.learning_rate or more --optim.warmup_steps"
 
     def _check_weights(self) -> None:
@@ -247,7 +171,7 @@ class Trainer:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise UserError(
                 f"the weights after step {self.step:,} aren't finite: go back to an earlier "
-                f"checkpoint of {self.out} with a lower --optim.learning_rate"
+                f"checkpoint of {self.folder.path} with a lower --optim.learning_rate"
             )
 
     def _windows(self, step: int) -> list[int]:
@@ -260,194 +184,43 @@ class Trainer:
 
     def validate(self) -> Validation:
         """The loss on the validation split, shared out over the ranks; the best is remembered."""
-        with self.stepper.averaged(), evaluating(self.stepper.wrapped):
-            result = validate(
-                self.stepper.loss_of,
-                self.val_stream,
-                self.config.model.block_size,
-                self.config.train.micro_batch_size,
-                self.config.log.eval_tokens,
-                self.ranks,
-                self.byte_lengths,
-                self._asked_to_stop,
-            )
+        result = self.examiner.validate()
         self.best_val_loss = min(self.best_val_loss, result.loss)
         return result
 
-    def run_tasks(self, names: list[str], metrics: Metrics | None) -> None:
+    def run_tasks(self, names: list[str]) -> None:
         """Have the model do those tasks, shared out over the ranks, and tell what it got."""
-        scorer = self._scorer()
-        for questions in self.tasks:
-            if questions.name not in names:
-                continue
-            with self._plain_model(), self.stepper.in_its_arithmetic():
-                found = questions.ask(scorer, stride=self.config.model.block_size)
-            if metrics:
-                values = {name: estimate.value for name, estimate in found.items()}
-                metrics.write(questions.name, self.step, values)
-                told = ", ".join(f"{name} {estimate}" for name, estimate in found.items())
-                say(f"step {self.step:,}: {questions.name} {told}")
-
-    @contextmanager
-    def _plain_model(self) -> Iterator[GPT]:
-        """The averaged weights, without dropout, gradients or compiled code."""
-        eager = torch.compiler.set_stance("force_eager")
-        with self.stepper.averaged(), evaluating(self.model), eager:
-            yield self.model
-
-    def _scorer(self) -> Scorer:
-        batch_tokens = self.config.train.micro_batch_size * self.config.model.block_size
-        return Scorer(self.model, self.encoding, self.ranks, batch_tokens, self._asked_to_stop)
+        for name in names:
+            found = self.examiner.ask(name)
+            if self.metrics:
+                values = {key: estimate.value for key, estimate in found.items()}
+                self.metrics.write(name, self.step, values)
+                told = ", ".join(f"{key} {estimate}" for key, estimate in found.items())
+                say(f"step {self.step:,}: {name} {told}")
 
     def _asked_to_stop(self) -> bool:
         return self.ranks.stop_asked(self.stop.number > 0)
 
-    def sample(self) -> str:
-        """A text from nothing but <|endoftext|> to the next, as the model writes it now."""
-        generator = torch.Generator(self.ranks.device)
-        generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, self.step, 0))
-        start = torch.tensor([[self.encoding.eot_token]], device=self.ranks.device)
-        with self._plain_model() as model:
-            tokens = model.generate(
-                start, SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator
-            )
-            end = self.encoding.eot_token
-            return self.encoding.decode([*itertools.takewhile(end.__ne__, map(int, tokens))])
-
     def save(self, val_loss: float | None) -> None:
         """Write a checkpoint (rank 0) while the others wait."""
-        with self.ranks.together():
-            if self.ranks.is_first:
-                self._save_here(val_loss)
-
-    def _save_here(self, val_loss: float | None) -> None:
-        """Write a checkpoint, after what metrics.jsonl tells of the steps up to it."""
-        try:
-            sync(self.out / METRICS)
-        except OSError as error:
-            raise UserError(
-                f"can't write {self.out / METRICS}: {error.strerror}; mend the disk, then give the "
-                "same command again to go on from the newest checkpoint"
-            ) from error
-        optimizer, spikes = self.stepper.optimizer, self.stepper.spikes
-        scaler = self.stepper.scaler.state_dict()
         meta = Meta(
             step=self.step,
             model=self.model.config,
             tokenizer=self.tokenizer,
             config=asdict(self.config),
-            **self._losses(val_loss),
-            scaler=ScalerMemory(**scaler) if scaler else None,
-            data=self.data,
+            data=self.fingerprint,
             skipped=self.skipped,
-            spikes=spikes.memory() if spikes.limit else None,
+            **self._losses(val_loss),
+            **self.stepper.memory(),
         )
-        folder = self.out / "checkpoints"
-        self.damaged.discard(folder / step_name(self.step))
         with self.stepper.averaged():
-            save_checkpoint(folder, meta, self.model, optimizer, **self._kept())
+            self.folder.save(meta, self.model, self.stepper.optimizer)
 
     def _losses(self, val_loss: float | None) -> dict[str, float | None]:
         """What a checkpoint tells of validations; what is not finite is none."""
         return strict({"val_loss": val_loss, "best_val_loss": self.best_val_loss})
 
-    def _kept(self) -> dict[str, object]:
-        """Which checkpoints stay, as `save_checkpoint` takes it."""
-        train, optim = self.config.train, self.config.optim
-        # From the last checkpoint before the rate falls, another, longer run can go on.
-        level = last_at_peak(optim, train.max_steps) + 1 if optim.decay_steps else 0
-        return {
-            "keep": train.keep_checkpoints,
-            "keep_until": level,
-            "damaged": self.damaged,
-        }
-
-    def _add_to_checkpoint(self, val_loss: float) -> None:
-        """Tell the checkpoint of the present step (rank 0) what it was saved without."""
-        with self.ranks.together():
-            if self.ranks.is_first:
-                path = self.out / "checkpoints" / step_name(self.step)
-                add_losses(path, **self._losses(val_loss), **self._kept())
-
     # The whole run
-
-    @contextmanager
-    def own_folder(self) -> Iterator[None]:
-        """Make the run folder and keep other runs out of it.
-
-        Raises UserError if one is there, or has been since this one chose its checkpoint.
-        """
-        with ExitStack() as stack:
-            with self.ranks.together():
-                if self.ranks.is_first:
-                    try:
-                        self.out.mkdir(parents=True, exist_ok=True)
-                    except OSError as error:
-                        raise UserError(
-                            f"can't write to the run folder {self.out}: {error.strerror}"
-                        ) from error
-                    stack.enter_context(locked(self.out))
-                    self._check_still_newest()
-            yield
-
-    def _check_still_newest(self) -> None:
-        """Raises UserError if there are other checkpoints than when this run chose its own."""
-        if checkpoints_in(self.out / "checkpoints") != self.checkpoints_at_start:
-            raise UserError(
-                f"another run has saved into {self.out} since this one looked: give the same "
-                "command again to go on from there"
-            )
-
-    def prepare_folder(self) -> Metrics | None:
-        """Rank 0 puts settings and vocabulary into the run folder. Returns its metrics.
-
-        Raises UserError if there is no writing there, nor saving checkpoints.
-        """
-        if not self.ranks.is_first:
-            return None
-        check_can_save(self.out / "checkpoints")
-        try:
-            write_atomically(self.out / "config.toml", self.config.to_toml())
-            vocabulary = Path(self.config.data.dir) / VOCABULARY
-            ours = self.out / VOCABULARY
-            if vocabulary.exists():
-                write_atomically(ours, vocabulary.read_text(encoding="utf-8"))
-            elif ours.exists() and file_sha256(ours) != self.tokenizer.sha256:
-                ours.unlink()  # of an earlier run: nothing could be read with it
-        except OSError as error:
-            raise UserError(
-                f"can't write to the run folder {self.out}: {error.strerror}"
-            ) from error
-        return Metrics(self.config, self.step)
-
-    def plan(self) -> str:
-        """What is about to happen, in numbers."""
-        train, shape, model = self.config.train, self.shape, self.model
-        asked, there = train.max_steps * shape.tokens_per_step, len(self.train_stream)
-        micro_batch = train.micro_batch_size * self.config.model.block_size
-        device, dtype = device_name(self.ranks.device), self.stepper.dtype
-        precision = str(dtype).removeprefix("torch.")
-        averaged = self.config.optim.average_share > 0
-        memory = estimated_memory(model, micro_batch, dtype, train.compile, averaged)
-        lines = [
-            f"model       {model.num_parameters():,} parameters, vocabulary "
-            f"{self.tokenizer.name} of {self.tokenizer.vocab_size:,}",
-            f"batch       {shape}",
-            f"compute     {model.flops_per_token() * shape.tokens_per_step:.3g} FLOP per step, "
-            f"{model.flops_per_token() * asked:.3g} in all",
-            f"device      {self.ranks.world_size} × {device}, {precision}",
-            f"memory      about {memory / 1e9:.2g} GB per process (estimate)",
-            f"data        {there:,} tokens to train on; {train.max_steps:,} steps take "
-            f"{asked:,}: {asked / there:.2f} epochs",
-        ]
-        rise, fall = self.config.optim.warmup_steps, self.config.optim.decay_steps
-        if rise + max(1, fall) >= train.max_steps:
-            and_fall, or_fall = f" and {fall:,} of fall", " or --optim.decay_steps"
-            lines.append(
-                f"schedule    {rise:,} steps of warm-up{and_fall if fall else ''} are too many for "
-                f"{train.max_steps:,}: lower --optim.warmup_steps{or_fall if fall else ''}"
-            )
-        return "\n".join(lines)
 
     def run(self) -> None:
         """From the present step to the last, unless there is nothing left to do."""
@@ -456,12 +229,12 @@ class Trainer:
             if first:
                 say(f"already finished: {self.step:,} steps are done (train.max_steps)")
             return
-        with self.ranks.together():
-            metrics = self.prepare_folder()
+        self.metrics = self.folder.prepare(self.tokenizer, self.step)
         if first:
-            say(self.plan())
+            say(plan(self.stepper, self.tokenizer))
         self.stepper.rehearse(self.step)
         with (
+            closing(self.metrics) if first else nullcontext(),
             tqdm(
                 total=config.train.max_steps,
                 initial=self.step,
@@ -471,9 +244,7 @@ class Trainer:
             ) as bar,
             self.stop,
         ):
-            stopped = self._catch_up(missing, metrics) or self._loop(metrics, bar)
-        if first:
-            metrics.close()
+            stopped = self._catch_up(missing) or self._loop(bar)
         if stopped:
             number = self.stop.number or signal.SIGTERM
             told = "stopped before the first step; the same command begins again"
@@ -482,9 +253,9 @@ class Trainer:
             raise Stopped(told, number)
         self._check_weights()
         if first:
-            say(f"done: python sample.py --checkpoint {shlex.quote(self.out.as_posix())}")
+            say(f"done: python sample.py --checkpoint {shlex.quote(self.folder.path.as_posix())}")
 
-    def _loop(self, metrics: Metrics | None, bar: tqdm) -> bool:
+    def _loop(self, bar: tqdm) -> bool:
         """Step after step, and what is due after some of them; returns whether it was stopped.
 
         A step that a GPU does is looked at when the next one is under way, or when something is to
@@ -495,15 +266,15 @@ class Trainer:
         while self.step < self.config.train.max_steps:
             result = self.train_step()
             if before:
-                stop = self._finish(before, metrics, speed, bar)
+                stop = self._finish(before, speed, bar)
             before, due = result, self._anything_due()
             if due or stop or not result.is_queued:
-                stop |= self._finish(result, metrics, speed, bar)
+                stop |= self._finish(result, speed, bar)
                 before = None
             stop &= self.step < self.config.train.max_steps
             if due or stop:
                 with speed.paused():
-                    stop = self._do_what_is_due(metrics, stop)
+                    stop = self._do_what_is_due(stop)
             if stop:
                 return True
         return False
@@ -521,10 +292,10 @@ class Trainer:
         """The kinds of evaluation that are due now, by their names in metrics.jsonl."""
         kinds = ["val"] if self._is_due(self.config.log.eval_every) else []
         if self._is_due(self.config.log.eval_tasks_every):
-            kinds += [questions.name for questions in self.tasks]
+            kinds += [questions.name for questions in self.examiner.tasks]
         return kinds
 
-    def _do_what_is_due(self, metrics: Metrics | None, stop: bool) -> bool:
+    def _do_what_is_due(self, stop: bool) -> bool:
         """Validate, save, run tasks, write a sample: a save doesn't wait for what it doesn't tell.
 
         Returns whether the run is to stop. Then it saves, and leaves evaluations to `_catch_up`:
@@ -535,20 +306,20 @@ class Trainer:
             if "val" in due and not stop:
                 result = self.validate()
                 val_loss = result.loss
-                self._report_validation(result, metrics)
+                self._report_validation(result)
             is_best = self.config.train.save_best and val_loss == self.best_val_loss
             if is_best or self._is_due(self.config.train.checkpoint_every):
                 self.save(val_loss)
                 saved = True
             if not stop:
-                self.run_tasks(due, metrics)
+                self.run_tasks([kind for kind in due if kind != "val"])
         except BrokenOff:
             stop = True
         if stop and not saved:
             self.save(val_loss)
-        samples = self.encoding and not stop and self._is_due(self.config.log.sample_every)
+        samples = self.examiner.encoding and not stop and self._is_due(self.config.log.sample_every)
         if self.ranks.is_first and samples:
-            say(f"step {self.step:,} writes:\n{self.sample()}\n")
+            say(f"step {self.step:,} writes:\n{self.examiner.sample(self.step)}\n")
         return stop
 
     def _missing_evaluations(self) -> list[str]:
@@ -559,10 +330,10 @@ class Trainer:
         due, told = self._evaluations_due() if has_learned else [], set()
         with self.ranks.together():
             if self.ranks.is_first and due and self.step:
-                told = kinds_told(self.out, self.step)
+                told = kinds_told(self.folder.path, self.step)
         return [kind for kind in due if self.ranks.agree(int(kind not in told))]
 
-    def _catch_up(self, missing: list[str], metrics: Metrics | None) -> bool:
+    def _catch_up(self, missing: list[str]) -> bool:
         """Evaluate before the first step, so that a run tells what it would have told undisturbed.
 
         Returns whether it was asked to stop again. There is nothing to save then.
@@ -571,31 +342,31 @@ class Trainer:
             if "val" in missing:
                 result = self.validate()
                 if self.step:  # first: by its line it is known to be done
-                    self._add_to_checkpoint(result.loss)
-                self._report_validation(result, metrics)
-            self.run_tasks(missing, metrics)
+                    self.folder.add_losses(self.step, self._losses(result.loss))
+                self._report_validation(result)
+            self.run_tasks([kind for kind in missing if kind != "val"])
         except BrokenOff:
             return True
         return False
 
-    def _finish(self, result: StepResult, metrics: Metrics | None, speed: Speed, bar: tqdm) -> bool:
+    def _finish(self, result: StepResult, speed: Speed, bar: tqdm) -> bool:
         """Wait for a step, see that it went well, and report it if it is one to report.
 
         Returns whether the run is to stop.
         """
-        was_skipped = self.check(result, metrics)
+        was_skipped = self.count_skipped(result)
         bar.update()
         due = result.step % self.config.log.log_every == 0
         due |= result.step == self.config.train.max_steps
         if self.ranks.is_first and due and not was_skipped:
-            self._report(result, metrics, speed, bar)
+            self._report(result, speed, bar)
         return result.stop_asked
 
-    def _report(self, result: StepResult, metrics: Metrics, speed: Speed, bar: tqdm) -> None:
+    def _report(self, result: StepResult, speed: Speed, bar: tqdm) -> None:
         """One line into the metrics, and the newest numbers beside the bar."""
         tokens = result.step * self.shape.tokens_per_step
         tokens_per_second, mfu = speed.measure(tokens, result.end)
-        metrics.write(
+        self.metrics.write(
             "train",
             result.step,
             {
@@ -613,11 +384,11 @@ class Trainer:
             f"MFU {'n/a' if mfu is None else f'{mfu:.0%}'}"
         )
 
-    def _report_validation(self, result: Validation, metrics: Metrics | None) -> None:
+    def _report_validation(self, result: Validation) -> None:
         """One line into the metrics, and one for the user."""
-        if metrics:
+        if self.metrics:
             bits = result.bits_per_byte and result.bits_per_byte.value
-            metrics.write("val", self.step, {"loss": result.loss, "bits_per_byte": bits})
+            self.metrics.write("val", self.step, {"loss": result.loss, "bits_per_byte": bits})
             per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
             say(f"step {self.step:,}: validation loss {result.loss:.4f}{per_byte}")
 
@@ -645,7 +416,7 @@ def train(config: Config) -> None:
             f"micro-batches of {config.train.micro_batch_size} windows are too large; lower "
             "--train.micro_batch_size (the batch of a step stays the same: more of them make it up)"
         )
-        with memory_errors(advice), trainer.own_folder():
+        with memory_errors(advice), trainer.folder.owned():
             trainer.run()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import step
 import train
 from config import load_config
 from errors import UserError, run_script
@@ -68,5 +69,5 @@ class FaultyStepper(Stepper):
 
 
 if __name__ == "__main__":
-    train.Stepper = FaultyStepper
+    step.Stepper = FaultyStepper
     sys.exit(run_script(train.train, load_config()))

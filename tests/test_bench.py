@@ -26,6 +26,7 @@ import contestants
 import peers
 import reports
 from config import Config, load_config
+from data import BatchShape
 from distributed import Ranks
 from errors import UserError
 from scaling import Cluster, StepTime, step_time
@@ -136,17 +137,14 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
 
 @pytest.mark.parametrize(("name", "masked"), [("ours", False), ("document mask", True)])
 def test_a_document_mask_separates_the_documents_of_the_shard(config, monkeypatch, name, masked):
-    class Recorder:
-        """Instead of the Trainer: what it would train on, and how."""
-
-        def __init__(self, config: Config, ranks: Ranks) -> None:
-            stream = TokenStream(Path(config.data.dir), "train")
-            begins = (stream.read(0, len(stream)) == 50_256).sum()
-            told.append((config.data.document_mask, len(stream) / begins))
-            self.stepper = Mock()
+    def begin(config: Config, ranks: Ranks, shape: BatchShape, stream: TokenStream) -> Mock:
+        """What it would train on, and how."""
+        begins = (stream.read(0, len(stream)) == 50_256).sum()
+        told.append((config.data.document_mask, len(stream) / begins))
+        return Mock()
 
     told = []
-    monkeypatch.setattr(contestants, "Trainer", Recorder)
+    monkeypatch.setattr(contestants, "begin", begin)
     model = asdict(load_config([str(config)]).model) | {"block_size": 1024}
     settings = {"name": name, "model": model, "micro_batch_size": 8, "compile": False, "optim": {}}
     contestants.our_step(settings, torch.device("cpu"), torch.float32)
@@ -493,12 +491,12 @@ def test_another_precision_of_the_others_is_not_ours():
 
 
 def test_our_step_is_made_by_the_configs_optimizer(monkeypatch):
-    trainer = Mock()
-    monkeypatch.setattr(contestants, "Trainer", trainer)
+    begin = Mock()
+    monkeypatch.setattr(contestants, "begin", begin)
     optim = asdict(load_config(["configs/gpt2_124m_muon.toml"]).optim)
     settings = SETTINGS | {"name": "ours", "optim": optim, "compile": False}
     contestants.our_step(settings, CPU, torch.float32)
-    assert asdict(trainer.call_args.args[0].optim) == optim
+    assert asdict(begin.call_args.args[0].optim) == optim
 
 
 def test_the_ceiling_is_the_operations_of_the_products_over_their_seconds(monkeypatch):

@@ -175,7 +175,7 @@ class Memory(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_takes_no_more_room_than_the_average_that_is_not_kept(arithmetic, dtype):
-    """In bfloat16: 4 bytes for each number of the matrices, as metrics.estimated_memory has it."""
+    """In bfloat16: 4 bytes for each number of the matrices, as plan.estimated_memory has it."""
     arithmetic(dtype)
     model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=4, n_head=4, n_embd=128))
     optimizer = make_optimizer(model, SETTINGS, ALONE)

@@ -22,8 +22,8 @@ from test_pretokenized import published
 from test_tasks import hellaswag_hub
 
 from config import Config, load_config
-from metrics import estimated_memory
 from model import GPT, GPTConfig
+from plan import estimated_memory
 from recipe import Found, load_found, rows_of, shares
 from reports import ratios
 from tokenizer import gpt2_encoding

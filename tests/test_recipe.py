@@ -250,10 +250,10 @@ def test_the_steps_that_are_timed_are_each_candidates_and_have_been_done(begin, 
     now, told = [0.0], []
 
     class Slow:
-        """Instead of a Trainer: a step takes its candidate's rate in seconds, once waited for."""
+        """Instead of a Stepper: a step takes its candidate's rate in seconds, once waited for."""
 
-        def __init__(self, config: Config, ranks: object) -> None:
-            self.stepper, self.rate = self, config.optim.learning_rate
+        def __init__(self, config: Config, *_: object) -> None:
+            self.rate = config.optim.learning_rate
             told.append((config.optim.beta2, self.rate))
 
         def take(self, step: int) -> Slow:
@@ -264,7 +264,7 @@ def test_the_steps_that_are_timed_are_each_candidates_and_have_been_done(begin, 
             now[0] += 4 * self.rate
             return 5.0
 
-    monkeypatch.setattr(recipe, "Trainer", Slow)
+    monkeypatch.setattr(recipe, "begin", Slow)
     monkeypatch.setattr(recipe.time, "perf_counter", lambda: now[0])
     quick = recipe.CANDIDATES["nanogpt"]
     slow = recipe.changed(quick, "slow", {"optim.beta2": 0.5}, rates=(2.0,))

@@ -23,15 +23,17 @@ from conftest import ROOT, Result, exchange_shard, metrics_of
 from safetensors.torch import load_file
 from test_checkpoint import rewrite_meta
 
+import examiner
 import train
 from checkpoint import MODEL, newest_checkpoint, read_checkpoint
 from config import load_config
 from data import load_windows, step_windows
 from distributed import Ranks
 from errors import UserError
-from metrics import Metrics, estimated_memory
+from metrics import Metrics
 from model import GPT, GPTConfig
 from optim import drop_average, learning_rate_at, swap_average
+from plan import estimated_memory, plan
 from scoring import Estimate, Scorer, Validation
 from shards import VOCABULARY, TokenStream, encoding_of
 from step import Stepper, StepResult
@@ -52,8 +54,8 @@ def test_a_compiled_model_computes_the_same_and_is_not_the_one_that_is_saved(con
         expected = plain.train_step()
         assert compiled.train_step().loss == pytest.approx(expected.loss, rel=1e-5)
     assert compiled.validate().loss == pytest.approx(plain.validate().loss, rel=1e-4)
-    with compiled.own_folder():
-        compiled.prepare_folder()
+    with compiled.folder.owned():
+        compiled.folder.prepare(compiled.tokenizer, compiled.step)
         compiled.save(None)
     result = call("sample", "--checkpoint", config.train.out, "--max-new-tokens", 3, "--seed", 1)
     assert result.status == 0
@@ -91,9 +93,9 @@ def test_the_speed_that_is_told_is_that_of_the_step_it_is_told_for(configure, mo
         return step()
 
     monkeypatch.setattr(trainer, "train_step", slow_step)
-    with trainer.own_folder():
+    with trainer.folder.owned():
         trainer.run()
-    speeds = [line["tokens_per_second"] for line in metrics_of(trainer.out)]
+    speeds = [line["tokens_per_second"] for line in metrics_of(trainer.folder.path)]
     assert len(speeds) == 4
     assert max(speeds) < config.train.tokens_per_step / 0.1
 
@@ -176,8 +178,8 @@ def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
 def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, fall, steps, told):
     changes = ("--optim.warmup_steps", 4, "--optim.decay_steps", fall, "--train.max_steps", steps)
     trainer = train.Trainer(configure(*changes), ALONE)
-    plan, optim = trainer.plan(), trainer.config.optim
-    assert told in plan if told else "schedule" not in plan
+    shown, optim = plan(trainer.stepper, trainer.tokenizer), trainer.config.optim
+    assert told in shown if told else "schedule" not in shown
     before_fall, last = (learning_rate_at(s, optim, steps) for s in (steps - 1 - fall, steps - 1))
     falls_in_time = last == optim.min_learning_rate and (
         before_fall == optim.learning_rate or not fall
@@ -186,9 +188,10 @@ def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, fal
 
 
 def test_the_plan_counts_the_averages(configure, monkeypatch):
-    monkeypatch.setattr(train, "estimated_memory", lambda *some, **named: 4e9 + 1e9 * some[-1])
+    monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 4e9 + 1e9 * some[-1])
     for share, told in ((0.0, "about 4 GB"), (0.1, "about 5 GB")):
-        assert told in train.Trainer(configure("--optim.average_share", share), ALONE).plan()
+        trainer = train.Trainer(configure("--optim.average_share", share), ALONE)
+        assert told in plan(trainer.stepper, trainer.tokenizer)
 
 
 def bytes_kept(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> int:
@@ -252,7 +255,7 @@ def test_speed_is_that_of_steps_whenever_they_are_looked_at_and_whatever_comes_b
 
     monkeypatch.setattr("device.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(Stepper, "update", passes(1, Stepper.update))
-    monkeypatch.setattr(train.Trainer, "check", passes(0.3, train.Trainer.check))
+    monkeypatch.setattr(train.Trainer, "count_skipped", passes(0.3, train.Trainer.count_skipped))
     monkeypatch.setattr(train.Trainer, "validate", passes(100, train.Trainer.validate))
     monkeypatch.setattr(train.Trainer, "save", passes(100, train.Trainer.save))
     config = configure("--train.max_steps", 6, "--log.eval_every", 2, "--train.checkpoint_every", 3)
@@ -272,17 +275,17 @@ def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
 def test_a_sample_ends_where_its_text_does(configure, monkeypatch):
     trainer = train.Trainer(configure(), ALONE)
     tokens = [torch.tensor([id]) for id in (65, 66, 299, 67)]
-    monkeypatch.setattr(train.GPT, "generate", lambda *_, **__: iter(tokens))
-    assert trainer.sample() == trainer.encoding.decode([65, 66])
+    monkeypatch.setattr(GPT, "generate", lambda *_, **__: iter(tokens))
+    assert trainer.examiner.sample(trainer.step) == trainer.examiner.encoding.decode([65, 66])
 
 
 def test_a_run_that_is_to_stop_writes_no_sample_first(configure, capfd):
     """Whoever asked may not wait for long."""
     trainer = train.Trainer(configure("--log.sample_every", 1), ALONE)
     trainer.stop.number = signal.SIGTERM
-    with trainer.own_folder(), pytest.raises(train.Stopped, match="stopped after step 1;"):
+    with trainer.folder.owned(), pytest.raises(train.Stopped, match="stopped after step 1;"):
         trainer.run()
-    assert newest_checkpoint(trainer.out / "checkpoints").meta.step == 1
+    assert newest_checkpoint(trainer.folder.path / "checkpoints").meta.step == 1
     assert "step 1 writes:" not in capfd.readouterr().err
 
 
@@ -294,20 +297,20 @@ def test_a_task_that_is_broken_off_is_made_up_for(configure, tmp_path, monkeypat
 
     def start(name: str) -> train.Trainer:
         trainer = train.Trainer(configure(*settings, "--train.out", tmp_path / name), ALONE)
-        trainer.tasks = [load_questions("lambada", ROOT / "tests/items/lambada.jsonl")]
+        trainer.examiner.tasks = [load_questions("lambada", ROOT / "tests/items/lambada.jsonl")]
         return trainer
 
     def finish(trainer: train.Trainer) -> list[dict]:
-        with trainer.own_folder():
+        with trainer.folder.owned():
             trainer.run()
-        lines = map(json.loads, (trainer.out / "metrics.jsonl").read_text().splitlines())
+        lines = map(json.loads, (trainer.folder.path / "metrics.jsonl").read_text().splitlines())
         return [{**line, "tokens_per_second": 0} for line in lines]
 
     trainer, score = start("run"), Scorer._score_batch
     saved_before = set()
 
     def stop_and_score(scorer: Scorer, batch: list) -> torch.Tensor:
-        saved_before.update((trainer.out / "checkpoints").glob("step_*"))
+        saved_before.update((trainer.folder.path / "checkpoints").glob("step_*"))
         trainer.stop.number = signal.SIGTERM * (trainer.step == step)
         return score(scorer, batch)
 
@@ -315,10 +318,11 @@ def test_a_task_that_is_broken_off_is_made_up_for(configure, tmp_path, monkeypat
         patch.setattr(Scorer, "_score_batch", stop_and_score)
         with pytest.raises(train.Stopped, match=f"stopped after step {step};"):
             finish(trainer)
-    assert [line["step"] for line in metrics_of(trainer.out, "lambada")] == [2][: step // 2 - 1]
-    saved = newest_checkpoint(trainer.out / "checkpoints")
+    told = [line["step"] for line in metrics_of(trainer.folder.path, "lambada")]
+    assert told == [2][: step // 2 - 1]
+    saved = newest_checkpoint(trainer.folder.path / "checkpoints")
     assert (saved.path in saved_before) == (step == 4)  # it doesn't wait for the task
-    assert saved.meta.val_loss == metrics_of(trainer.out, "val")[-1]["loss"]
+    assert saved.meta.val_loss == metrics_of(trainer.folder.path, "val")[-1]["loss"]
     before = saved.path.stat().st_mtime_ns, files_of(saved.path)
     assert finish(start("run")) == finish(start("undisturbed"))
     assert (saved.path.stat().st_mtime_ns, files_of(saved.path)) == before  # not saved once more
@@ -327,9 +331,9 @@ def test_a_task_that_is_broken_off_is_made_up_for(configure, tmp_path, monkeypat
 def test_a_run_that_is_to_stop_in_its_last_step_is_done(configure, capfd):
     trainer = train.Trainer(configure("--train.max_steps", 1, "--log.eval_every", 0), ALONE)
     trainer.stop.number = signal.SIGTERM
-    with trainer.own_folder():
+    with trainer.folder.owned():
         trainer.run()
-    assert newest_checkpoint(trainer.out / "checkpoints").meta.step == 1
+    assert newest_checkpoint(trainer.folder.path / "checkpoints").meta.step == 1
     assert "done: python sample.py" in capfd.readouterr().err
 
 
@@ -363,7 +367,7 @@ def test_a_checkpoint_is_told_the_validation_that_was_made_up_for(
     """
     settings = ("--train.max_steps", 6, "--log.eval_every", 2, "--train.checkpoint_every", 2)
     settings += ("--train.keep_checkpoints", 1)
-    real_take, real_validate, real_write = Stepper.take, train.validate, Metrics.write
+    real_take, real_validate, real_write = Stepper.take, examiner.validate, Metrics.write
     fault = ""
 
     def take(stepper: Stepper, number: int, asked_to_stop: bool) -> StepResult:
@@ -388,25 +392,25 @@ def test_a_checkpoint_is_told_the_validation_that_was_made_up_for(
         return train.Trainer(configure(*settings, "--train.out", tmp_path / out), ALONE)
 
     def finish() -> None:
-        with trainer.own_folder():
+        with trainer.folder.owned():
             trainer.run()
 
     monkeypatch.setattr(Stepper, "take", take)
-    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(examiner, "validate", validate)
     monkeypatch.setattr(Metrics, "write", write)
     trainer = start("undisturbed")
     finish()
     trainer, fault = start("run"), stopped
     with pytest.raises(train.Stopped, match=f"stopped after step {step};"):
         finish()
-    assert checkpoints_of(trainer.out)[f"step_{step:06d}"][0] is None
+    assert checkpoints_of(trainer.folder.path)[f"step_{step:06d}"][0] is None
     if killed:
         trainer, fault = start("run"), killed
         with pytest.raises(KeyboardInterrupt):
             finish()
     trainer, fault = start("run"), ""
     finish()
-    kept = checkpoints_of(trainer.out)
+    kept = checkpoints_of(trainer.folder.path)
     assert kept == checkpoints_of(tmp_path / "undisturbed")
     assert kept[f"step_{best:06d}"][:2] == (1.5, 1.5)
     assert kept["step_000006"][1] == 1.5
@@ -469,8 +473,8 @@ def test_the_gradient_scaler_of_float16_is_resumed(configure):
     trainer = train.Trainer(config, ALONE)
     trainer.train_step()
     trainer.stepper.scaler.update(new_scale=1024.0)
-    with trainer.own_folder():
-        trainer.prepare_folder()
+    with trainer.folder.owned():
+        trainer.folder.prepare(trainer.tokenizer, trainer.step)
         trainer.save(None)
     assert train.Trainer(config, ALONE).stepper.scaler.state_dict()["scale"] == 1024.0
 
@@ -479,8 +483,8 @@ def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
     config = configure("--train.skip_spikes", 6)
     trainer = train.Trainer(config, ALONE)
     norms = [trainer.train_step().grad_norm for _ in range(3)]
-    with trainer.own_folder():
-        trainer.prepare_folder()
+    with trainer.folder.owned():
+        trainer.folder.prepare(trainer.tokenizer, trainer.step)
         trainer.save(None)
     memory = train.Trainer(config, ALONE).stepper.spikes.memory()
     assert (memory.norms[:4], memory.count) == ((*norms, 0), 3)
@@ -524,8 +528,8 @@ def test_a_run_with_an_average_of_weights_goes_on_to_the_same_bits(configure, th
     for _ in range(3):
         straight.train_step()
     before = [weight.clone() for weight in straight.model.parameters()]
-    with straight.own_folder():
-        straight.prepare_folder()
+    with straight.folder.owned():
+        straight.folder.prepare(straight.tokenizer, straight.step)
         straight.save(None)
     assert all(map(torch.equal, straight.model.parameters(), before))
     again = train.Trainer(replace(config, optim=replace(config.optim, average_share=now)), ALONE)
@@ -551,12 +555,12 @@ def test_samples_and_tasks_are_the_averages(configure, monkeypatch):
     asked = SimpleNamespace(
         name="lambada", ask=lambda *_, **__: seen.append(trainer.model.wte.weight.clone()) or {}
     )
-    trainer.tasks = [asked]
-    told = trainer.sample()
-    trainer.run_tasks(["lambada"], None)
+    trainer.examiner.tasks = [asked]
+    told = trainer.examiner.sample(trainer.step)
+    trainer.run_tasks(["lambada"])
     swap_average(trainer.stepper.optimizer)
     drop_average(trainer.stepper.optimizer)  # so the model is the average for good
-    assert trainer.sample() == told
+    assert trainer.examiner.sample(trainer.step) == told
     assert torch.equal(trainer.model.wte.weight, seen[0])
 
 
@@ -566,12 +570,12 @@ def test_an_evaluation_that_is_made_up_for_is_of_the_model_that_was_saved(config
     trainer = train.Trainer(configure(*changes, "--optim.average_share", 0.1), ALONE)
     for _ in range(3):
         trainer.train_step()
-    with trainer.own_folder():
-        trainer.prepare_folder()
+    with trainer.folder.owned():
+        trainer.folder.prepare(trainer.tokenizer, trainer.step)
         trainer.save(None)
     expected = trainer.validate().loss
     train.train(configure(*changes))
-    found = newest_checkpoint(trainer.out / "checkpoints")
+    found = newest_checkpoint(trainer.folder.path / "checkpoints")
     assert (found.meta.step, found.meta.val_loss) == (3, expected)
 
 
@@ -616,8 +620,8 @@ def test_norms_that_stay_high_are_told_from_a_learning_rate_that_is_too_high(con
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
 def test_metrics_that_find_no_room_are_one_line(configure):
     trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
-    with trainer.own_folder():
-        metrics = trainer.prepare_folder()
+    with trainer.folder.owned():
+        metrics = trainer.folder.prepare(trainer.tokenizer, trainer.step)
         metrics.path = Path("/dev/full")
         with pytest.raises(train.UserError, match="can't write /dev/full: No space left on device"):
             metrics.write("train", 1, {"loss": 1.0})
@@ -626,7 +630,7 @@ def test_metrics_that_find_no_room_are_one_line(configure):
 def test_metrics_are_on_the_disk_before_the_checkpoint_after_them_is(configure, monkeypatch):
     """If the power failed in between, steps that aren't done again would be missing in them."""
     trainer = train.Trainer(configure("--train.max_steps", 4, "--train.checkpoint_every", 2), ALONE)
-    path, synced, found = trainer.out / "metrics.jsonl", {}, []
+    path, synced, found = trainer.folder.path / "metrics.jsonl", {}, []
     fsync, rename = os.fsync, Path.rename
 
     def note_fsync(descriptor: int) -> None:
@@ -639,7 +643,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_after_them_is(configure, 
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
-    with trainer.own_folder():
+    with trainer.folder.owned():
         trainer.run()
     assert len(found) == 2
     assert all(there == on_disk > 0 for there, on_disk in found)
@@ -651,12 +655,12 @@ def test_metrics_that_do_not_reach_the_disk_are_one_line(configure, monkeypatch)
     def fail(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    with trainer.own_folder():
-        trainer.prepare_folder()
+    with trainer.folder.owned():
+        trainer.folder.prepare(trainer.tokenizer, trainer.step)
         monkeypatch.setattr(os, "fsync", fail)
         with pytest.raises(train.UserError, match="can't write .*metrics.jsonl: Input/output"):
             trainer.save(None)
-    assert not list((trainer.out / "checkpoints").iterdir())
+    assert not list((trainer.folder.path / "checkpoints").iterdir())
 
 
 def test_canonical_sums_are_made_by_one_thread(configure):
@@ -674,16 +678,16 @@ def test_a_run_that_chose_its_checkpoint_before_another_saved_one_does_not_begin
     """It would go on from an old checkpoint, or from none, and cut the other's metrics off."""
     config = configure("--train.max_steps", 2, "--train.checkpoint_every", 1)
     first, second = (train.Trainer(config, ALONE) for _ in range(2))
-    with first.own_folder():
+    with first.folder.owned():
         first.run()
-    before = files_of(first.out)
+    before = files_of(first.folder.path)
     with pytest.raises(train.UserError, match="another run has saved .*: give the same command"):
-        with second.own_folder():
+        with second.folder.owned():
             second.run()
-    assert files_of(first.out) == before
+    assert files_of(first.folder.path) == before
     again = train.Trainer(config, ALONE)
     assert again.step == 2
-    with again.own_folder():
+    with again.folder.owned():
         again.run()
 
 
@@ -693,11 +697,11 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 def test_two_runs_in_one_folder_do_not_meet(configure):
     first, second = (train.Trainer(configure(), ALONE) for _ in range(2))
-    with first.own_folder():
+    with first.folder.owned():
         with pytest.raises(train.UserError, match=r"process \d+ on .* is writing to"):
-            with second.own_folder():
+            with second.folder.owned():
                 pass
-    with second.own_folder():
+    with second.folder.owned():
         pass
 
 
@@ -816,14 +820,24 @@ def test_losses_that_stay_not_finite_stop_the_run_and_never_reach_the_weights(co
     result = trainer.train_step()
     assert torch.equal(trainer.model.wte.weight, before)
     assert not any(state["step"] for state in trainer.stepper.optimizer.state.values())
-    assert trainer.check(result, metrics=None)
-    with trainer.own_folder(), pytest.raises(train.UserError, match="step 2: loss nan") as error:
+    assert trainer.count_skipped(result)
+    with trainer.folder.owned(), pytest.raises(train.UserError, match="step 2: loss nan") as error:
         trainer.run()
     assert "2 in a row, which is one too many" in str(error.value)
     windows = step_windows(1, 16, trainer.train_stream.num_windows(32), seed=1337).tolist()
     assert f"it saw windows {windows[:4]}" in str(error.value)
-    (line,) = metrics_of(trainer.out, "skip")
+    (line,) = metrics_of(trainer.folder.path, "skip")
     assert line == {"kind": "skip", "step": 2, "loss": None, "grad_norm": None, "windows": windows}
+
+
+def test_what_viewers_still_hold_is_handed_in_when_a_run_fails_too(configure, monkeypatch):
+    trainer, closed = train.Trainer(configure("--train.max_skipped_steps", 0), ALONE), []
+    with torch.no_grad():
+        trainer.model.ln_f.weight[0] = math.nan
+    monkeypatch.setattr(Metrics, "close", lambda metrics: closed.append(metrics))
+    with trainer.folder.owned(), pytest.raises(UserError, match="1 in a row"):
+        trainer.run()
+    assert closed == [trainer.metrics]
 
 
 def test_gradients_in_float16_that_are_never_finite_stop_the_run(configure):
@@ -831,7 +845,7 @@ def test_gradients_in_float16_that_are_never_finite_stop_the_run(configure):
     settings = ("--train.dtype", "float16", "--train.max_skipped_steps", 2)
     trainer = train.Trainer(configure(*settings), ALONE)
     trainer.model.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
-    with trainer.own_folder(), pytest.raises(train.UserError, match="skipped, 3 in a row"):
+    with trainer.folder.owned(), pytest.raises(train.UserError, match="skipped, 3 in a row"):
         trainer.run()
     assert 16 < trainer.step < 25  # 65,536 is 2 to the 16th
 
@@ -843,7 +857,7 @@ def test_running_out_of_memory_names_the_knob(call, tiny, shards, tmp_path, monk
             raise torch.OutOfMemoryError("CUDA out of memory")
         torch.empty(1 << 60)  # the real thing
 
-    monkeypatch.setattr(train.Stepper, "rehearse", refuse)
+    monkeypatch.setattr(Stepper, "rehearse", refuse)
     result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
     assert "lower --train.micro_batch_size" in result.error()
 

@@ -1,0 +1,113 @@
+"""What a run asks of its model now and then: a validation, a task's questions, a text.
+
+All of it is asked of the averaged weights, if there are any, and leaves the training as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tiktoken
+import torch
+
+from config import Config, task_names
+from errors import UserError
+from metrics import say
+from model import GPT
+from scoring import Estimate, Scorer, Validation, evaluating, validate
+from shards import VOCABULARY, TokenStream, encoding_of
+from step import SAMPLE, Stepper, draw_seed
+from tasks import load_questions
+from tokenizer import token_byte_lengths
+
+SAMPLE_TOKENS = 100  # length of a sample
+
+
+class Examiner:
+    """Asks the model of a run. Every rank has one: they share the work."""
+
+    def __init__(
+        self,
+        config: Config,
+        stepper: Stepper,
+        val_stream: TokenStream | None,
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
+        """Fetch all that will be asked, rather than at the first time.
+
+        Raises UserError if it can't be had, or doesn't fit into the model's context.
+        """
+        self.config, self.stepper, self.ranks = config, stepper, stepper.ranks
+        self.val_stream, self.asked_to_stop = val_stream, asked_to_stop
+        self.encoding = self._find_encoding(Path(config.data.dir))
+        self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
+        self.tasks = [
+            self.ranks.in_turn(lambda name=name: load_questions(name))
+            for name in task_names(config.log.eval_tasks)
+        ]
+        if self.tasks and not self.encoding:
+            raise UserError("log.eval_tasks needs GPT-2's vocabulary, which can't be had here")
+        for questions in self.tasks:
+            questions.check_lengths(self._scorer())
+
+    def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
+        """The data's encoding. Downloaded shards come without their vocabulary, which is GPT-2's;
+        if a machine can't get it, training goes on without what needs text.
+        """
+        encoding = None
+        with self.ranks.together():
+            try:
+                encoding = encoding_of(data)
+            except UserError as error:
+                if (data / VOCABULARY).exists():
+                    raise
+                if self.ranks.local_rank == 0:
+                    say(f"no bits per byte and no samples: {error}")
+        return None if self.ranks.anywhere(not encoding) else encoding
+
+    def _scorer(self) -> Scorer:
+        train, model = self.config.train, self.stepper.model
+        batch_tokens = train.micro_batch_size * model.config.block_size
+        return Scorer(model, self.encoding, self.ranks, batch_tokens, self.asked_to_stop)
+
+    @contextmanager
+    def _plain_model(self) -> Iterator[GPT]:
+        """The averaged weights, without dropout, gradients or compiled code."""
+        eager = torch.compiler.set_stance("force_eager")
+        with self.stepper.averaged(), evaluating(self.stepper.model), eager:
+            yield self.stepper.model
+
+    def validate(self) -> Validation:
+        """The loss on the validation split. Raises BrokenOff if a rank was asked to stop."""
+        with self.stepper.averaged(), evaluating(self.stepper.wrapped):
+            return validate(
+                self.stepper.loss_of,
+                self.val_stream,
+                self.config.model.block_size,
+                self.config.train.micro_batch_size,
+                self.config.log.eval_tokens,
+                self.ranks,
+                self.byte_lengths,
+                self.asked_to_stop,
+            )
+
+    def ask(self, name: str) -> dict[str, Estimate]:
+        """The scores in a task. Raises BrokenOff if a rank was asked to stop."""
+        (questions,) = (task for task in self.tasks if task.name == name)
+        with self._plain_model(), self.stepper.in_its_arithmetic():
+            return questions.ask(self._scorer(), stride=self.config.model.block_size)
+
+    def sample(self, step: int) -> str:
+        """A text from <|endoftext|> to the next, as the model writes it after `step`."""
+        generator = torch.Generator(self.ranks.device)
+        generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, step, 0))
+        end = self.encoding.eot_token
+        start = torch.tensor([[end]], device=self.ranks.device)
+        with self._plain_model() as model:
+            tokens = model.generate(
+                start, SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator
+            )
+            return self.encoding.decode([*itertools.takewhile(end.__ne__, map(int, tokens))])

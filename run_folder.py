@@ -1,0 +1,143 @@
+"""The folder of a training run: who may write there, its settings, and the checkpoints that stay.
+
+    out/NAME/config.toml, metrics.jsonl, checkpoints/, lock; tokenizer.tiktoken unless it is GPT-2's
+
+Explained in README, "Checkpoints".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from checkpoint import (
+    Checkpoint,
+    Meta,
+    add_losses,
+    check_can_save,
+    checkpoints_in,
+    save_checkpoint,
+    step_name,
+    step_of,
+)
+from config import Config
+from distributed import Ranks
+from errors import UserError
+from metrics import METRICS, Metrics
+from model import GPT
+from optim import last_at_peak
+from resume import agree_on_checkpoint
+from shards import VOCABULARY, TokenizerRecord, file_sha256
+from writing import locked, sync, write_atomically
+
+
+class RunFolder:
+    """A run's folder. Rank 0 reads and writes it while the others wait."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        """See what is there, before anything is written."""
+        self.config, self.ranks = config, ranks
+        self.path = Path(config.train.out)
+        self.checkpoints = self.path / "checkpoints"
+        with ranks.together():
+            self.at_start = checkpoints_in(self.checkpoints) if ranks.is_first else []
+        self.damaged: set[Path] = set()
+
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from, the same on all machines; None if there is none."""
+        checkpoint = agree_on_checkpoint(self.checkpoints, self.ranks)
+        step = checkpoint.meta.step if checkpoint else 0
+        # The run would go on from these if they were whole.
+        self.damaged = {path for path in self.at_start if step_of(path) > step}
+        return checkpoint
+
+    def newest_before(self, step: int) -> Path | None:
+        """The last checkpoint of an earlier step, if there is one."""
+        earlier = [path for path in checkpoints_in(self.checkpoints) if step_of(path) < step]
+        return earlier[-1] if earlier else None
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Make the folder and keep other runs out of it.
+
+        Raises UserError if one is there, or has been since this one chose its checkpoint.
+        """
+        with ExitStack() as stack:
+            with self.ranks.together():
+                if self.ranks.is_first:
+                    with self._disk_errors():
+                        self.path.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(self.path))
+                    self._check_still_newest()
+            yield
+
+    def _check_still_newest(self) -> None:
+        """Raises UserError if there are other checkpoints than when this run chose its own."""
+        if checkpoints_in(self.checkpoints) != self.at_start:
+            raise UserError(
+                f"another run has saved into {self.path} since this one looked: give the same "
+                "command again to go on from there"
+            )
+
+    def prepare(self, tokenizer: TokenizerRecord, step: int) -> Metrics | None:
+        """Put settings and vocabulary there. Returns rank 0's metrics, which go on after `step`.
+
+        Raises UserError if there is no writing there, nor saving checkpoints.
+        """
+        with self.ranks.together():
+            return self._prepare_here(tokenizer, step) if self.ranks.is_first else None
+
+    def _prepare_here(self, tokenizer: TokenizerRecord, step: int) -> Metrics:
+        check_can_save(self.checkpoints)
+        with self._disk_errors():
+            write_atomically(self.path / "config.toml", self.config.to_toml())
+            vocabulary = Path(self.config.data.dir) / VOCABULARY
+            ours = self.path / VOCABULARY
+            if vocabulary.exists():
+                write_atomically(ours, vocabulary.read_text(encoding="utf-8"))
+            elif ours.exists() and file_sha256(ours) != tokenizer.sha256:
+                ours.unlink()  # of an earlier run: nothing could be read with it
+        return Metrics(self.config, step)
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"can't write to the run folder {self.path}: {error.strerror}"
+            ) from error
+
+    def save(self, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint, after what metrics.jsonl tells of the steps up to it."""
+        with self.ranks.together():
+            if self.ranks.is_first:
+                try:
+                    sync(self.path / METRICS)
+                except OSError as error:
+                    raise UserError(
+                        f"can't write {self.path / METRICS}: {error.strerror}; mend the disk, then "
+                        "give the same command again to go on from the newest checkpoint"
+                    ) from error
+                self.damaged.discard(self.checkpoints / step_name(meta.step))
+                save_checkpoint(self.checkpoints, meta, model, optimizer, **self._kept())
+
+    def add_losses(self, step: int, losses: dict[str, float | None]) -> None:
+        """Tell the checkpoint of a step of a validation that came after it was saved."""
+        with self.ranks.together():
+            if self.ranks.is_first:
+                add_losses(self.checkpoints / step_name(step), **losses, **self._kept())
+
+    def _kept(self) -> dict[str, object]:
+        """Which checkpoints stay, as `save_checkpoint` takes it."""
+        train, optim = self.config.train, self.config.optim
+        # From the last checkpoint before the rate falls, another, longer run can go on.
+        level = last_at_peak(optim, train.max_steps) + 1 if optim.decay_steps else 0
+        return {
+            "keep": train.keep_checkpoints,
+            "keep_until": level,
+            "damaged": self.damaged,
+        }
