@@ -171,6 +171,7 @@ class Found:
     step_seconds: float  # the baseline's; 0 before it was measured
     step_ratios: dict[str, float]  # how many times as long a candidate's step takes
     runs: tuple[Run, ...]
+    timed_commit: str | None = None  # of the code whose steps were timed
 
     def run(self, name: str, rate: float, seed: int) -> Run | None:
         """That training; None if it hasn't been done."""
@@ -375,6 +376,7 @@ def main(arguments: argparse.Namespace) -> None:
     timed = dict.fromkeys([BASELINE, *names, *found.candidates])  # anew, on one machine
     turns = measure_steps([name for name in timed if name in CANDIDATES], arguments.config)
     found.command, found.date, found.hardware, found.versions = circumstances()
+    found.timed_commit = commit(ROOT)
     found.step_seconds, found.step_ratios = statistics.median(turns[BASELINE]), {}
     for name, seconds in turns.items():
         ratios = (ours / theirs for ours, theirs in zip(seconds, turns[BASELINE]))

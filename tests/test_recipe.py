@@ -162,6 +162,7 @@ def test_trainings_are_done_once_and_kept(begin, tmp_path, monkeypatch, capsys):
     assert sorted(run.seed for run in kept.runs) == [1, 2]
     assert all(run.steps == (20, 40) and run.losses[1] < run.losses[0] for run in kept.runs)
     assert kept.step_seconds > 0 and kept.step_ratios == {"nanogpt": 1.0}
+    assert kept.timed_commit == commit(ROOT)
     assert (kept.runs[0].torch, kept.runs[0].commit) == (torch.__version__, commit(ROOT))
     for run in kept.runs:  # by train.py, from its own settings
         config = read_toml(tmp_path / "out" / f"nanogpt_0.001_{run.seed}" / "config.toml")
