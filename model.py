@@ -150,6 +150,7 @@ class LayerCache:
     """The keys and values of one layer for the tokens so far, so that each is computed once."""
 
     def __init__(self, shape: tuple[int, ...], position: Tensor, dtype: torch.dtype) -> None:
+        """`shape` is (B, nh, slots, hs); `position` (1,), where the next token goes, is shared."""
         self.keys = torch.zeros(shape, device=position.device, dtype=dtype)  # (B, nh, slots, hs)
         self.values = torch.zeros_like(self.keys)
         self.position = position
@@ -435,7 +436,8 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue the prompts ids (B, T): yields the next token of each, (B,), one by one.
 
-        From a GPU they come as copies on the CPU, when the GPU has begun with the token after them.
+        How each is drawn: `choose_next`. From a GPU they come as copies on the CPU, when the GPU
+        has begun with the token after them.
 
         A prompt longer than the context loses its beginning. When the context is full, the model
         goes on with the later half of it: positions are learned one by one, so that a window that

@@ -87,7 +87,7 @@ def check_can_go_on(checkpoint: Checkpoint, config: Config, data: str) -> None:
 
 
 def check_can_begin_with(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises UserError if a checkpoint's weights are none of the model, or of the data's tokens."""
+    """Raises UserError if a checkpoint has another shape of model, or another vocabulary."""
     checkpoint.check_vocabulary(Path(config.data.dir))
     theirs = asdict(checkpoint.meta.model)
     for key, ours in asdict(config.model).items():

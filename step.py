@@ -241,8 +241,8 @@ class Stepper:
         numbers = self.update(accumulate(step, asked))
         if share := self.config.optim.average_share:
             update_average(self.optimizer, share, step + 1, skipped=numbers[SKIPPED])
-        else:
-            drop_average(self.optimizer)  # which a run may have had before
+        else:  # a run may have had one; what is made up for before the first step still needs it
+            drop_average(self.optimizer)
         return StepResult(step + 1, learning_rate, numbers)
 
     @contextmanager

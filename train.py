@@ -296,7 +296,8 @@ class Trainer:
         return kinds
 
     def _do_what_is_due(self, stop: bool) -> bool:
-        """Validate, save, run tasks, write a sample: a save doesn't wait for what it doesn't tell.
+        """Validate, save, run tasks, write a sample: tasks and sample come after the save, which
+        tells nothing of them.
 
         Returns whether the run is to stop. Then it saves, and leaves evaluations to `_catch_up`:
         they may take longer than whoever asked for the end will wait.
