@@ -135,11 +135,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message, exit with status 2. Under torchrun the first rank speaks for all."""
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {in_one_line(message)} (see --help)", file=sys.stderr)
+            print(f"error: {printable(message)} (see --help)", file=sys.stderr)
         sys.exit(2)
 
 
-def in_one_line(message: str) -> str:
+def printable(message: str) -> str:
     """A message, whatever a file put into it, as one line that a terminal shows and can't obey."""
     shown = message if len(message) <= 2000 else message[:2000] + " …"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
@@ -208,7 +208,7 @@ def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: 
         main(*arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {where}{in_one_line(str(error))}", file=Expendable(sys.stderr))
+        print(f"error: {where}{printable(str(error))}", file=Expendable(sys.stderr))
         return 2
     except Stopped as stopped:
         print(f"{where}{stopped}", file=Expendable(sys.stderr))
