@@ -197,8 +197,8 @@ def load_config(arguments: list[str] | None = None) -> Config:
     parser = make_parser()
     parsed, unknown = parser.parse_known_args(arguments)
     try:
-        for option in unknown:
-            raise UserError(_unknown_option(option))
+        if unknown:
+            raise UserError(_unknown_option(unknown[0]))
         values = read_toml(parsed.config)
         given = {key: text for key, text in vars(parsed).items() if "." in key}
         for name, text in given.items():

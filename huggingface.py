@@ -231,8 +231,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in files:
         more = read_tensors(folder, name)
-        for twice in sorted(tensors.keys() & more.keys()):
-            raise UserError(f"{folder}: {name!r:.80} has {twice!r:.80}, which a file before it has")
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise UserError(
+                f"{folder}: {name!r:.80} has {twice[0]!r:.80}, which a file before it has"
+            )
         tensors |= more
     return tensors
 
@@ -291,10 +293,10 @@ def rename(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], folder: Path) -> None:
     """Raises UserError, naming the first tensor that is missing, too many, or of another shape."""
-    for name in sorted(shapes.keys() - tensors.keys()):
-        raise UserError(f"{folder} has no {name}, which GPT-2 needs")
-    for name in sorted(tensors.keys() - shapes.keys()):
-        raise UserError(f"{folder} has {name!r:.80}, which GPT-2 doesn't know")
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        raise UserError(f"{folder} has no {missing[0]}, which GPT-2 needs")
+    if unknown := sorted(tensors.keys() - shapes.keys()):
+        raise UserError(f"{folder} has {unknown[0]!r:.80}, which GPT-2 doesn't know")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UserError(
