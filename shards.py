@@ -272,15 +272,16 @@ class TokenStream:
                 f"the data folder {folder} doesn't exist: make it with prepare_fineweb.py, "
                 "or name another"
             )
-        manifest = read_manifest(folder)
         self.folder = folder
         self.split = split
         _let_many_files_be_open()  # a shard that is mapped is one of them
-        self.shards = _listed_shards(folder, split, manifest) or _found_shards(folder, split)
+        if manifest := read_manifest(folder):
+            self.records = [record for record in manifest.shards if record.split == split]
+            self.shards = _listed_shards(folder, split, self.records)
+        else:
+            self.records, self.shards = [], _found_shards(folder, split)
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.vocab_size = tokenizer_of(folder).vocab_size
-        listed = manifest.shards if manifest else ()
-        self.records = [record for record in listed if record.split == split]
         hashes = [record.sha256 for record in self.records]
         content = repr(([len(shard) for shard in self.shards], hashes))
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()  # other data, another one
@@ -334,20 +335,18 @@ def _let_many_files_be_open() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _listed_shards(folder: Path, split: str, manifest: Manifest | None) -> list[np.ndarray]:
-    """The split's shards in the manifest's order, each checked against it."""
+def _listed_shards(folder: Path, split: str, records: list[ShardRecord]) -> list[np.ndarray]:
+    """The split's shards in the manifest's order, each checked against its record there."""
+    if not records:
+        raise UserError(f"{folder / MANIFEST} lists no {split} shard")
     shards = []
-    for record in manifest.shards if manifest else ():
-        if record.split != split:
-            continue
+    for record in records:
         shard = open_shard(own_file(folder, record.file))
         if len(shard) != record.tokens:
             raise UserError(
                 f"{folder / record.file} has {len(shard)} tokens, the manifest says {record.tokens}"
             )
         shards.append(shard)
-    if manifest and not shards:
-        raise UserError(f"{folder / MANIFEST} lists no {split} shard")
     return shards
 
 
