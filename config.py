@@ -185,8 +185,7 @@ def toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-SECTIONS = {"model": ModelSettings, "data": DataSettings, "optim": OptimSettings}
-SECTIONS |= {"train": TrainSettings, "log": LogSettings}
+SECTIONS = get_type_hints(Config)  # {"model": ModelSettings, …}
 
 
 def load_config(arguments: list[str] | None = None) -> Config:
