@@ -67,30 +67,6 @@ class Expendable:
         return getattr(self.stream, name)
 
 
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What a call to the Hub may raise: `except hub_errors()` imports the package only after one.
-
-    An answer such as "not found" is an OSError, a wrong name a ValueError; a connection that
-    couldn't be made or that broke off is only an HTTPError, of the client that the package uses.
-    """
-    from huggingface_hub.errors import HTTPError, XetDownloadError
-
-    return OSError, ValueError, HTTPError, XetDownloadError
-
-
-def check_gated(repository: str, error: Exception) -> None:
-    """Raises UserError if a call to the Hub failed because there are terms to accept first.
-
-    `datasets` has only words for it: it drops the error that it got.
-    """
-    from huggingface_hub.errors import GatedRepoError
-
-    if isinstance(error, GatedRepoError) or "is a gated dataset on the Hub" in str(error):
-        raise UserError(
-            f"{repository} is gated: accept its terms on the Hub, then `hf auth login`"
-        ) from error
-
-
 def one_line(error: Exception) -> str:
     """An error's message without line ends; its kind, if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, save_tensors, write_meta
-from errors import UserError, check_gated, hub_errors, one_line
+from errors import UserError, one_line
+from hub import check_gated, hub_errors
 from model import GPT, GPTConfig
 from records import read_json
 from shards import VOCABULARY, TokenizerRecord, is_there
@@ -121,16 +122,14 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     repository, _, revision = NAMES.get(name, name).partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED))
-    except hub_errors() as error:
-        check_gated(repository, error)
-        if isinstance(error, RepositoryNotFoundError):
+    told = f"there is no folder {name} here, and {repository} can't be had from the Hub"
+    with hub_errors(repository, told):
+        try:
+            files = snapshot_download(repository, revision=revision or None, allow_patterns=WANTED)
+        except RepositoryNotFoundError as error:
+            check_gated(repository, error)  # is not found either, without a login
             raise UserError(f"{name}: neither a checkpoint here nor a model on the Hub") from error
-        raise UserError(
-            f"there is no folder {name} here, and {repository} can't be had from the Hub: "
-            f"{one_line(error)}"
-        ) from error
+    return Path(files)
 
 
 def cached(name: str) -> Path:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UserError, check_gated, hub_errors, one_line
+from errors import UserError
+from hub import hub_errors
 from shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -86,12 +87,9 @@ def look_up(repository: str, commit: str | None) -> tuple[str, list[Published]]:
     """
     from huggingface_hub import HfApi
 
-    try:
+    with hub_errors(repository, f"{repository} can't be had from the Hub"):
         commit = commit or HfApi().dataset_info(repository).sha
         entries = [*HfApi().list_repo_tree(repository, repo_type="dataset", revision=commit)]
-    except hub_errors() as error:
-        check_gated(repository, error)
-        raise UserError(f"{repository} can't be had from the Hub: {one_line(error)}") from error
     shards = [
         Published(entry.path, (entry.size - HEADER_BYTES) // 2, entry.lfs and entry.lfs.sha256)
         for entry in entries
@@ -130,16 +128,11 @@ def download(repository: str, commit: str, shard: Published, folder: Path) -> Sh
     from huggingface_hub import hf_hub_download
 
     path = folder / shard.file
-    try:
+    told = f"{shard.file} of {repository} can't be had from the Hub"
+    with hub_errors(repository, told, "; give the same command again to go on"):
         hf_hub_download(
             repository, shard.file, repo_type="dataset", revision=commit, local_dir=folder
         )
-    except hub_errors() as error:
-        check_gated(repository, error)
-        raise UserError(
-            f"{shard.file} of {repository} can't be had from the Hub: {one_line(error)}; give the "
-            "same command again to go on"
-        ) from error
     tokens, sha256 = open_shard(path), file_sha256(path)
     if shard.sha256 not in (None, sha256):
         path.unlink()

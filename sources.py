@@ -20,7 +20,7 @@ import sys
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from errors import UserError, check_gated, hub_errors, one_line
+from errors import UserError
+from hub import hub_errors
 from tokenizer import PIECE_CHARACTERS, well_formed
 
 HUB_NAMES = {
@@ -161,18 +162,13 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
 
     address, _, revision = address.partition("@")
     repository, _, config = address.partition(":")
-    try:
+    told = f"--source {name}: there is no such file, and it can't be had from the Hub"
+    with hub_errors(repository, told, also=(KeyError,)):
         builder = load_dataset_builder(
             repository, config or None, revision=commit or revision or None
         )
         files = tuple(builder.config.data_files["train"])
         sizes = tuple(HfFileSystem().size(file) for file in files)
-    except (*hub_errors(), KeyError) as error:
-        check_gated(repository, error)
-        raise UserError(
-            f"--source {name}: there is no such file, and it can't be had from the Hub: "
-            f"{one_line(error)}"
-        ) from error
     if not all(file.endswith(".parquet") for file in files):
         raise UserError(
             f"--source {name}: its files are not Parquet; download them and give --source the "
@@ -198,14 +194,9 @@ def batches(source: Source) -> Iterator[Batch]:
             yield from line_batches(source, file)
 
 
-@contextmanager
-def named_errors(file: str) -> Iterator[None]:
+def named_errors(file: str) -> AbstractContextManager[None]:
     """Turn an error of reading `file` into a UserError that names it."""
-    try:
-        yield
-    except (*hub_errors(), pa.ArrowException) as error:
-        check_gated(file, error)
-        raise UserError(f"can't read {file}: {one_line(error)}") from error
+    return hub_errors(file, f"can't read {file}", also=(pa.ArrowException,))
 
 
 def text_documents(file: str) -> Iterator[Document]:

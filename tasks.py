@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, check_gated, hub_errors, one_line
+from errors import UserError, one_line
+from hub import hub_errors
 from scoring import Estimate, Request, Scorer
 from tokenizer import encode_long
 
@@ -326,14 +327,10 @@ def read_hub(task: Task) -> tuple[Rows, str, str]:
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
-    try:
+    told = f"{task.repository} can't be had from the Hub"
+    way_out = "; evaluate.py --file takes a local copy"
+    with hub_errors(task.repository, told, way_out, also=(DatasetsError, KeyError)):
         builder = load_dataset_builder(task.repository, task.config)
         builder.download_and_prepare()
         rows = builder.as_dataset(task.split).to_list()
-    except (*hub_errors(), DatasetsError, KeyError) as error:
-        check_gated(task.repository, error)
-        raise UserError(
-            f"{task.repository} can't be had from the Hub: {one_line(error)}; evaluate.py --file "
-            "takes a local copy"
-        ) from error
     return rows, task.repository, builder.hash
