@@ -130,7 +130,9 @@ class LogSettings:
 
     log_every: int = setting(1, "steps between lines in metrics.jsonl", minimum=1)
     eval_every: int = setting(250, "steps between validations; 0 = never", minimum=0)
-    eval_tokens: int = setting(10_485_760, "validation tokens, from the split's start", minimum=1)
+    eval_tokens: int = setting(  # 20 of llm.c's batches of 524,288
+        10_485_760, "validation tokens, from the split's start", minimum=1
+    )
     eval_tasks: str = setting("", f"benchmarks: some of {','.join(TASK_NAMES)}; empty = none")
     eval_tasks_every: int = setting(1000, "steps between benchmarks; 0 = never", minimum=0)
     sample_every: int = setting(1000, "steps between printed samples; 0 = never", minimum=0)

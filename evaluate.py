@@ -24,10 +24,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from config import TASK_NAMES, make_config, task_names
+from config import TASK_NAMES, LogSettings, make_config, task_names
 from errors import Parser, UserError, output_file, positive, run_script
 
-TOKENS = 10_485_760  # of the validation split: 20 of llm.c's batches of 524,288
+TOKENS = LogSettings.eval_tokens  # as many as in training
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parsed = parser.parse_args(arguments)
     try:
+        parsed.names = task_names(parsed.tasks, known=("val", *TASK_NAMES))
         check_arguments(parsed)
     except UserError as error:
         parser.error(str(error))
@@ -61,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises UserError for what doesn't go together, and for an --output that can't be a file."""
-    names = asked(arguments)
+    names = arguments.names
     if not names:
         raise UserError("--tasks is empty: no task is named")
     if arguments.file and (len(names) != 1 or names == ["val"]):
@@ -75,15 +76,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         output_file(arguments.output)
 
 
-def asked(arguments: argparse.Namespace) -> list[str]:
-    """The tasks that --tasks names. Raises UserError for an unknown one."""
-    return task_names(arguments.tasks, known=("val", *TASK_NAMES))
-
-
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     ARGUMENTS = parse_arguments()
 
-import json
 import lzma
 from collections.abc import Callable
 from dataclasses import asdict
@@ -98,12 +93,12 @@ from checkpoint import Checkpoint
 from device import device_name
 from distributed import Ranks, process_group
 from huggingface import find_model
-from records import strict
+from reports import write_report
 from scoring import Estimate, Scorer, evaluating, validate, window_losses
 from shards import TokenStream
 from tasks import Questions, load_questions
 from tokenizer import token_byte_lengths
-from writing import check_can_write, write_atomically
+from writing import check_can_write
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
 TIMEOUT = 600  # seconds that ranks wait for one another
@@ -216,15 +211,12 @@ def choose_stride(arguments: argparse.Namespace, block_size: int) -> int:
     return stride
 
 
-def write_report(
-    arguments: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks, results: list[dict]
-) -> None:
-    """What --output keeps; a number that isn't finite is null there.
-
-    Raises UserError if it can't be written.
-    """
-    report = {
-        "checkpoint": arguments.checkpoint,
+def report_of(
+    name: str, checkpoint: Checkpoint, ranks: Ranks, results: list[dict[str, object]]
+) -> dict[str, object]:
+    """What --output keeps: the `results`, and what they are of."""
+    return {
+        "checkpoint": name,
         "step": checkpoint.meta.step,
         "sha256": checkpoint.model_sha256(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -232,11 +224,6 @@ def write_report(
         "torch": torch.__version__,
         "results": results,
     }
-    try:
-        text = json.dumps(strict(report), indent=1) + "\n"
-        write_atomically(output_file(arguments.output), text)
-    except OSError as error:
-        raise UserError(f"can't write {arguments.output}: {error.strerror}") from error
 
 
 def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
@@ -247,7 +234,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
     checkpoint = ranks.in_turn(lambda: find_model(arguments.checkpoint))
     model = checkpoint.make_model()
     scorer = Scorer(model.to(ranks.device), checkpoint.encoding(), ranks)
-    tasks = [look_up(name, arguments, checkpoint, scorer) for name in asked(arguments)]
+    tasks = [look_up(name, arguments, checkpoint, scorer) for name in arguments.names]
     tell = print if ranks.is_first else (lambda line: None)
     tell(f"checkpoint      {checkpoint.path.name} of {arguments.checkpoint}")
     results = []
@@ -257,7 +244,8 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
             tell("\n".join(lines))
             results.append(result)
     if arguments.output and ranks.is_first:
-        write_report(arguments, checkpoint, ranks, results)
+        report = report_of(arguments.checkpoint, checkpoint, ranks, results)
+        write_report(arguments.output, report)
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from errors import UserError, one_line
-from records import read_json
+from errors import UserError, one_line, output_file
+from records import read_json, strict
 from writing import write_atomically
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -143,9 +143,12 @@ def commit(folder: Path) -> str | None:
 
 
 def write_report(path: Path, report: dict) -> None:
-    """Write it as JSON. Raises UserError if the disk is full, or gone."""
+    """Write what --output keeps as JSON; a number that isn't finite is null there.
+
+    Raises UserError if the disk is full, or gone.
+    """
     try:
-        write_atomically(path, json.dumps(report, indent=1) + "\n")
+        write_atomically(output_file(path), json.dumps(strict(report), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}") from error
 
