@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, output_file, positive, run_script
+from errors import Parser, UserError, positive, run_script
 
 PEERS = {  # by task: the file that is taken from a checkout; None: a package that is installed
     "train": {"nanogpt": "model.py", "build-nanogpt": "train_gpt2.py", "transformers": None},
@@ -108,6 +108,7 @@ import torch
 from config import Config, load_config
 from data import BatchShape
 from device import choose_device
+from files import check_can_write, output_file
 from model import GPT, GPTConfig
 from plan import estimated_memory
 from reports import (
@@ -127,7 +128,6 @@ from reports import (
     write_report,
 )
 from scaling import Cluster, step_time
-from writing import check_can_write
 
 # Taking turns
 

@@ -32,13 +32,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError
+from files import is_there, own_file, sync, write_atomically
 from guard import SpikeMemory
 from model import GPT, GPTConfig
 from optim import OTHER
 from records import as_record, read_json
-from shards import VOCABULARY, TokenizerRecord, find_encoding, is_there, own_file, tokenizer_of
+from shards import VOCABULARY, TokenizerRecord, find_encoding, tokenizer_of
 from tokenizer import gpt2_encoding
-from writing import sync, write_atomically
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"

@@ -33,13 +33,13 @@ from decoding import pack_weights
 from device import choose_device, choose_dtype, device_name, memory_errors, peak_flops
 from distributed import Ranks
 from errors import UserError, run_script
+from files import file_sha256
 from model import GPT, GPTConfig
 from shards import (
     GPT2_SHA256,
     GPT2_VOCAB_SIZE,
     TokenizerRecord,
     TokenStream,
-    file_sha256,
     shard_header,
 )
 from step import begin

@@ -39,6 +39,7 @@ import os
 import shlex
 
 from checkpoint import MODEL, save_tensors
+from files import is_there
 from huggingface import (
     CONFIG,
     EXPECTED,
@@ -55,7 +56,6 @@ from huggingface import (
     spelled_merges,
     whole,
 )
-from shards import is_there
 from tokenizer import END_OF_TEXT, vocabulary_of
 
 

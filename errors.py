@@ -12,11 +12,9 @@ import io
 import os
 import signal
 import socket
-import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
@@ -136,26 +134,6 @@ def positive(text: str) -> int:
         limit = "" if number < 1 else " and below 2**63"
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0{limit}")
     return number
-
-
-def output_file(name: Path) -> Path:
-    """An --output's file, behind its links, if it has any.
-
-    Raises UserError for a name that no file can have, or that something else has.
-    """
-    named = f"--output {str(name)!r:.300}"
-    try:
-        path = name.resolve()
-        if not path.parent.is_dir():
-            raise UserError(f"{named}: there is no folder {str(path.parent)!r:.300}")
-        is_other = not stat.S_ISREG(path.stat().st_mode)
-    except FileNotFoundError:
-        return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{named}: {one_line(error)}") from error
-    if is_other:
-        raise UserError(f"{named} is a folder or a device, expected the name of a file")
-    return path
 
 
 def run_script(main: Callable[..., None], *arguments: object) -> int:

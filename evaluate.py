@@ -25,7 +25,8 @@ import sys
 from pathlib import Path
 
 from config import TASK_NAMES, LogSettings, make_config, task_names
-from errors import Parser, UserError, output_file, positive, run_script
+from errors import Parser, UserError, positive, run_script
+from files import check_can_write, output_file
 
 TOKENS = LogSettings.eval_tokens  # as many as in training
 
@@ -98,7 +99,6 @@ from scoring import Estimate, Scorer, evaluating, validate, window_losses
 from shards import TokenStream
 from tasks import Questions, load_questions
 from tokenizer import token_byte_lengths
-from writing import check_can_write
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
 TIMEOUT = 600  # seconds that ranks wait for one another

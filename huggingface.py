@@ -22,10 +22,11 @@ from torch import Tensor
 
 from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, save_tensors, write_meta
 from errors import UserError, one_line
+from files import is_there
 from hub import check_gated, hub_errors
 from model import GPT, GPTConfig
 from records import read_json
-from shards import VOCABULARY, TokenizerRecord, is_there
+from shards import VOCABULARY, TokenizerRecord
 from tokenizer import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,

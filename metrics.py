@@ -19,8 +19,8 @@ from config import Config
 from device import Moment, peak_flops
 from distributed import Ranks
 from errors import UserError, one_line
+from files import write_atomically
 from records import strict
-from writing import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -103,6 +103,7 @@ import tiktoken
 from tqdm import tqdm
 
 import pretokenized
+from files import locked, write_atomically
 from shards import (
     MANIFEST,
     PROGRESS,
@@ -123,7 +124,7 @@ from tokenizer import (
     train_bpe,
     vocabulary_sha256,
 )
-from writing import Progress, ShardWriter, check_same, locked, read_progress, write_atomically
+from writing import Progress, ShardWriter, check_same, read_progress
 
 BLOCK_TOKENS = 1 << 20  # what a worker sends at once
 BLOCKS_AHEAD = 8  # blocks that wait in memory for each worker

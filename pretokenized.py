@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from files import file_sha256, locked, write_atomically
 from hub import hub_errors
 from shards import (
     HEADER_BYTES,
@@ -21,12 +22,11 @@ from shards import (
     ShardRecord,
     TokenizerRecord,
     check_contents,
-    file_sha256,
     open_shard,
     read_manifest,
 )
 from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE
-from writing import Progress, check_same, locked, read_progress, write_atomically
+from writing import Progress, check_same, read_progress
 
 SHARD_NAME = re.compile(r"\w*(train|val)_\d+\.bin")
 

@@ -58,11 +58,11 @@ from data import BatchShape
 from device import choose_device, device_name
 from distributed import Ranks
 from errors import UserError
+from files import check_can_write, write_atomically
 from records import as_record, read_json
 from reports import commit, hardware, print_table, versions
 from shards import TokenStream
 from step import begin
-from writing import check_can_write, write_atomically
 
 SEEDS = (1, 2, 3)
 Settings = dict[str, object]  # "section.key" -> value

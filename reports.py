@@ -14,9 +14,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from errors import UserError, one_line, output_file
+from errors import UserError, one_line
+from files import output_file, write_atomically
 from records import read_json, strict
-from writing import write_atomically
 
 PARTS = ("data", "forward", "backward", "optimizer")
 Turn = dict[str, float]  # what a contestant measured in one turn

@@ -26,12 +26,12 @@ from checkpoint import (
 from config import Config
 from distributed import Ranks
 from errors import UserError
+from files import file_sha256, locked, sync, write_atomically
 from metrics import METRICS, Metrics
 from model import GPT
 from optim import last_at_peak
 from resume import agree_on_checkpoint
-from shards import VOCABULARY, TokenizerRecord, file_sha256
-from writing import locked, sync, write_atomically
+from shards import VOCABULARY, TokenizerRecord
 
 
 class RunFolder:

@@ -23,6 +23,7 @@ import numpy as np
 import tiktoken
 
 from errors import UserError
+from files import file_sha256, is_there, own_file
 from records import as_record, read_json
 from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE, gpt2_encoding, load_vocabulary
 
@@ -160,41 +161,6 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise UserError(f"{path} is not a manifest: {error}") from error
 
 
-def is_there(path: Path) -> bool:
-    """Whether a folder has something of this name, a link to nothing included.
-
-    Raises UserError if it can't be known: looking into a folder is a permission of its own.
-    """
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise UserError(f"can't look for {path}: {error.strerror}") from error
-    except ValueError as error:  # a name that no file can have
-        raise UserError(f"can't look for {str(path)!r:.200}: {error}") from error
-    return True
-
-
-def own_file(folder: Path, name: str) -> Path:
-    """The path of a file in `folder`. Raises UserError if the name, or a link, leads out of it, or
-    to no file at all: a named pipe would be waited for until somebody writes into it.
-    """
-    path = folder / name
-    if Path(name).name != name or "\0" in name:
-        raise UserError(f"{folder} is said to hold {name!r:.80}: expected a plain name")
-    try:
-        lies_in = path.resolve().parent
-        is_odd = path.exists() and not (path.is_file() or path.is_dir())
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, an impossible name
-        raise UserError(f"can't find {name!r:.80} in {folder}: {error}") from error
-    if lies_in != folder.resolve():
-        raise UserError(f"{path} is a link out of its folder: put the file itself there")
-    if is_odd:
-        raise UserError(f"{path} is no file")
-    return path
-
-
 def check_contents(folder: Path, shards: Iterable[ShardRecord], vocab_size: int) -> None:
     """Raises UserError, naming the file, if a shard isn't there or isn't what was written.
 
@@ -218,12 +184,6 @@ def check_contents(folder: Path, shards: Iterable[ShardRecord], vocab_size: int)
                 f"{folder / record.file} has a token {largest}, its vocabulary only "
                 f"{vocab_size:,}: delete the folder and prepare it again"
             )
-
-
-def file_sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_of(folder: Path) -> TokenizerRecord:

@@ -26,6 +26,7 @@ import regex  # the standard library's re has no \p{L}; tiktoken brings this pac
 import tiktoken
 
 from errors import UserError
+from files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -244,9 +245,7 @@ def token_byte_lengths(encoding: tiktoken.Encoding) -> np.ndarray:
 def save_vocabulary(encoding: tiktoken.Encoding, path: Path) -> str:
     """Write the vocabulary to `path`, whole or not at all; returns the file's SHA-256."""
     content = _to_bytes(vocabulary_of(encoding))
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_atomically(path, content)
     return _sha256(content)
 
 

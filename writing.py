@@ -6,103 +6,17 @@ to go on, and the manifest, written last, takes its place.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from errors import UserError
+from files import file_sha256, is_there, write_atomically
 from records import as_record, read_json
-from shards import PROGRESS, ShardRecord, TokenizerRecord, file_sha256, is_there, shard_header
-
-LOCK = "lock"  # names the process that is at work in a folder
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on the disk before going on."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems have nothing to do for a folder
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by new text, so that a crash leaves the old one or the new one."""
-    temporary = _partial(path)
-    with temporary.open("x", encoding="utf-8") as file:  # "w" would follow a planted link
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def check_can_write(path: Path) -> None:
-    """See that `write_atomically` can begin, ahead of long work. Raises UserError if it can't."""
-    try:
-        temporary = _partial(path)
-        temporary.touch(exist_ok=False)
-        temporary.unlink()
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from error
-
-
-def _partial(path: Path) -> Path:
-    """Where a file is written before it gets its name; what an earlier write left there goes."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.unlink(missing_ok=True)
-    return temporary
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same lock out of `folder`; its owner is named there.
-
-    The system lifts the lock when the process ends, however it ends. Windows has none of the kind,
-    and some network file systems don't either: there it is up to the user. Raises UserError if
-    another process holds it, or if the folder can't be written to.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a planted link would lose its target
-        file = open(os.open(folder / LOCK, flags, 0o666), "rb+", buffering=0)
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().decode(errors="replace") or "another process"
-            raise UserError(f"{owner} is writing to {folder}: wait until it is done") from error
-        except OSError:
-            pass  # a file system without locks
-        try:  # a file stays behind: removing it could let two others in at once
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except OSError as error:
-            raise UserError(f"can't write to {folder}: {error.strerror}") from error
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # of a disk that has gone; whoever wrote there has said so
-                file.truncate(0)
+from shards import PROGRESS, ShardRecord, TokenizerRecord, shard_header
 
 
 @dataclass

@@ -25,6 +25,7 @@ from test_tokenizer import AWKWARD
 
 import prepare_fineweb
 from errors import UserError
+from files import locked
 from prepare_fineweb import encode_batch, training_texts
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, read_manifest
 from sources import batches, find_source
@@ -36,7 +37,6 @@ from tokenizer import (
     vocabulary_of,
     well_formed,
 )
-from writing import locked
 
 SCRIPT = "prepare_fineweb.py"
 

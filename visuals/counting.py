@@ -18,7 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from errors import Parser, output_file, run_script
+from errors import Parser, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     ARGUMENTS = parse_arguments()
 
+from files import output_file
 from shards import TokenStream, encoding_of, tokenizer_of
 
 LONGEST = 5  # tokens of context
