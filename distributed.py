@@ -203,18 +203,7 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
         return
     if device.type == "mps":
         raise UserError("device mps: several processes can't share it; use cpu or one process")
-    timeout = timedelta(seconds=timeout_seconds + GRACE)
-    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
-    attempt = name_attempt(store, ranks.rank, ranks.world_size, timeout.total_seconds())
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(attempt, store),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    attempt = _join(ranks, timedelta(seconds=timeout_seconds + GRACE))
     roll_call = _begin_roll_call(ranks, attempt, timeout_seconds)
     all_have_ended = False
     try:
@@ -229,6 +218,26 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
         if all_have_ended:
             LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+def _join(ranks: Ranks, timeout: timedelta) -> str:
+    """Find the other processes and form a group with them; returns the name of this attempt.
+
+    Raises UserError if somebody doesn't come in time.
+    """
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    attempt = name_attempt(store, ranks.rank, ranks.world_size, timeout.total_seconds())
+    on_gpu = ranks.device.type == "cuda"
+    dist.init_process_group(
+        backend="nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(attempt, store),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+        device_id=ranks.device if on_gpu else None,
+    )
+    return attempt
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:

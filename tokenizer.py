@@ -65,42 +65,62 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             f"a vocabulary of {vocab_size} tokens: expected 257 (every byte and {END_OF_TEXT}) "
             f"to {MAX_VOCAB_SIZE} (what fits into two bytes)"
         )
-    words, counts = _words_to_learn_from(texts)
-
-    # For each token that could be made next: how often it would occur, and in which words.
-    pair_counts: Counter[bytes] = Counter()
-    words_with: defaultdict[bytes, set[int]] = defaultdict(set)
-    for index, word in enumerate(words):
-        for left, right in zip(word, word[1:]):
-            pair_counts[left + right] += counts[index]
-            words_with[left + right].add(index)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-
+    pairs = Pairs(*_words_to_learn_from(texts))
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < vocab_size - 1:
-        best = _pop_most_frequent(heap, pair_counts)
+        best = pairs.pop_most_frequent()
         if best is None:
             raise UserError(
                 f"the text yields only {len(ranks)} tokens, {vocab_size - 1} were asked for: "
                 "give more text or ask for a smaller vocabulary"
             )
         ranks[best] = len(ranks)
+        pairs.merge_everywhere(best)
+    return ranks
+
+
+class Pairs:
+    """The tokens that could be made next: how often each would occur, and in which words.
+
+    So that a merge goes through the words that have the pair, and no others.
+    """
+
+    def __init__(self, words: list[list[bytes]], counts: list[int]) -> None:
+        """Of different words, each as its tokens, and how often each of them occurs."""
+        self.words, self.word_counts = words, counts
+        self.counts: Counter[bytes] = Counter()
+        self.words_with: defaultdict[bytes, set[int]] = defaultdict(set)
+        for index, word in enumerate(words):
+            for left, right in zip(word, word[1:]):
+                self.counts[left + right] += counts[index]
+                self.words_with[left + right].add(index)
+        self.heap = [(-count, pair) for pair, count in self.counts.items()]
+        heapq.heapify(self.heap)
+
+    def pop_most_frequent(self) -> bytes | None:
+        """The most frequent pair, or None when none is left; entries of old counts are dropped."""
+        while self.heap:
+            negative_count, pair = heapq.heappop(self.heap)
+            if negative_count and self.counts.get(pair) == -negative_count:
+                return pair
+        return None
+
+    def merge_everywhere(self, pair: bytes) -> None:
+        """Make it one token in all words that have it, and see what pairs are there then."""
         changed = set()
-        for index in words_with.pop(best):
-            before, after = words[index], merge(words[index], best)
-            words[index] = after
+        for index in self.words_with.pop(pair):
+            before, after = self.words[index], merge(self.words[index], pair)
+            self.words[index] = after
             for left, right in zip(before, before[1:]):
-                pair_counts[left + right] -= counts[index]
+                self.counts[left + right] -= self.word_counts[index]
                 changed.add(left + right)
             for left, right in zip(after, after[1:]):
-                pair_counts[left + right] += counts[index]
-                words_with[left + right].add(index)
+                self.counts[left + right] += self.word_counts[index]
+                self.words_with[left + right].add(index)
                 changed.add(left + right)
-        del pair_counts[best]
-        for pair in changed - {best}:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
-    return ranks
+        del self.counts[pair]
+        for other in changed - {pair}:
+            heapq.heappush(self.heap, (-self.counts[other], other))
 
 
 def _words_to_learn_from(texts: Iterable[str]) -> tuple[list[list[bytes]], list[int]]:
@@ -124,15 +144,6 @@ def _words_to_learn_from(texts: Iterable[str]) -> tuple[list[list[bytes]], list[
         if size > MAX_TRAINING_BYTES:
             break
     return words, counts
-
-
-def _pop_most_frequent(heap: list[tuple[int, bytes]], pair_counts: Counter[bytes]) -> bytes | None:
-    """The most frequent pair, or None when none is left. Entries whose count is old are dropped."""
-    while heap:
-        negative_count, pair = heapq.heappop(heap)
-        if negative_count and pair_counts.get(pair) == -negative_count:
-            return pair
-    return None
 
 
 def merge(tokens: list[bytes], pair: bytes) -> list[bytes]:
