@@ -81,6 +81,7 @@ from decoding import pack_weights
 from device import choose_device, choose_dtype, memory_errors
 from huggingface import find_model
 from model import GPT
+from tokenizer import encode_long
 
 
 @dataclass
@@ -218,8 +219,7 @@ def answer(
     context = model.config.block_size
     ids = [encoding.eot_token]
     if prompt is not None:
-        # A token has 128 characters at most; tiktoken gives up on a run of a million blanks.
-        ids = encoding.encode_ordinary(prompt[-min(256 * context, 500_000) :])
+        ids = encode_long(encoding, prompt[-256 * context :])  # a token has 128 at most
     if len(ids) > context:
         print(
             f"the prompt is longer than the context: only its last {context:,} tokens are used",
