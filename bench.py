@@ -497,9 +497,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.task == "table":
         return table(arguments.folder)
     config = load_config([str(arguments.config)])
-    output = arguments.output and output_file(arguments.output)
-    if output:
-        check_can_write(output)
+    if arguments.output:
+        check_can_write(output_file(arguments.output))
     task = {f.__name__: f for f in (train, generate, data, tokenize, start, plan)}[arguments.task]
     report = {
         "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
@@ -509,8 +508,8 @@ def main(arguments: argparse.Namespace) -> None:
         "versions": versions(),
         **task(arguments, config),
     }
-    if output:
-        write_report(output, report)
+    if arguments.output:
+        write_report(arguments.output, report)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from shards import (
     TokenStream,
     shard_header,
 )
-from step import begin
+from step import make_stepper
 
 Measure = Callable[[], dict[str, float]]  # a turn: the numbers by name
 
@@ -176,7 +176,7 @@ def our_step(
         }
     )
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=device)
-    stepper = begin(config, ranks, BatchShape.of(config, 1), TokenStream(folder, "train"))
+    stepper = make_stepper(config, ranks, BatchShape.of(config, 1), TokenStream(folder, "train"))
     shutil.rmtree(folder)  # what is open stays readable
     load, forward, update = stepper.loader.load, stepper.loss_of, stepper.update
     numbers = itertools.count()

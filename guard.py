@@ -156,7 +156,7 @@ class RollCall:
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, timeout_seconds: float) -> None:
-        """Every rank makes one; before it goes on, it waits until all have."""
+        """Every rank makes one; whoever calls then waits for all."""
         self.store, self.rank, self.world_size = store, rank, world_size
         self.timeout_seconds = timeout_seconds
         self.arrived = (0, time.monotonic())  # how often, and when the last time

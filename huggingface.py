@@ -128,7 +128,7 @@ def download(name: str) -> Path:
         try:
             files = snapshot_download(repository, revision=revision or None, allow_patterns=WANTED)
         except RepositoryNotFoundError as error:
-            check_gated(repository, error)  # is not found either, without a login
+            check_gated(repository, error)  # a GatedRepoError is "not found", too
             raise UserError(f"{name}: neither a checkpoint here nor a model on the Hub") from error
     return Path(files)
 

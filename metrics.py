@@ -152,12 +152,13 @@ class Metrics:
                 tell(*viewer)
             except Exception as error:  # whatever kinds these packages have
                 del self.viewers[setting]
-                print(f"\n{setting} gets no more numbers: {one_line(error)}", file=sys.stderr)
+                say(f"{setting} gets no more numbers: {one_line(error)}")
 
 
 def _to_tensorboard(board: SummaryWriter, numbers: dict[str, float], step: int) -> None:
     for key, value in numbers.items():
         board.add_scalar(key, value, step)
+    board.flush()  # a run that fails doesn't close it
 
 
 class Speed:

@@ -62,7 +62,7 @@ from files import check_can_write, write_atomically
 from records import as_record, read_json
 from reports import commit, hardware, print_table, versions
 from shards import TokenStream
-from step import begin
+from step import make_stepper
 
 SEEDS = (1, 2, 3)
 Settings = dict[str, object]  # "section.key" -> value
@@ -268,7 +268,7 @@ def measure_steps(
         candidate = CANDIDATES[name]
         values = make_config(candidate.values(config, candidate.rates[0], SEEDS[0]))
         stream = TokenStream(Path(values.data.dir), "train")
-        steppers[name] = begin(values, ranks, BatchShape.of(values, 1), stream)
+        steppers[name] = make_stepper(values, ranks, BatchShape.of(values, 1), stream)
         steppers[name].take(0)  # compiles
     turns: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):

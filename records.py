@@ -36,7 +36,7 @@ def strict(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [strict(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

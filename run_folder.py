@@ -35,7 +35,7 @@ from shards import VOCABULARY, TokenizerRecord
 
 
 class RunFolder:
-    """A run's folder. Rank 0 reads and writes it while the others wait."""
+    """A run's folder. Rank 0 alone writes there, while the others wait."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         """See what is there, before anything is written."""
@@ -47,7 +47,10 @@ class RunFolder:
         self.damaged: set[Path] = set()
 
     def newest(self) -> Checkpoint | None:
-        """The checkpoint to go on from, the same on all machines; None if there is none."""
+        """The checkpoint to go on from, the same on all machines; None if there is none.
+
+        Those after it are damaged. Raises UserError if all are, or if a machine has another.
+        """
         checkpoint = agree_on_checkpoint(self.checkpoints, self.ranks)
         step = checkpoint.meta.step if checkpoint else 0
         # The run would go on from these if they were whole.
@@ -97,7 +100,7 @@ class RunFolder:
             vocabulary = Path(self.config.data.dir) / VOCABULARY
             ours = self.path / VOCABULARY
             if vocabulary.exists():
-                write_atomically(ours, vocabulary.read_text(encoding="utf-8"))
+                write_atomically(ours, vocabulary.read_bytes())
             elif ours.exists() and file_sha256(ours) != tokenizer.sha256:
                 ours.unlink()  # of an earlier run: nothing could be read with it
         return Metrics(self.config, step)
@@ -112,7 +115,10 @@ class RunFolder:
             ) from error
 
     def save(self, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint, after what metrics.jsonl tells of the steps up to it."""
+        """Write a checkpoint, after what metrics.jsonl tells of the steps up to it.
+
+        Raises UserError if that fails.
+        """
         with self.ranks.together():
             if self.ranks.is_first:
                 try:
@@ -126,7 +132,10 @@ class RunFolder:
                 save_checkpoint(self.checkpoints, meta, model, optimizer, **self._kept())
 
     def add_losses(self, step: int, losses: dict[str, float | None]) -> None:
-        """Tell the checkpoint of a step of a validation that came after it was saved."""
+        """Tell the checkpoint of a step of a validation that came after it was saved.
+
+        Raises UserError if that fails.
+        """
         with self.ranks.together():
             if self.ranks.is_first:
                 add_losses(self.checkpoints / step_name(step), **losses, **self._kept())

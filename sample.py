@@ -219,7 +219,7 @@ def answer(
     context = model.config.block_size
     ids = [encoding.eot_token]
     if prompt is not None:
-        ids = encode_long(encoding, prompt[-256 * context :])  # a token has 128 at most
+        ids = encode_long(encoding, prompt[-256 * context :])  # a token has 128 characters at most
     if len(ids) > context:
         print(
             f"the prompt is longer than the context: only its last {context:,} tokens are used",

@@ -125,7 +125,7 @@ class Stepper:
             keep_freed_memory()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from what a checkpoint holds."""
+        """Go on from what a checkpoint holds. Raises UserError if it doesn't fit the model."""
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.optimizer)
         swap_average(self.optimizer)  # a checkpoint's model is the average, if there is one
@@ -135,7 +135,7 @@ class Stepper:
             self.spikes.remember(checkpoint.meta.spikes)
 
     def memory(self) -> dict[str, ScalerMemory | SpikeMemory | None]:
-        """What `restore` wants of a checkpoint's Meta."""
+        """What a checkpoint's Meta keeps of gradient scaler and spike filter, for `restore`."""
         scaler = self.scaler.state_dict()
         return {
             "scaler": ScalerMemory(**scaler) if scaler else None,
@@ -241,7 +241,9 @@ class Stepper:
         numbers = self.update(accumulate(step, asked))
         if share := self.config.optim.average_share:
             update_average(self.optimizer, share, step + 1, skipped=numbers[SKIPPED])
-        else:  # a run may have had one; what is made up for before the first step still needs it
+        else:
+            # An earlier setting may have left one. It goes only now: what is made up for before
+            # the first step is of the average that was saved.
             drop_average(self.optimizer)
         return StepResult(step + 1, learning_rate, numbers)
 
@@ -317,7 +319,7 @@ class Stepper:
         return torch.stack((loss, grad_norm, skip.float(), asked))
 
 
-def begin(config: Config, ranks: Ranks, shape: BatchShape, stream: TokenStream) -> Stepper:
+def make_stepper(config: Config, ranks: Ranks, shape: BatchShape, stream: TokenStream) -> Stepper:
     """A run's model, with the weights that `train.seed` draws, and what trains it.
 
     Raises UserError if the settings don't go together.

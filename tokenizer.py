@@ -86,7 +86,7 @@ class Pairs:
     """
 
     def __init__(self, words: list[list[bytes]], counts: list[int]) -> None:
-        """Of different words, each as its tokens, and how often each of them occurs."""
+        """`words` differ, each is its tokens; `counts` says how often each occurs."""
         self.words, self.word_counts = words, counts
         self.counts: Counter[bytes] = Counter()
         self.words_with: defaultdict[bytes, set[int]] = defaultdict(set)

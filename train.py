@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 import math
 import shlex
 import signal
-from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from resume import check_can_begin_with, check_can_go_on
 from run_folder import RunFolder
 from scoring import BrokenOff, Validation
 from shards import TokenStream, check_contents, tokenizer_of
-from step import StepResult, begin
+from step import StepResult, make_stepper
 
 
 class Trainer:
@@ -59,7 +59,7 @@ class Trainer:
         with ranks.together():
             self._open_data(Path(config.data.dir))
         ranks.check_same("the data", self.fingerprint)
-        self.stepper = begin(config, ranks, shape, self.train_stream)
+        self.stepper = make_stepper(config, ranks, shape, self.train_stream)
         self.model, self.shape = self.stepper.model, shape
         self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
         self.folder = RunFolder(config, ranks)
@@ -234,7 +234,6 @@ class Trainer:
             say(plan(self.stepper, self.tokenizer))
         self.stepper.rehearse(self.step)
         with (
-            closing(self.metrics) if first else nullcontext(),
             tqdm(
                 total=config.train.max_steps,
                 initial=self.step,
@@ -245,6 +244,8 @@ class Trainer:
             self.stop,
         ):
             stopped = self._catch_up(missing) or self._loop(bar)
+        if first:
+            self.metrics.close()
         if stopped:
             number = self.stop.number or signal.SIGTERM
             told = "stopped before the first step; the same command begins again"
@@ -296,8 +297,8 @@ class Trainer:
         return kinds
 
     def _do_what_is_due(self, stop: bool) -> bool:
-        """Validate, save, run tasks, write a sample: tasks and sample come after the save, which
-        tells nothing of them.
+        """Validate, save, run tasks, write a sample: in this order, for a checkpoint tells of the
+        validation and waits for nothing else.
 
         Returns whether the run is to stop. Then it saves, and leaves evaluations to `_catch_up`:
         they may take longer than whoever asked for the end will wait.

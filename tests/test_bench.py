@@ -137,14 +137,14 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
 
 @pytest.mark.parametrize(("name", "masked"), [("ours", False), ("document mask", True)])
 def test_a_document_mask_separates_the_documents_of_the_shard(config, monkeypatch, name, masked):
-    def begin(config: Config, ranks: Ranks, shape: BatchShape, stream: TokenStream) -> Mock:
+    def make_stepper(config: Config, ranks: Ranks, shape: BatchShape, stream: TokenStream) -> Mock:
         """What it would train on, and how."""
         begins = (stream.read(0, len(stream)) == 50_256).sum()
         told.append((config.data.document_mask, len(stream) / begins))
         return Mock()
 
     told = []
-    monkeypatch.setattr(contestants, "begin", begin)
+    monkeypatch.setattr(contestants, "make_stepper", make_stepper)
     model = asdict(load_config([str(config)]).model) | {"block_size": 1024}
     settings = {"name": name, "model": model, "micro_batch_size": 8, "compile": False, "optim": {}}
     contestants.our_step(settings, torch.device("cpu"), torch.float32)
@@ -491,12 +491,12 @@ def test_another_precision_of_the_others_is_not_ours():
 
 
 def test_our_step_is_made_by_the_configs_optimizer(monkeypatch):
-    begin = Mock()
-    monkeypatch.setattr(contestants, "begin", begin)
+    make_stepper = Mock()
+    monkeypatch.setattr(contestants, "make_stepper", make_stepper)
     optim = asdict(load_config(["configs/gpt2_124m_muon.toml"]).optim)
     settings = SETTINGS | {"name": "ours", "optim": optim, "compile": False}
     contestants.our_step(settings, CPU, torch.float32)
-    assert asdict(begin.call_args.args[0].optim) == optim
+    assert asdict(make_stepper.call_args.args[0].optim) == optim
 
 
 def test_the_ceiling_is_the_operations_of_the_products_over_their_seconds(monkeypatch):

@@ -265,7 +265,7 @@ def test_the_steps_that_are_timed_are_each_candidates_and_have_been_done(begin, 
             now[0] += 4 * self.rate
             return 5.0
 
-    monkeypatch.setattr(recipe, "begin", Slow)
+    monkeypatch.setattr(recipe, "make_stepper", Slow)
     monkeypatch.setattr(recipe.time, "perf_counter", lambda: now[0])
     quick = recipe.CANDIDATES["nanogpt"]
     slow = recipe.changed(quick, "slow", {"optim.beta2": 0.5}, rates=(2.0,))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -418,15 +419,25 @@ def test_a_checkpoint_is_told_the_validation_that_was_made_up_for(
     assert lines[0] == lines[1]
 
 
-def test_tensorboard_shows_the_metrics(call, tiny, shards, tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_tensorboard_shows_the_metrics(configure, tmp_path, monkeypatch, fails):
+    """Also those of a run that has failed: there is more to learn from it."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    out = tmp_path / "run"
-    arguments = ("--train.max_steps", 3, "--log.tensorboard", "true")
-    call("train", tiny, "--data.dir", shards, "--train.out", out, *arguments)
+    out, take = tmp_path / "run", Stepper.take
+
+    def take_or_fail(stepper: Stepper, step: int, asked_to_stop: bool) -> StepResult:
+        if fails and step == 2:
+            raise UserError("it is too hot here")
+        return take(stepper, step, asked_to_stop)
+
+    monkeypatch.setattr(Stepper, "take", take_or_fail)
+    with pytest.raises(UserError, match="too hot") if fails else nullcontext():
+        train.train(configure("--train.max_steps", 3, "--log.tensorboard", "true"))
     reader = events.EventAccumulator(str(out / "tensorboard"))
     reader.Reload()
     told = [event.value for event in reader.Scalars("train/loss")]
     assert told == pytest.approx([line["loss"] for line in metrics_of(out)])
+    assert len(told) == (2 if fails else 3)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(call, tiny, shards, trained, tmp_path):
@@ -828,16 +839,6 @@ def test_losses_that_stay_not_finite_stop_the_run_and_never_reach_the_weights(co
     assert f"it saw windows {windows[:4]}" in str(error.value)
     (line,) = metrics_of(trainer.folder.path, "skip")
     assert line == {"kind": "skip", "step": 2, "loss": None, "grad_norm": None, "windows": windows}
-
-
-def test_what_viewers_still_hold_is_handed_in_when_a_run_fails_too(configure, monkeypatch):
-    trainer, closed = train.Trainer(configure("--train.max_skipped_steps", 0), ALONE), []
-    with torch.no_grad():
-        trainer.model.ln_f.weight[0] = math.nan
-    monkeypatch.setattr(Metrics, "close", lambda metrics: closed.append(metrics))
-    with trainer.folder.owned(), pytest.raises(UserError, match="1 in a row"):
-        trainer.run()
-    assert closed == [trainer.metrics]
 
 
 def test_gradients_in_float16_that_are_never_finite_stop_the_run(configure):

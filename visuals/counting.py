@@ -11,7 +11,6 @@ allows, and what a compressor makes of the validation text when it has the train
 from __future__ import annotations
 
 import argparse
-import json
 import lzma
 import math
 import sys
@@ -32,7 +31,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     ARGUMENTS = parse_arguments()
 
-from files import output_file
+from files import check_can_write, output_file
+from reports import write_report
 from shards import TokenStream, encoding_of, tokenizer_of
 
 LONGEST = 5  # tokens of context
@@ -125,7 +125,8 @@ def measure(data: Path) -> dict[str, object]:
 
 def main(arguments: argparse.Namespace) -> None:
     """Print the table."""
-    output = arguments.output and output_file(arguments.output)
+    if arguments.output:
+        check_can_write(output_file(arguments.output))
     result = measure(arguments.data)
     print("tokens of context   in the training text   seen there before   guessed right")
     for row in result["contexts"]:
@@ -136,14 +137,14 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"a bigram model's loss: {result['bigram_loss']:.3f} nats per token")
     xz = result["xz_bits_per_byte_after_training_text"]
     print(f"xz -9e, after the training text: {xz:.3f} bits per byte")
-    if output:
+    if arguments.output:
         record = {
             "what": "guessing validation tokens by counting what followed in the training text",
             "command": f"python -m visuals.counting --data {arguments.data}",
             "python": sys.version.split()[0],
             **result,
         }
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_report(arguments.output, record)
 
 
 if __name__ == "__main__":
