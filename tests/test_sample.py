@@ -20,10 +20,9 @@ from conftest import ROOT, TEXT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sample
 from checkpoint import find_checkpoint
 from model import GPT
-from sample import Completion, parse_arguments
+from sample import Completion, answer, parse_arguments
 from tokenizer import gpt2_encoding
 
 # A draw could end the text after a few tokens; the likeliest token never does.
@@ -322,8 +321,8 @@ def test_a_prompt_of_a_million_blanks_does_not_break_the_tokenizer(monkeypatch):
     """Of so many at once tiktoken makes nothing but a panic."""
     asked, arguments = [], SimpleNamespace(jsonl=True)
     model = SimpleNamespace(config=SimpleNamespace(block_size=4096))
-    monkeypatch.setattr(sample, "complete", lambda *those, **_: asked.append(those[2]) or [])
-    sample.answer(model, gpt2_encoding(), " " * 3_000_000, arguments, generator=None)
+    monkeypatch.setattr("sample.complete", lambda *those, **_: asked.append(those[2]) or [])
+    answer(model, gpt2_encoding(), " " * 3_000_000, arguments, generator=None)
     assert gpt2_encoding().decode(asked[0]) == " " * 256 * 4096
 
 
