@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -419,25 +419,24 @@ def test_a_checkpoint_is_told_the_validation_that_was_made_up_for(
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_tensorboard_shows_the_metrics(configure, tmp_path, monkeypatch, fails):
-    """Also those of a run that has failed: there is more to learn from it."""
+def test_tensorboard_shows_the_metrics(call, tiny, shards, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    out, take = tmp_path / "run", Stepper.take
-
-    def take_or_fail(stepper: Stepper, step: int, asked_to_stop: bool) -> StepResult:
-        if fails and step == 2:
-            raise UserError("it is too hot here")
-        return take(stepper, step, asked_to_stop)
-
-    monkeypatch.setattr(Stepper, "take", take_or_fail)
-    with pytest.raises(UserError, match="too hot") if fails else nullcontext():
-        train.train(configure("--train.max_steps", 3, "--log.tensorboard", "true"))
+    out = tmp_path / "run"
+    arguments = ("--train.max_steps", 3, "--log.tensorboard", "true")
+    call("train", tiny, "--data.dir", shards, "--train.out", out, *arguments)
     reader = events.EventAccumulator(str(out / "tensorboard"))
     reader.Reload()
     told = [event.value for event in reader.Scalars("train/loss")]
     assert told == pytest.approx([line["loss"] for line in metrics_of(out)])
-    assert len(told) == (2 if fails else 3)
+
+
+def test_tensorboard_has_each_line_when_it_is_told(configure, tmp_path, monkeypatch):
+    """It writes in a thread of its own, which ends with the process, however that ends."""
+    board = mock.Mock()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: board)
+    (tmp_path / "run").mkdir()
+    Metrics(configure("--log.tensorboard", "true"), 0).write("train", 1, {"loss": 2.5})
+    assert board.mock_calls == [mock.call.add_scalar("train/loss", 2.5, 1), mock.call.flush()]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(call, tiny, shards, trained, tmp_path):
