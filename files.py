@@ -85,6 +85,15 @@ def file_sha256(path: Path) -> str:
 # Writing
 
 
+@contextmanager
+def disk_errors(told: str, way_out: str = "") -> Iterator[None]:
+    """Turn an error of the disk into a UserError: "{told}: the error's words{way_out}"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{told}: {error.strerror}{way_out}") from error
+
+
 def sync(path: Path) -> None:
     """Have a file's content, or a folder's list of names, on the disk before going on."""
     if path.is_dir() and os.name != "posix":

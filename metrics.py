@@ -7,7 +7,7 @@ import math
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from config import Config
 from device import Moment, peak_flops
 from distributed import Ranks
 from errors import UserError, one_line
-from files import write_atomically
+from files import disk_errors, write_atomically
 from records import strict
 
 if TYPE_CHECKING:
@@ -119,15 +119,12 @@ class Metrics:
                 write_atomically(path, path.parent.name)
             return path.read_text(encoding="utf-8")
 
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"can't write {self.path}: {error.strerror}; make room or mend the disk, then give "
-                "the same command again to go on from the newest checkpoint"
-            ) from error
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        return disk_errors(
+            f"can't write {self.path}",
+            "; make room or mend the disk, then give the same command again to go on from the "
+            "newest checkpoint",
+        )
 
     def write(self, kind: str, step: int, values: dict[str, object]) -> None:
         """Record values of `kind` ("train", "val", "skip", a task) after `step` finished steps.

@@ -26,7 +26,7 @@ from checkpoint import (
 from config import Config
 from distributed import Ranks
 from errors import UserError
-from files import file_sha256, locked, sync, write_atomically
+from files import disk_errors, file_sha256, locked, sync, write_atomically
 from metrics import METRICS, Metrics
 from model import GPT
 from optim import last_at_peak
@@ -71,7 +71,7 @@ class RunFolder:
         with ExitStack() as stack:
             with self.ranks.together():
                 if self.ranks.is_first:
-                    with self._disk_errors():
+                    with disk_errors(f"can't write to the run folder {self.path}"):
                         self.path.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(locked(self.path))
                     self._check_still_newest()
@@ -95,7 +95,7 @@ class RunFolder:
 
     def _prepare_here(self, tokenizer: TokenizerRecord, step: int) -> Metrics:
         check_can_save(self.checkpoints)
-        with self._disk_errors():
+        with disk_errors(f"can't write to the run folder {self.path}"):
             write_atomically(self.path / "config.toml", self.config.to_toml())
             vocabulary = Path(self.config.data.dir) / VOCABULARY
             ours = self.path / VOCABULARY
@@ -105,15 +105,6 @@ class RunFolder:
                 ours.unlink()  # of an earlier run: nothing could be read with it
         return Metrics(self.config, step)
 
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"can't write to the run folder {self.path}: {error.strerror}"
-            ) from error
-
     def save(self, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint, after what metrics.jsonl tells of the steps up to it.
 
@@ -121,13 +112,12 @@ class RunFolder:
         """
         with self.ranks.together():
             if self.ranks.is_first:
-                try:
+                with disk_errors(
+                    f"can't write {self.path / METRICS}",
+                    "; mend the disk, then give the same command again to go on from the newest "
+                    "checkpoint",
+                ):
                     sync(self.path / METRICS)
-                except OSError as error:
-                    raise UserError(
-                        f"can't write {self.path / METRICS}: {error.strerror}; mend the disk, then "
-                        "give the same command again to go on from the newest checkpoint"
-                    ) from error
                 self.damaged.discard(self.checkpoints / step_name(meta.step))
                 save_checkpoint(self.checkpoints, meta, model, optimizer, **self._kept())
 
