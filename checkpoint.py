@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError
-from files import is_there, own_file, sync, write_atomically
+from files import disk_errors, file_sha256, is_there, own_file, sync, write_atomically
 from guard import SpikeMemory
 from model import GPT, GPTConfig
 from optim import OTHER
@@ -241,16 +241,12 @@ def add_losses(
 
     A crash leaves the old meta.json or the new one. Raises UserError if it can't be written.
     """
-    try:
+    way_out = "; make room or mend the disk, then give the same command again"
+    with disk_errors(f"can't write {path / META}", way_out):
         content = _read_meta(path)
         del content["checksum"]
         content |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
         write_atomically(path / META, _with_checksum(content))
-    except OSError as error:
-        raise UserError(
-            f"can't write {path / META}: {error.strerror}; make room or mend the disk, then give "
-            "the same command again"
-        ) from error
     _remove_old(path.parent, path, keep, keep_until, damaged)
 
 
@@ -259,12 +255,10 @@ def check_can_save(folder: Path) -> None:
 
     Raises UserError if it can't: before the first step, rather than hours later.
     """
-    try:
+    with disk_errors(f"can't save checkpoints in {folder}"):
         temporary = folder / ".step_0.partial"
         _begin(temporary)
         temporary.rmdir()
-    except OSError as error:
-        raise UserError(f"can't save checkpoints in {folder}: {error.strerror}") from error
 
 
 def _begin(temporary: Path) -> None:
@@ -499,12 +493,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _fingerprint(path: Path) -> dict[str, object]:
     """A file's size in bytes and its SHA-256. Raises UserError if it can't be read."""
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": path.stat().st_size, "sha256": sha256}
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from error
+    with disk_errors(f"can't read {path}"):
+        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _checksum(content: dict[str, object]) -> str:

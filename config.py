@@ -316,11 +316,8 @@ def _checked(section: str, key: str, value: Any) -> Any:
         raise UserError(f"{name} = {value!r}: expected {_type_name(kind)}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} = {value}: expected a finite number")
-    if kind is str:
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # a config.toml can't hold it
-            raise UserError(f"{name} = {value!r}: expected text in UTF-8") from error
+    if kind is str and not _is_plain(value):
+        raise UserError(f"{name} = {value!r}: expected text in UTF-8, without zeros")
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{name} = {value!r}: expected one of {', '.join(limits['choices'])}")
     if limits["minimum"] is not None and not value >= limits["minimum"]:
@@ -329,6 +326,14 @@ def _checked(section: str, key: str, value: Any) -> Any:
     if below is not None and not value < below:
         raise UserError(f"{name} = {value}: expected less than {below}")
     return value
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a config.toml, or a file's name, can hold it."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _type_name(kind: type) -> str:

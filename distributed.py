@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from device import choose_device
-from errors import Stopped, UserError
+from errors import Stopped, UserError, one_line
 from guard import RollCall
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch < 2.13
@@ -225,7 +225,10 @@ def _join(ranks: Ranks, timeout: timedelta) -> str:
 
     Raises UserError if somebody doesn't come in time.
     """
-    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        raise UserError(f"the other processes haven't come: {one_line(error)}") from error
     store.set_timeout(timeout)
     attempt = name_attempt(store, ranks.rank, ranks.world_size, timeout.total_seconds())
     on_gpu = ranks.device.type == "cuda"

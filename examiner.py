@@ -101,7 +101,10 @@ class Examiner:
             return questions.ask(self._scorer(), stride=self.config.model.block_size)
 
     def sample(self, step: int) -> str:
-        """A text from <|endoftext|> to the next, as the model writes it after `step`."""
+        """A text from <|endoftext|> to the next, as the model writes it after `step`.
+
+        If its weights are spoilt, a word on that: a step that finds out tells what to do.
+        """
         generator = torch.Generator(self.ranks.device)
         generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, step, 0))
         end = self.encoding.eot_token
@@ -110,4 +113,7 @@ class Examiner:
             tokens = model.generate(
                 start, SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator
             )
-            return self.encoding.decode([*itertools.takewhile(end.__ne__, map(int, tokens))])
+            try:
+                return self.encoding.decode([*itertools.takewhile(end.__ne__, map(int, tokens))])
+            except FloatingPointError as error:
+                return f"nothing: {error}"

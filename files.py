@@ -121,12 +121,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def check_can_write(path: Path) -> None:
     """See that `write_atomically` can begin, ahead of long work. Raises UserError if it can't."""
-    try:
+    with disk_errors(f"can't write {path}"):
         temporary = _partial(path)
         temporary.touch(exist_ok=False)
         temporary.unlink()
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from error
 
 
 def _partial(path: Path) -> Path:
@@ -149,11 +147,10 @@ def locked(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    try:
+    told = f"can't write to {folder}"
+    with disk_errors(told):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a planted link would lose its target
         file = open(os.open(folder / LOCK, flags, 0o666), "rb+", buffering=0)
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,11 +160,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(f"{owner} is writing to {folder}: wait until it is done") from error
         except OSError:
             pass  # a file system without locks
-        try:  # a file stays behind: removing it could let two others in at once
+        with disk_errors(told):  # a file stays behind: removing it could let two others in at once
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except OSError as error:
-            raise UserError(f"can't write to {folder}: {error.strerror}") from error
         try:
             yield
         finally:

@@ -58,7 +58,7 @@ from data import BatchShape
 from device import choose_device, device_name
 from distributed import Ranks
 from errors import UserError
-from files import check_can_write, write_atomically
+from files import check_can_write, disk_errors, write_atomically
 from records import as_record, read_json
 from reports import commit, hardware, print_table, versions
 from shards import TokenStream
@@ -235,11 +235,9 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
     """One training. Raises UserError if it failed."""
     folder = arguments.out / f"{name}_{rate:g}_{seed}"
     config = make_config(CANDIDATES[name].values(arguments.config, rate, seed))
-    try:
+    with disk_errors(f"can't write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"can't write {folder}: {error.strerror}") from error
     command = [sys.executable, ROOT / "train.py", folder / "recipe.toml", "--train.out", folder]
     threads = max(1, os.cpu_count() // arguments.jobs)
     with (folder / "log.txt").open("a") as log:
@@ -361,12 +359,10 @@ def main(arguments: argparse.Namespace) -> None:
             f"{arguments.config} has log.eval_every = 0: the losses are what is compared"
         )
     found = found_so_far(path, config, names)
-    try:
+    with disk_errors(f"can't write {arguments.out}"):
         arguments.out.mkdir(parents=True, exist_ok=True)
         check_can_write(path)
         found.save(path)  # a training that is broken off is to go on with the same settings only
-    except OSError as error:
-        raise UserError(f"can't write {arguments.out}: {error.strerror}") from error
     do(
         found,
         [(name, rate, SEEDS[0]) for name in names for rate in CANDIDATES[name].rates],

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from errors import UserError, one_line
-from files import output_file, write_atomically
+from files import disk_errors, output_file, write_atomically
 from records import read_json, strict
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -147,10 +147,8 @@ def write_report(path: Path, report: dict) -> None:
 
     Raises UserError if the disk is full, or gone.
     """
-    try:
+    with disk_errors(f"can't write {path}"):
         write_atomically(output_file(path), json.dumps(strict(report), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from error
 
 
 # By task: the speed that is told of a result, and the seconds of a turn that a ratio compares.

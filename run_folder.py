@@ -1,6 +1,7 @@
 """The folder of a training run: who may write there, its settings, and the checkpoints that stay.
 
-    out/NAME/config.toml, metrics.jsonl, checkpoints/, lock; tokenizer.tiktoken unless it is GPT-2's
+    out/NAME/config.toml, metrics.jsonl, checkpoints/, lock; tokenizer.tiktoken if the data has one;
+             tensorboard/ and wandb_id if they are asked for
 
 Explained in README, "Checkpoints".
 """
@@ -58,9 +59,9 @@ class RunFolder:
         return checkpoint
 
     def newest_before(self, step: int) -> Path | None:
-        """The last checkpoint of an earlier step, if there is one."""
-        earlier = [path for path in checkpoints_in(self.checkpoints) if step_of(path) < step]
-        return earlier[-1] if earlier else None
+        """The last checkpoint of an earlier step that isn't known to be damaged, if any."""
+        whole = [path for path in checkpoints_in(self.checkpoints) if path not in self.damaged]
+        return next((path for path in reversed(whole) if step_of(path) < step), None)
 
     @contextmanager
     def owned(self) -> Iterator[None]:

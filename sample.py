@@ -274,6 +274,8 @@ def main(arguments: argparse.Namespace) -> None:
         try:
             with memory_errors("lower --num-samples"):
                 answer(model, encoding, prompt, arguments, generator)
+        except FloatingPointError as error:
+            raise UserError(f"{arguments.checkpoint}: {error}") from error
         except KeyboardInterrupt:
             if not arguments.interactive:
                 raise

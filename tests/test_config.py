@@ -178,5 +178,6 @@ def test_text_that_toml_cannot_hold_as_it_is_comes_back_or_is_refused(tmp_path):
     odd = make_config({"train": {"out": 'a\x7f"\\\n\té'}})
     path.write_text(odd.to_toml(), encoding="utf-8")
     assert load_config([str(path)]) == odd
-    with pytest.raises(UserError, match="data.dir = .*: expected text in UTF-8"):
-        make_config({"data": {"dir": "a\udcff"}})
+    for name in ("a\udcff", "a\0b"):  # nor can a file have the second as its name
+        with pytest.raises(UserError, match="data.dir = .*: expected text in UTF-8, without zeros"):
+            make_config({"data": {"dir": name}})

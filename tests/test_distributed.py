@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -65,6 +66,19 @@ def test_every_attempt_has_a_name_of_its_own_whoever_comes_last(store, late):
     names = [attempt(store, world_size, late) for world_size in (3, 3, 2, 3, 1)]
     assert all(len(set(each)) == 1 for each in names)
     assert len({each[0] for each in names}) == 5
+
+
+def test_a_process_whose_peers_never_start_says_so(monkeypatch):
+    """Started by hand: under torchrun, an agent keeps the store that all of them find."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", **address}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "GRACE", 0)
+    with pytest.raises(UserError, match="the other processes haven't come: .*[Tt]imed out"):
+        with process_group("cpu", timeout_seconds=1):
+            pass
 
 
 def test_who_died_before_the_others_came_is_not_taken_for_the_one_that_comes(store):

@@ -20,7 +20,7 @@ from conftest import ROOT, TEXT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import find_checkpoint
+from checkpoint import Checkpoint, find_checkpoint
 from model import GPT
 from sample import Completion, answer, parse_arguments
 from tokenizer import gpt2_encoding
@@ -299,6 +299,14 @@ def test_what_is_no_checkpoint_is_refused(call, tmp_path):
 
 def test_a_real_process_refuses_with_one_line_too(tmp_path):
     assert "is no checkpoint" in run("sample.py", "--checkpoint", tmp_path).error()
+
+
+def test_weights_too_large_to_compute_with_are_told_of(call, trained, monkeypatch):
+    spoilt = find_checkpoint(trained).make_model()
+    spoilt.ln_f.weight.data.fill_(3e38)
+    monkeypatch.setattr(Checkpoint, "make_model", lambda self: spoilt)
+    error = call("sample", "--checkpoint", trained, "--prompt", "The").error()
+    assert f"{trained}: the logits aren't finite: training has spoilt the weights" in error
 
 
 def test_a_vocabulary_that_is_not_the_models_is_refused(call, trained, tmp_path):

@@ -280,6 +280,14 @@ def test_a_sample_ends_where_its_text_does(configure, monkeypatch):
     assert trainer.examiner.sample(trainer.step) == trainer.examiner.encoding.decode([65, 66])
 
 
+def test_weights_that_write_nothing_are_told_of_instead_of_a_sample(configure, capfd):
+    """Finite, but too large to compute with: the run goes on to the steps that tell what to do."""
+    wild = ("--optim.learning_rate", 1e30, "--optim.warmup_steps", 0, "--log.eval_every", 0)
+    with pytest.raises(train.UserError, match="3 in a row, which is one too many"):
+        train.train(configure(*wild, "--log.sample_every", 1, "--train.max_skipped_steps", 2))
+    assert "step 1 writes:\nnothing: the logits aren't finite" in capfd.readouterr().err
+
+
 def test_a_run_that_is_to_stop_writes_no_sample_first(configure, capfd):
     """Whoever asked may not wait for long."""
     trainer = train.Trainer(configure("--log.sample_every", 1), ALONE)
@@ -612,6 +620,8 @@ def test_the_way_out_is_the_same_when_the_next_step_is_under_way_already(configu
     for trainer.step in (8, 9):
         assert "Go back to" in trainer._way_out(result)
         assert "step_000004: remove those after it" in trainer._way_out(result)
+    trainer.folder.damaged.add(trainer.folder.checkpoints / "step_000004")
+    assert "step_000003: remove those after it" in trainer._way_out(result)
 
 
 def test_a_run_whose_last_update_spoils_the_weights_is_not_called_done(configure, capsys):
@@ -926,6 +936,18 @@ def test_weights_and_biases_that_cannot_begin_are_one_line(configure, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", package)
     with pytest.raises(UserError, match=told):
         train.train(configure("--log.wandb", "project"))
+
+
+@pytest.mark.parametrize("content", [None, b"\xff"])
+def test_an_id_at_weights_and_biases_that_cannot_be_read_is_named(configure, monkeypatch, content):
+    """A folder, for one; the run has been begun by then."""
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=None))
+    train.train(configure("--train.max_steps", 1))
+    config = configure("--log.wandb", "project")
+    path = Path(config.train.out) / "wandb_id"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=f"can't read {path}: "):
+        train.train(config)
 
 
 def test_a_viewer_that_fails_costs_the_run_nothing(configure, monkeypatch, tmp_path, capsys):
