@@ -24,9 +24,9 @@ from test_tasks import hellaswag_hub
 from config import Config, load_config
 from model import GPT, GPTConfig
 from plan import estimated_memory
-from recipe import Found, Row, load_found, rows_of, shares
 from reports import ratios
 from tokenizer import gpt2_encoding
+from trials import Found, Row, load_found, rows_of, shares
 from visuals import KEPT, diagrams
 from visuals.story import attention_rows, chapters, load_story
 

@@ -22,7 +22,7 @@ from checkpoint import find_checkpoint
 from config import load_config
 from model import choose_next, next_probabilities
 from optim import learning_rate_at
-from recipe import load_found, rows_of
+from trials import load_found, rows_of
 from visuals import CONFIG, ROOT
 from visuals.canvas import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED, sheet, visible
 from visuals.story import Story, attention_rows, likeliest, load_story
