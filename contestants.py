@@ -175,7 +175,7 @@ def our_step(
             },
         }
     )
-    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=device)
+    ranks = Ranks(device)
     stepper = make_stepper(config, ranks, BatchShape.of(config, 1), TokenStream(folder, "train"))
     shutil.rmtree(folder)  # what is open stays readable
     load, forward, update = stepper.loader.load, stepper.loss_of, stepper.update

@@ -62,13 +62,12 @@ class TreeSum:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all, and how it talks to the others."""
+    """This process's place among all, if there are others, and how it talks to them."""
 
-    rank: int
-    local_rank: int
-    world_size: int
     device: torch.device
-
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
     local_world_size: int = 1  # processes on this machine
     roll_call: RollCall | None = None  # if there are others
 

@@ -167,7 +167,7 @@ def measure_steps(
     names: list[str], config: Path, rounds: int = 5, steps: int = 4
 ) -> dict[str, list[float]]:
     """Seconds of a step, by candidate: of several rounds, in which all take turns."""
-    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=choose_device("auto"))
+    ranks = Ranks(choose_device("auto"))
     steppers = {}
     for name in names:
         candidate = CANDIDATES[name]

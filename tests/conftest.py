@@ -85,6 +85,11 @@ def corpus() -> Path:
     return CORPUS
 
 
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """All files in a folder, with what they hold."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @dataclass
 class Result:
     """What a script left behind."""

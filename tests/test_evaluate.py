@@ -67,7 +67,7 @@ def test_by_default_val_takes_as_many_tokens_as_llm_c_does(tmp_path):
         last[:] = targets[-1].tolist()
         return targets.double().mean()
 
-    alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    alone = Ranks(torch.device("cpu"))
     tokens = evaluate.parse_arguments(["--checkpoint", "out/demo"]).tokens
     found = validate(loss_of, stream, 1024, 16, tokens, alone, None)
     assert found.tokens == 10_485_760  # 20 of llm.c's batches of 524,288

@@ -97,7 +97,7 @@ def kept_model() -> Scorer:
     checkpoint = find_checkpoint(str(KEPT))
     model = GPT(checkpoint.meta.model)
     checkpoint.load_model(model)
-    alone = Ranks(rank=0, local_rank=0, world_size=1, device=choose_device("cpu"))
+    alone = Ranks(choose_device("cpu"))
     return Scorer(model.eval(), checkpoint.encoding(), alone, batch_tokens=1024)
 
 

@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 from scoring import Estimate, Request, Scorer, log_probabilities
 from tokenizer import make_encoding
 
-ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = Ranks(torch.device("cpu"))
 BYTES = make_encoding({bytes([byte]): byte for byte in range(256)})
 
 

@@ -23,7 +23,7 @@ from optim import learning_rate_at
 from shards import TokenStream
 from step import Stepper, StepResult, draw_seed
 
-ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = Ranks(torch.device("cpu"))
 
 
 def tiny_model(config: Config) -> GPT:
@@ -123,7 +123,7 @@ def test_under_ddp_a_compiled_block_stays_one_graph_and_computes_the_same(
     counters.clear()
     monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    ranks = Ranks(rank=0, local_rank=0, world_size=2, device=torch.device("cpu"))
+    ranks = Ranks(torch.device("cpu"), world_size=2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     gradients = []
     try:
@@ -231,7 +231,7 @@ from shards import TokenStream
 from step import Stepper
 
 config, folder = load_config(sys.argv[2:]), Path(sys.argv[1])
-ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+ranks = Ranks(torch.device("cpu"))
 model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=4, n_head=2, n_embd=768))
 stepper = Stepper(config, ranks, model, BatchShape(512, 32, 16, 1), TokenStream(folder, "train"))
 stepper.rehearse(0)
@@ -299,7 +299,7 @@ def test_on_a_gpu_nothing_in_a_step_waits_for_the_device(configure, shards, name
         "--optim.name", name, "--train.dtype", "bfloat16", "--optim.average_share", 0.1
     )
     shape = BatchShape(512, 32, config.train.micro_batch_size, world_size=1)
-    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=device)
+    ranks = Ranks(device)
     model = tiny_model(config).to(device)
     stepper = Stepper(config, ranks, model, shape, TokenStream(shards, "train"))
     take(stepper, 2)  # the first steps set libraries up
@@ -317,7 +317,7 @@ def test_on_a_gpu_a_document_mask_in_blocks_is_not_waited_for(configure, short_d
     settings = ("--data.dir", short_documents, "--data.document_mask", "true")
     settings += ("--model.dropout", 0, "--train.device", "cuda", "--train.dtype", "bfloat16")
     config = configure(*settings, "--train.compile", "true")
-    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
+    ranks = Ranks(torch.device("cuda", 0))
     torch.manual_seed(0)
     sizes = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64}
     model = GPT(GPTConfig(vocab_size=300, **sizes)).cuda()

@@ -27,7 +27,7 @@ from scoring import Scorer
 from visuals import KEPT
 
 ITEMS = ROOT / "tests" / "items"
-ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = Ranks(torch.device("cpu"))
 COMMIT = "d" * 40
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -10,38 +9,26 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Result, exchange_shard, metrics_of
+from conftest import ROOT, Result, exchange_shard, files_of, metrics_of
 from safetensors.torch import load_file
 from test_checkpoint import rewrite_meta
 
 import examiner
 import train
 from checkpoint import MODEL, newest_checkpoint, read_checkpoint
-from config import load_config
-from data import load_windows, step_windows
+from data import step_windows
 from distributed import Ranks
-from errors import UserError
 from metrics import Metrics
-from model import GPT, GPTConfig
-from optim import drop_average, learning_rate_at, swap_average
-from plan import estimated_memory, plan
 from scoring import Estimate, Scorer, Validation
-from shards import VOCABULARY, TokenStream, encoding_of
 from step import Stepper, StepResult
 from tasks import load_questions
-from tokenizer import gpt2_encoding, save_vocabulary
 
-ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = Ranks(torch.device("cpu"))
 
 
 # A run
@@ -60,64 +47,6 @@ def test_a_compiled_model_computes_the_same_and_is_not_the_one_that_is_saved(con
         compiled.save(None)
     result = call("sample", "--checkpoint", config.train.out, "--max-new-tokens", 3, "--seed", 1)
     assert result.status == 0
-
-
-def test_a_run_leaves_its_settings_vocabulary_metrics_and_checkpoints(trained, shards):
-    names = sorted(path.name for path in trained.iterdir())
-    assert names == ["checkpoints", "config.toml", "lock", "metrics.jsonl", "tokenizer.tiktoken"]
-    steps = sorted(path.name for path in (trained / "checkpoints").iterdir())
-    assert steps == ["step_000020", "step_000040"]
-    vocabulary = (shards / "tokenizer.tiktoken").read_bytes()
-    assert (trained / "tokenizer.tiktoken").read_bytes() == vocabulary
-    again = load_config([str(trained / "config.toml"), "--train.out", str(trained)])
-    assert again.to_toml() == (trained / "config.toml").read_text()
-
-
-def test_metrics_tell_every_step_once_and_the_model_learns(trained):
-    lines = metrics_of(trained)
-    assert [line["step"] for line in lines] == list(range(1, 41))
-    assert [line["tokens"] for line in lines] == [512 * step for step in range(1, 41)]
-    assert abs(lines[0]["loss"] - math.log(300)) < 0.5
-    assert lines[-1]["loss"] < lines[0]["loss"] - 1
-    keys = ["kind", "step", "loss", "learning_rate", "grad_norm", "tokens"]
-    assert list(lines[0])[:6] == keys
-    assert lines[0]["mfu"] is None  # nobody knows this CPU's peak
-
-
-def test_the_speed_that_is_told_is_that_of_the_step_it_is_told_for(configure, monkeypatch):
-    config = configure("--train.max_steps", 4, "--log.log_every", 1, "--log.eval_every", 2)
-    trainer = train.Trainer(config, ALONE)
-    step = trainer.train_step
-
-    def slow_step():
-        time.sleep(0.1)
-        return step()
-
-    monkeypatch.setattr(trainer, "train_step", slow_step)
-    with trainer.folder.owned():
-        trainer.run()
-    speeds = [line["tokens_per_second"] for line in metrics_of(trainer.folder.path)]
-    assert len(speeds) == 4
-    assert max(speeds) < config.train.tokens_per_step / 0.1
-
-
-def test_validation_loss_and_bits_per_byte_are_what_the_model_says(trained, shards):
-    checkpoint = read_checkpoint(trained / "checkpoints" / "step_000040")
-    model = GPT(checkpoint.meta.model).eval()
-    checkpoint.load_model(model)
-    stream, encoding = TokenStream(shards, "val"), encoding_of(shards)
-    nats, text = 0.0, b""
-    for window in range(512 // 32):
-        inputs, targets = load_windows(stream, [window], 32)
-        with torch.no_grad():
-            nats += model(inputs, targets).item() * 32
-        text += encoding.decode_bytes([int(i) for i in targets.flatten() if i < 299])
-    line = metrics_of(trained, "val")[-1]
-    assert line["step"] == 40
-    assert line["loss"] == pytest.approx(nats / 512, rel=1e-6)
-    assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-6)
-    assert checkpoint.meta.val_loss == line["loss"]
-    assert checkpoint.meta.best_val_loss == min(m["loss"] for m in metrics_of(trained, "val"))
 
 
 def test_evaluate_prints_what_training_told(call, trained, shards):
@@ -151,141 +80,6 @@ def test_a_run_that_reads_each_document_by_itself_is_evaluated_as_it_was_trained
 
     assert evaluated(True) == pytest.approx(told["loss"], rel=1e-6)
     assert abs(evaluated(False) - told["loss"]) > 1e-3
-
-
-def test_the_plan_comes_before_the_first_step(call, tiny, shards, tmp_path):
-    arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--train.max_steps", 3)
-    told = call("train", tiny, *arguments).err
-    plan = told[: told.index("/3 [")]
-    assert "512 tokens per step = processes 1 × micro-batches 8 × windows 2 × tokens 32" in plan
-    assert "36,096 parameters, vocabulary bpe-300 of 300" in plan
-    assert "3 steps take 1,536" in plan
-    assert "GB per process" in plan
-
-
-@pytest.mark.parametrize(
-    ("fall", "steps", "told"),
-    [
-        (6, 11, None),
-        (
-            6,
-            10,
-            "schedule    4 steps of warm-up and 6 of fall are too many for 10: lower --op",
-        ),
-        (0, 6, None),
-        (0, 5, "schedule    4 steps of warm-up are too many for 5: lower --optim.warmup_steps"),
-    ],
-)
-def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, fall, steps, told):
-    changes = ("--optim.warmup_steps", 4, "--optim.decay_steps", fall, "--train.max_steps", steps)
-    trainer = train.Trainer(configure(*changes), ALONE)
-    shown, optim = plan(trainer.stepper, trainer.tokenizer), trainer.config.optim
-    assert told in shown if told else "schedule" not in shown
-    before_fall, last = (learning_rate_at(s, optim, steps) for s in (steps - 1 - fall, steps - 1))
-    falls_in_time = last == optim.min_learning_rate and (
-        before_fall == optim.learning_rate or not fall
-    )
-    assert falls_in_time == (told is None)
-
-
-def test_the_plan_counts_the_averages(configure, monkeypatch):
-    monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 4e9 + 1e9 * some[-1])
-    for share, told in ((0.0, "about 4 GB"), (0.1, "about 5 GB")):
-        trainer = train.Trainer(configure("--optim.average_share", share), ALONE)
-        assert told in plan(trainer.stepper, trainer.tokenizer)
-
-
-def bytes_kept(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> int:
-    """What autograd keeps of the blocks for the backward pass, weights aside."""
-    kept = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.numel() % ids.numel() == 0:  # so many tokens that no weight has such a size
-            kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        model.hidden_states(ids)
-    return sum(size for _, size in kept.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_estimate_of_memory_is_near_what_autograd_keeps(dtype, recompute):
-    """Per block: the difference between ten of them and two, so that the rest falls out."""
-    ids = torch.zeros(7, 96, dtype=torch.long)
-    kept, estimated = [], []
-    for n_layer in (10, 2):
-        shape = {"vocab_size": 11, "block_size": 96, "n_head": 1, "n_embd": 64}
-        model = GPT(GPTConfig(n_layer=n_layer, recompute=recompute, **shape))
-        kept.append(bytes_kept(model, ids, dtype))
-        parameters = 16 * model.num_parameters()
-        averaged = estimated_memory(model, ids.numel(), dtype, False, averaged=True)
-        assert averaged - estimated_memory(model, ids.numel(), dtype, False) == parameters / 4
-        estimated.append(estimated_memory(model, ids.numel(), dtype, False) - parameters)
-    assert estimated[0] - estimated[1] == pytest.approx(kept[0] - kept[1], rel=0.15)
-
-
-def test_the_estimate_of_memory_is_near_what_was_measured():
-    """Steps of GPT-2 124M at four micro-batches, less what a process takes without a model."""
-    measured = json.loads((ROOT / "results" / "memory.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        model = GPT(GPTConfig())
-    for windows, peak in measured["peak_bytes"].items():
-        estimated = estimated_memory(model, int(windows) * 1024, torch.bfloat16, compiled=True)
-        assert estimated == pytest.approx(peak - measured["bytes_without_a_model"], rel=0.2)
-
-
-def test_speed_is_that_of_steps_whenever_they_are_looked_at_and_whatever_comes_between(
-    configure, monkeypatch
-):
-    """By a clock of our own: a step takes a second, to look at it 0.3, what is due after it 100.
-
-    A CPU begins with a step when it has looked at the last.
-    """
-    now = 0.0
-
-    def passes(seconds: float, function: Callable) -> Callable:
-        def call(*arguments: object, **options: object) -> object:
-            nonlocal now
-            now += seconds
-            return function(*arguments, **options)
-
-        return call
-
-    monkeypatch.setattr("device.time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(Stepper, "update", passes(1, Stepper.update))
-    monkeypatch.setattr(train.Trainer, "count_skipped", passes(0.3, train.Trainer.count_skipped))
-    monkeypatch.setattr(train.Trainer, "validate", passes(100, train.Trainer.validate))
-    monkeypatch.setattr(train.Trainer, "save", passes(100, train.Trainer.save))
-    config = configure("--train.max_steps", 6, "--log.eval_every", 2, "--train.checkpoint_every", 3)
-    train.train(config)
-    rates = [line["tokens_per_second"] for line in metrics_of(Path(config.train.out))]
-    assert rates == pytest.approx([512] + [512 / 1.3] * 5)
-
-
-def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
-    arguments = ("--train.max_steps", 4, "--log.sample_every", 2, "--log.eval_every", 0)
-    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run", *arguments)
-    assert "step 2 writes:\n" in result.err
-    assert "step 4 writes:\n" in result.err
-    assert result.out == ""
-
-
-def test_a_sample_ends_where_its_text_does(configure, monkeypatch):
-    trainer = train.Trainer(configure(), ALONE)
-    tokens = [torch.tensor([id]) for id in (65, 66, 299, 67)]
-    monkeypatch.setattr(GPT, "generate", lambda *_, **__: iter(tokens))
-    assert trainer.examiner.sample(trainer.step) == trainer.examiner.encoding.decode([65, 66])
-
-
-def test_weights_that_write_nothing_are_told_of_instead_of_a_sample(configure, capfd):
-    """Finite, but too large to compute with: the run goes on to the steps that tell what to do."""
-    wild = ("--optim.learning_rate", 1e30, "--optim.warmup_steps", 0, "--log.eval_every", 0)
-    with pytest.raises(train.UserError, match="3 in a row, which is one too many"):
-        train.train(configure(*wild, "--log.sample_every", 1, "--train.max_skipped_steps", 2))
-    assert "step 1 writes:\nnothing: the logits aren't finite" in capfd.readouterr().err
 
 
 def test_a_run_that_is_to_stop_writes_no_sample_first(configure, capfd):
@@ -427,26 +221,6 @@ def test_a_checkpoint_is_told_the_validation_that_was_made_up_for(
     assert lines[0] == lines[1]
 
 
-def test_tensorboard_shows_the_metrics(call, tiny, shards, tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    out = tmp_path / "run"
-    arguments = ("--train.max_steps", 3, "--log.tensorboard", "true")
-    call("train", tiny, "--data.dir", shards, "--train.out", out, *arguments)
-    reader = events.EventAccumulator(str(out / "tensorboard"))
-    reader.Reload()
-    told = [event.value for event in reader.Scalars("train/loss")]
-    assert told == pytest.approx([line["loss"] for line in metrics_of(out)])
-
-
-def test_tensorboard_has_each_line_when_it_is_told(configure, tmp_path, monkeypatch):
-    """It writes in a thread of its own, which ends with the process, however that ends."""
-    board = mock.Mock()
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: board)
-    (tmp_path / "run").mkdir()
-    Metrics(configure("--log.tensorboard", "true"), 0).write("train", 1, {"loss": 2.5})
-    assert board.mock_calls == [mock.call.add_scalar("train/loss", 2.5, 1), mock.call.flush()]
-
-
 def test_a_finished_run_says_so_and_changes_nothing(call, tiny, shards, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
@@ -564,24 +338,6 @@ def test_a_run_with_an_average_of_weights_goes_on_to_the_same_bits(configure, th
     assert now == 0 or all(map(torch.equal, again.kept, straight.kept))
 
 
-def test_samples_and_tasks_are_the_averages(configure, monkeypatch):
-    config = configure("--optim.average_share", 0.1, "--optim.warmup_steps", 0)
-    trainer = train.Trainer(config, ALONE)
-    for _ in range(4):
-        trainer.train_step()
-    seen = []
-    asked = SimpleNamespace(
-        name="lambada", ask=lambda *_, **__: seen.append(trainer.model.wte.weight.clone()) or {}
-    )
-    trainer.examiner.tasks = [asked]
-    told = trainer.examiner.sample(trainer.step)
-    trainer.run_tasks(["lambada"])
-    swap_average(trainer.stepper.optimizer)
-    drop_average(trainer.stepper.optimizer)  # so the model is the average for good
-    assert trainer.examiner.sample(trainer.step) == told
-    assert torch.equal(trainer.model.wte.weight, seen[0])
-
-
 def test_an_evaluation_that_is_made_up_for_is_of_the_model_that_was_saved(configure):
     """Also if the run goes on without its average."""
     changes = ("--train.max_steps", 3, "--log.eval_every", 3)
@@ -637,52 +393,6 @@ def test_norms_that_stay_high_are_told_from_a_learning_rate_that_is_too_high(con
         train.train(configure(*few, "--train.tokens_per_step", 64, "--log.eval_every", 0))
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
-def test_metrics_that_find_no_room_are_one_line(configure):
-    trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
-    with trainer.folder.owned():
-        metrics = trainer.folder.prepare(trainer.tokenizer, trainer.step)
-        metrics.path = Path("/dev/full")
-        with pytest.raises(train.UserError, match="can't write /dev/full: No space left on device"):
-            metrics.write("train", 1, {"loss": 1.0})
-
-
-def test_metrics_are_on_the_disk_before_the_checkpoint_after_them_is(configure, monkeypatch):
-    """If the power failed in between, steps that aren't done again would be missing in them."""
-    trainer = train.Trainer(configure("--train.max_steps", 4, "--train.checkpoint_every", 2), ALONE)
-    path, synced, found = trainer.folder.path / "metrics.jsonl", {}, []
-    fsync, rename = os.fsync, Path.rename
-
-    def note_fsync(descriptor: int) -> None:
-        fsync(descriptor)
-        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
-
-    def note_rename(self: Path, target: Path) -> Path:
-        found.append((path.stat().st_size, synced[path.stat().st_ino]))
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(Path, "rename", note_rename)
-    with trainer.folder.owned():
-        trainer.run()
-    assert len(found) == 2
-    assert all(there == on_disk > 0 for there, on_disk in found)
-
-
-def test_metrics_that_do_not_reach_the_disk_are_one_line(configure, monkeypatch):
-    trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
-
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    with trainer.folder.owned():
-        trainer.folder.prepare(trainer.tokenizer, trainer.step)
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(train.UserError, match="can't write .*metrics.jsonl: Input/output"):
-            trainer.save(None)
-    assert not list((trainer.folder.path / "checkpoints").iterdir())
-
-
 def test_canonical_sums_are_made_by_one_thread(configure):
     """On a CPU: several add up in another order. OMP_NUM_THREADS may say anything."""
     threads = torch.get_num_threads()
@@ -692,37 +402,6 @@ def test_canonical_sums_are_made_by_one_thread(configure):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
-
-
-def test_a_run_that_chose_its_checkpoint_before_another_saved_one_does_not_begin(configure):
-    """It would go on from an old checkpoint, or from none, and cut the other's metrics off."""
-    config = configure("--train.max_steps", 2, "--train.checkpoint_every", 1)
-    first, second = (train.Trainer(config, ALONE) for _ in range(2))
-    with first.folder.owned():
-        first.run()
-    before = files_of(first.folder.path)
-    with pytest.raises(train.UserError, match="another run has saved .*: give the same command"):
-        with second.folder.owned():
-            second.run()
-    assert files_of(first.folder.path) == before
-    again = train.Trainer(config, ALONE)
-    assert again.step == 2
-    with again.folder.owned():
-        again.run()
-
-
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_two_runs_in_one_folder_do_not_meet(configure):
-    first, second = (train.Trainer(configure(), ALONE) for _ in range(2))
-    with first.folder.owned():
-        with pytest.raises(train.UserError, match=r"process \d+ on .* is writing to"):
-            with second.folder.owned():
-                pass
-    with second.folder.owned():
-        pass
 
 
 def test_a_token_that_is_not_in_the_vocabulary_is_one_line(call, tiny, shards, tmp_path):
@@ -760,15 +439,6 @@ def test_without_validation_no_validation_split_is_needed(call, tiny, shards, tm
     assert "can't read the shard" in call("train", tiny, *arguments).error()
 
 
-def test_metrics_that_a_crash_left_odd_are_mended(call, tiny, shards, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    lines = tmp_path / "run" / "metrics.jsonl"
-    lines.write_bytes(b'{"step": "a"}\n\xff\x00\n' + lines.read_bytes() + b'{"kind": "tra')
-    arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--train.max_steps", 41)
-    assert call("train", tiny, *arguments).status == 0
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, 42))
-
-
 def test_compiling_without_a_compiler_names_the_setting(tiny, shards, tmp_path):
     """In an interpreter of its own: the server that others come from read CXX when it started."""
     settings = {"data.dir": shards, "train.out": tmp_path / "o", "train.compile": "true"}
@@ -779,22 +449,6 @@ def test_compiling_without_a_compiler_names_the_setting(tiny, shards, tmp_path):
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, **without}, capture_output=True)
     error = Result(done.returncode, "", done.stderr.decode()).error()
     assert "--train.compile false" in error
-
-
-def test_an_unwritable_run_folder_is_one_line(call, tiny, shards, tmp_path):
-    (tmp_path / "file").touch()
-    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "file" / "run")
-    assert "can't write to the run folder" in result.error()
-
-
-def test_an_unwritable_folder_of_checkpoints_is_one_line_before_the_first_step(
-    call, tiny, shards, tmp_path
-):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").touch()
-    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run")
-    assert f"can't save checkpoints in {tmp_path / 'run' / 'checkpoints'}: Not a" in result.error()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_too_little_data_is_one_line(call, tiny, shards, tmp_path):
@@ -809,27 +463,6 @@ def test_another_vocabulary_file_beside_the_shards_is_one_line(call, tiny, shard
     vocabulary.write_bytes(vocabulary.read_bytes()[:-10])
     result = call("train", tiny, "--data.dir", tmp_path / "data", "--train.out", tmp_path / "o")
     assert "has SHA-256" in result.error()
-
-
-def test_downloaded_shards_train_where_gpt2s_vocabulary_cannot_be_had(
-    call, tiny, tmp_path, monkeypatch
-):
-    """llm.c's shards come without a manifest. The network is away, and the cache empty."""
-    from shards import shard_header
-
-    tokens = np.random.RandomState(0).randint(0, 50_257, 5000).astype("<u2")
-    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
-        (tmp_path / name).write_bytes(shard_header(5000) + tokens.tobytes())
-
-    def unplugged(name: str) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("tiktoken.get_encoding", unplugged)
-    arguments = ("--data.dir", tmp_path, "--train.out", tmp_path / "o", "--train.max_steps", 2)
-    result = call("train", tiny, *arguments, "--log.sample_every", 1)
-    assert result.status == 0
-    assert "no bits per byte and no samples: GPT-2's vocabulary is not in" in result.err
-    assert metrics_of(tmp_path / "o", "val")[-1]["bits_per_byte"] is None
 
 
 def test_losses_that_stay_not_finite_stop_the_run_and_never_reach_the_weights(configure):
@@ -872,19 +505,6 @@ def test_running_out_of_memory_names_the_knob(call, tiny, shards, tmp_path, monk
     assert "lower --train.micro_batch_size" in result.error()
 
 
-def test_a_package_that_was_asked_for_and_is_missing_is_named(call, tiny, shards, tmp_path):
-    pytest.importorskip("torch")
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        arguments = ("--data.dir", shards, "--train.out", tmp_path / "run", "--log.wandb", "x")
-        assert (
-            "wandb is not installed: pip install wandb" in call("train", tiny, *arguments).error()
-        )
-    else:
-        pytest.skip("wandb is installed")
-
-
 def test_the_best_is_saved_when_it_is_found_if_asked_for(configure, tmp_path):
     rarely = ("--train.max_steps", 6, "--train.checkpoint_every", 100, "--log.eval_every", 2)
     wild = ("--optim.learning_rate", 0.3, "--optim.min_learning_rate", 0.3)  # soon gets worse
@@ -897,98 +517,3 @@ def test_the_best_is_saved_when_it_is_found_if_asked_for(configure, tmp_path):
     assert sorted(kept) == [f"step_{best:06}", "step_000006"]
     train.train(configure(*changes, "--train.out", tmp_path / "plain"))
     assert [path.name for path in (tmp_path / "plain" / "checkpoints").iterdir()] == ["step_000006"]
-
-
-def test_each_start_from_nothing_is_a_run_of_its_own_at_weights_and_biases(
-    configure, monkeypatch, tmp_path
-):
-    """And one that goes on is the same run there."""
-    begun = []
-
-    def init(**settings: object) -> SimpleNamespace:
-        begun.append(settings)
-        return SimpleNamespace(log=lambda numbers, step: None, finish=lambda: None)
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    config = configure("--log.wandb", "project", "--train.max_steps", 1)
-    train.train(config)
-    train.train(replace(config, train=replace(config.train, max_steps=2)))
-    shutil.rmtree(tmp_path / "run")
-    train.train(config)
-    first, on, anew = (settings.pop("id") for settings in begun)
-    assert first == on != anew
-    assert {(s["project"], s["name"], s["resume"]) for s in begun} == {("project", "run", "allow")}
-
-
-def no_library() -> None:
-    raise ImportError("libfoo.so is missing")
-
-
-@pytest.mark.parametrize(
-    ("package", "told"),
-    [
-        (ModuleType("wandb"), "wandb is not installed"),  # the folder `wandb` that a run has left
-        (SimpleNamespace(init=lambda **_: 1 / 0), "log.wandb: division by zero"),
-        (SimpleNamespace(init=lambda **_: no_library()), "log.wandb: libfoo.so is missing"),
-    ],
-)
-def test_weights_and_biases_that_cannot_begin_are_one_line(configure, monkeypatch, package, told):
-    monkeypatch.setitem(sys.modules, "wandb", package)
-    with pytest.raises(UserError, match=told):
-        train.train(configure("--log.wandb", "project"))
-
-
-@pytest.mark.parametrize("content", [None, b"\xff"])
-def test_an_id_at_weights_and_biases_that_cannot_be_read_is_named(configure, monkeypatch, content):
-    """A folder, for one; the run has been begun by then."""
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=None))
-    train.train(configure("--train.max_steps", 1))
-    config = configure("--log.wandb", "project")
-    path = Path(config.train.out) / "wandb_id"
-    path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match=f"can't read {path}: "):
-        train.train(config)
-
-
-def test_a_viewer_that_fails_costs_the_run_nothing(configure, monkeypatch, tmp_path, capsys):
-    steps = []
-
-    def log(numbers: dict[str, float], step: int) -> None:
-        steps.append(step)
-        if step == 2:
-            raise OSError("the line\nis dead")
-
-    run = SimpleNamespace(log=log, finish=lambda: steps.append("finished"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
-    train.train(configure("--log.wandb", "project", "--train.max_steps", 4))
-    assert steps == [1, 2]
-    assert capsys.readouterr().err.count("log.wandb gets no more numbers: the line is dead") == 1
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
-
-
-def test_a_viewer_that_cannot_be_closed_costs_the_run_nothing(configure, monkeypatch, capsys):
-    run = SimpleNamespace(log=lambda numbers, step: None, finish=lambda: 1 / 0)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
-    train.train(configure("--log.wandb", "project", "--train.max_steps", 1))
-    told = capsys.readouterr().err
-    assert "log.wandb gets no more numbers: division by zero" in told and "\ndone: " in told
-
-
-def test_a_vocabulary_of_an_earlier_run_does_not_stay_beside_other_weights(
-    configure, shards, tmp_path
-):
-    """Shards without a vocabulary of their own have GPT-2's, and nothing is written of it."""
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for split in ("train", "val"):
-        shutil.copy(shards / f"{split}_000000.bin", bare)
-    ours = tmp_path / "run" / VOCABULARY
-    train.train(configure("--train.max_steps", 1, "--log.eval_every", 0))
-    assert ours.exists()
-    changes = ("--data.dir", bare, "--log.eval_every", 0, "--train.max_steps")
-    for right in (False, True):
-        shutil.rmtree(tmp_path / "run" / "checkpoints")
-        if right:
-            save_vocabulary(gpt2_encoding(), ours)
-        train.train(configure(*changes, 1))
-        assert ours.exists() == right

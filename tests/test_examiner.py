@@ -1,0 +1,115 @@
+"""examiner.py: what a run asks of its model now and then."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import metrics_of
+
+import train
+from checkpoint import read_checkpoint
+from data import load_windows
+from distributed import Ranks
+from model import GPT, dtype_of_products
+from optim import drop_average, swap_average
+from shards import TokenStream, encoding_of
+
+ALONE = Ranks(torch.device("cpu"))
+
+
+def test_validation_loss_and_bits_per_byte_are_what_the_model_says(trained, shards):
+    checkpoint = read_checkpoint(trained / "checkpoints" / "step_000040")
+    model = GPT(checkpoint.meta.model).eval()
+    checkpoint.load_model(model)
+    stream, encoding = TokenStream(shards, "val"), encoding_of(shards)
+    nats, text = 0.0, b""
+    for window in range(512 // 32):
+        inputs, targets = load_windows(stream, [window], 32)
+        with torch.no_grad():
+            nats += model(inputs, targets).item() * 32
+        text += encoding.decode_bytes([int(i) for i in targets.flatten() if i < 299])
+    line = metrics_of(trained, "val")[-1]
+    assert line["step"] == 40
+    assert line["loss"] == pytest.approx(nats / 512, rel=1e-6)
+    assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-6)
+    assert checkpoint.meta.val_loss == line["loss"]
+    assert checkpoint.meta.best_val_loss == min(m["loss"] for m in metrics_of(trained, "val"))
+
+
+def test_samples_are_printed_now_and_then(call, tiny, shards, tmp_path):
+    arguments = ("--train.max_steps", 4, "--log.sample_every", 2, "--log.eval_every", 0)
+    result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "run", *arguments)
+    assert "step 2 writes:\n" in result.err
+    assert "step 4 writes:\n" in result.err
+    assert result.out == ""
+
+
+def test_a_sample_ends_where_its_text_does(configure, monkeypatch):
+    trainer = train.Trainer(configure(), ALONE)
+    tokens = [torch.tensor([id]) for id in (65, 66, 299, 67)]
+    monkeypatch.setattr(GPT, "generate", lambda *_, **__: iter(tokens))
+    assert trainer.examiner.sample(trainer.step) == trainer.examiner.encoding.decode([65, 66])
+
+
+def test_weights_that_write_nothing_are_told_of_instead_of_a_sample(configure, capfd):
+    """Finite, but too large to compute with: the run goes on to the steps that tell what to do."""
+    wild = ("--optim.learning_rate", 1e30, "--optim.warmup_steps", 0, "--log.eval_every", 0)
+    with pytest.raises(train.UserError, match="3 in a row, which is one too many"):
+        train.train(configure(*wild, "--log.sample_every", 1, "--train.max_skipped_steps", 2))
+    assert "step 1 writes:\nnothing: the logits aren't finite" in capfd.readouterr().err
+
+
+def test_samples_and_tasks_are_the_averages(configure, monkeypatch):
+    config = configure("--optim.average_share", 0.1, "--optim.warmup_steps", 0)
+    trainer = train.Trainer(config, ALONE)
+    for _ in range(4):
+        trainer.train_step()
+    seen = []
+    asked = SimpleNamespace(
+        name="lambada", ask=lambda *_, **__: seen.append(trainer.model.wte.weight.clone()) or {}
+    )
+    trainer.examiner.tasks = [asked]
+    told = trainer.examiner.sample(trainer.step)
+    trainer.run_tasks(["lambada"])
+    swap_average(trainer.stepper.optimizer)
+    drop_average(trainer.stepper.optimizer)  # so the model is the average for good
+    assert trainer.examiner.sample(trainer.step) == told
+    assert torch.equal(trainer.model.wte.weight, seen[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tasks_are_asked_in_the_arithmetic_of_the_run(configure, dtype):
+    trainer, seen = train.Trainer(configure("--train.dtype", dtype), ALONE), []
+
+    def ask(*_: object, **__: object) -> dict:
+        seen.append(dtype_of_products(trainer.model.wte.weight))
+        return {}
+
+    trainer.examiner.tasks = [SimpleNamespace(name="lambada", ask=ask)]
+    trainer.run_tasks(["lambada"])
+    assert seen == [getattr(torch, dtype)]
+
+
+def test_downloaded_shards_train_where_gpt2s_vocabulary_cannot_be_had(
+    call, tiny, tmp_path, monkeypatch
+):
+    """llm.c's shards come without a manifest. The network is away, and the cache empty."""
+    from shards import shard_header
+
+    tokens = np.random.RandomState(0).randint(0, 50_257, 5000).astype("<u2")
+    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        (tmp_path / name).write_bytes(shard_header(5000) + tokens.tobytes())
+
+    def unplugged(name: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("tiktoken.get_encoding", unplugged)
+    arguments = ("--data.dir", tmp_path, "--train.out", tmp_path / "o", "--train.max_steps", 2)
+    result = call("train", tiny, *arguments, "--log.sample_every", 1)
+    assert result.status == 0
+    assert "no bits per byte and no samples: GPT-2's vocabulary is not in" in result.err
+    assert metrics_of(tmp_path / "o", "val")[-1]["bits_per_byte"] is None
