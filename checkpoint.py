@@ -194,21 +194,8 @@ class Checkpoint:
             )
 
 
-def save_checkpoint(
-    folder: Path,
-    meta: Meta,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-    keep_until: int = 0,
-    damaged: Collection[Path] = (),
-) -> Path:
-    """Write a checkpoint into `folder`, then remove old ones.
-
-    The `keep` newest stay, and as many that weren't saved after a skipped step, and
-    the best, and the newest that is not after step `keep_until`. Those that are known to be
-    `damaged` count for nothing.
-    """
+def save_checkpoint(folder: Path, meta: Meta, model: GPT, optimizer: torch.optim.Optimizer) -> Path:
+    """Write a checkpoint into `folder`, whole or not at all. Raises UserError if that fails."""
     final = folder / step_name(meta.step)
     temporary = folder / f".{final.name}.partial"
     try:
@@ -224,20 +211,11 @@ def save_checkpoint(
             f"can't save {final}: {error}; make room or mend the disk, then give the same command "
             "again to go on from the checkpoint before it"
         ) from error
-    _remove_old(folder, final, keep, keep_until, damaged)
     return final
 
 
-def add_losses(
-    path: Path,
-    val_loss: float | None,
-    best_val_loss: float | None,
-    keep: int,
-    keep_until: int = 0,
-    damaged: Collection[Path] = (),
-) -> None:
-    """Tell a checkpoint of a validation that came after it was saved, then remove old ones, as
-    `save_checkpoint` would have done.
+def add_losses(path: Path, val_loss: float | None, best_val_loss: float | None) -> None:
+    """Tell a checkpoint of a validation that came after it was saved.
 
     A crash leaves the old meta.json or the new one. Raises UserError if it can't be written.
     """
@@ -247,7 +225,6 @@ def add_losses(
         del content["checksum"]
         content |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
         write_atomically(path / META, _with_checksum(content))
-    _remove_old(path.parent, path, keep, keep_until, damaged)
 
 
 def check_can_save(folder: Path) -> None:
@@ -414,15 +391,17 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _remove_old(
-    folder: Path, newest: Path, keep: int, keep_until: int, damaged: Collection[Path]
+def remove_old(
+    newest: Path, keep: int, keep_until: int = 0, damaged: Collection[Path] = ()
 ) -> None:
-    """Of the checkpoints up to `newest`, keep those that save_checkpoint says.
+    """Remove a run's checkpoints up to `newest`, but for those that are worth their room.
 
-    Later ones are damaged, or the run would have gone on from them. One that can't be removed is no
-    reason to stop a run; it is named on standard error.
+    The `keep` newest are, and as many that weren't saved after a skipped step, and the best, and
+    the newest that is not after step `keep_until`. Those that are known to be `damaged` count for
+    nothing, and so are later ones, or the run would have gone on from them. One that can't be
+    removed is no reason to stop a run; it is named on standard error.
     """
-    paths = checkpoints_in(folder)
+    paths = checkpoints_in(newest.parent)
     paths = paths[: paths.index(newest) + 1]
     whole = [path for path in paths if path not in damaged]
     told = {path: _loss_and_skipped(path) for path in whole}

@@ -30,7 +30,7 @@ from checkpoint import Meta, save_checkpoint
 from config import make_config
 from data import BatchShape, micro_batches
 from decoding import pack_weights
-from device import choose_device, choose_dtype, device_name, memory_errors, peak_flops
+from device import Moment, choose_device, choose_dtype, device_name, memory_errors, peak_flops
 from distributed import Ranks
 from errors import UserError, run_script
 from files import file_sha256
@@ -57,19 +57,15 @@ class Stopwatch:
     """Seconds between marks: by CUDA's own clock, without waiting for it; else by ours."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.marks: list[tuple[str, object]] = []
+        self.device = device
+        self.marks: list[tuple[str, Moment]] = []
         self.mark("start")
 
     def mark(self, name: str) -> None:
         """Whatever was done since the last mark is `name`."""
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
+        if self.device.type != "cuda":
             wait_for(self.device)
-            self.marks.append((name, time.perf_counter()))
+        self.marks.append((name, Moment(self.device)))
 
     def timed(self, name: str, function: Callable, before: str) -> Callable:
         """`function`, marked as `name`; what was done since the last mark is `before`."""
@@ -87,8 +83,7 @@ class Stopwatch:
         wait_for(self.device)
         seconds: dict[str, float] = {}
         for (_, before), (name, now) in zip(self.marks, self.marks[1:]):
-            passed = before.elapsed_time(now) / 1000 if self.on_gpu else now - before
-            seconds[name] = seconds.get(name, 0.0) + passed
+            seconds[name] = seconds.get(name, 0.0) + now.seconds_after(before)
         return seconds
 
 
@@ -349,7 +344,7 @@ def measure_start(settings: dict, *_: object) -> Measure:
     model = GPT(GPTConfig(**settings["model"]))
     tokenizer = TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)
     meta = Meta(0, model.config, tokenizer, {}, None, None, None, data="")
-    save_checkpoint(folder / "checkpoints", meta, model, torch.optim.SGD(model.parameters()), 1)
+    save_checkpoint(folder / "checkpoints", meta, model, torch.optim.SGD(model.parameters()))
 
     def seconds(*words: object) -> float:
         began = time.perf_counter()

@@ -20,6 +20,7 @@ from checkpoint import (
     add_losses,
     check_can_save,
     checkpoints_in,
+    remove_old,
     save_checkpoint,
     step_name,
     step_of,
@@ -119,8 +120,9 @@ class RunFolder:
                     "checkpoint",
                 ):
                     sync(self.path / METRICS)
-                self.damaged.discard(self.checkpoints / step_name(meta.step))
-                save_checkpoint(self.checkpoints, meta, model, optimizer, **self._kept())
+                path = save_checkpoint(self.checkpoints, meta, model, optimizer)
+                self.damaged.discard(path)
+                self._remove_old(path)
 
     def add_losses(self, step: int, losses: dict[str, float | None]) -> None:
         """Tell the checkpoint of a step of a validation that came after it was saved.
@@ -129,15 +131,13 @@ class RunFolder:
         """
         with self.ranks.together():
             if self.ranks.is_first:
-                add_losses(self.checkpoints / step_name(step), **losses, **self._kept())
+                path = self.checkpoints / step_name(step)
+                add_losses(path, **losses)
+                self._remove_old(path)
 
-    def _kept(self) -> dict[str, object]:
-        """Which checkpoints stay, as `save_checkpoint` takes it."""
+    def _remove_old(self, newest: Path) -> None:
+        """Remove the checkpoints that the settings don't ask to keep."""
         train, optim = self.config.train, self.config.optim
         # From the last checkpoint before the rate falls, another, longer run can go on.
         level = last_at_peak(optim, train.max_steps) + 1 if optim.decay_steps else 0
-        return {
-            "keep": train.keep_checkpoints,
-            "keep_until": level,
-            "damaged": self.damaged,
-        }
+        remove_old(newest, train.keep_checkpoints, level, self.damaged)

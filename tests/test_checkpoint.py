@@ -31,6 +31,7 @@ from checkpoint import (
     find_checkpoint,
     newest_checkpoint,
     read_checkpoint,
+    remove_old,
     save_checkpoint,
 )
 from config import OptimSettings
@@ -59,8 +60,13 @@ def take_step(model: GPT, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def save(folder: Path, step: int = 1, val_loss: float | None = None, keep: int = 9) -> Path:
-    return save_checkpoint(folder, replace(META_1, step=step, val_loss=val_loss), *trained(), keep)
+def save(
+    folder: Path, step: int = 1, val_loss: float | None = None, keep: int = 9, **kept: object
+) -> Path:
+    """As a run does it: the checkpoint, then old ones go."""
+    path = save_checkpoint(folder, replace(META_1, step=step, val_loss=val_loss), *trained())
+    remove_old(path, keep, **kept)
+    return path
 
 
 def rewrite_meta(path: Path, change: Callable[[dict], None]) -> None:
@@ -75,7 +81,7 @@ def rewrite_meta(path: Path, change: Callable[[dict], None]) -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_resumed_model_and_optimizer_go_on_bit_for_bit(tmp_path, name):
     model, optimizer = trained(0, name)
-    path = save_checkpoint(tmp_path, META_1, model, optimizer, keep=1)
+    path = save_checkpoint(tmp_path, META_1, model, optimizer)
     again, optimizer_again = trained(1, name)
     read_checkpoint(path).load_model(again)
     read_checkpoint(path).load_optimizer(again, optimizer_again)
@@ -88,7 +94,7 @@ def test_a_resumed_model_and_optimizer_go_on_bit_for_bit(tmp_path, name):
 
 def test_a_model_is_made_without_drawing_weights(tmp_path):
     model, optimizer = trained()
-    path = save_checkpoint(tmp_path, META_1, model, optimizer, keep=1)
+    path = save_checkpoint(tmp_path, META_1, model, optimizer)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     made = read_checkpoint(path).make_model()
@@ -99,7 +105,7 @@ def test_a_model_is_made_without_drawing_weights(tmp_path):
 def test_meta_comes_back_as_it_was_saved(tmp_path):
     scaler = ScalerMemory(2.0, 2.0, 0.5, 2000, 7)
     meta = replace(META_1, config={"train": {"seed": 3}}, val_loss=1 / 3, scaler=scaler)
-    path = save_checkpoint(tmp_path, meta, *trained(), keep=1)
+    path = save_checkpoint(tmp_path, meta, *trained())
     assert read_checkpoint(path).meta == meta
 
 
@@ -187,9 +193,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 def test_the_last_checkpoint_before_the_learning_rate_falls_is_kept(tmp_path):
-    model, optimizer = trained()
     for step in range(1, 8):
-        save_checkpoint(tmp_path, replace(META_1, step=step), model, optimizer, 2, keep_until=4)
+        save(tmp_path, step, keep=2, keep_until=4)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step_000004", "step_000006", "step_000007"]
 
@@ -209,11 +214,8 @@ def test_a_damaged_checkpoint_is_neither_the_best_nor_one_of_the_newest(tmp_path
     save(tmp_path, 5)
     save(tmp_path, 10, val_loss=2.0)
     damaged = save(tmp_path, 15, val_loss=1.0)
-    model, optimizer = trained()
     for step, loss in ((20, 3.0), (30, 4.0)):
-        meta = replace(META_1, step=step, val_loss=loss)
-        rest = {"keep": 1, "keep_until": 15, "damaged": {damaged}}
-        save_checkpoint(tmp_path, meta, model, optimizer, **rest)
+        save(tmp_path, step, loss, keep=1, keep_until=15, damaged={damaged})
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step_000010", "step_000030"]
 
@@ -269,9 +271,7 @@ def three_saves(tmp_path):
     save(tmp_path, 2)
     (tmp_path / ".step_000003.partial").mkdir()  # and a save that was cut short
     (tmp_path / ".step_000003.partial" / MODEL).touch()
-    model, optimizer = trained()
-    meta = replace(META_1, step=3, val_loss=2.0)
-    return tmp_path, lambda: save_checkpoint(tmp_path, meta, model, optimizer, keep=1)
+    return tmp_path, lambda: save(tmp_path, 3, val_loss=2.0, keep=1)
 
 
 def is_as_it_should_be(folder: Path) -> bool:
@@ -358,9 +358,9 @@ def test_an_error_while_a_checkpoint_is_told_its_loss_is_told_and_harms_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, operation, refuse)
         with pytest.raises(UserError, match="can't write .*meta.json: No space left on device"):
-            add_losses(path, 2.0, 1.0, keep=1)
+            add_losses(path, 2.0, 1.0)
     assert read_checkpoint(path).meta.val_loss is None
-    add_losses(path, 2.0, 1.0, keep=1)
+    add_losses(path, 2.0, 1.0)
     assert read_checkpoint(path).meta == replace(META_1, val_loss=2.0, best_val_loss=1.0)
 
 

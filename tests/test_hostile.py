@@ -303,7 +303,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(tmp_path
 def test_optimizer_state_of_another_kind_is_refused(tmp_path, optimizer, kind, change):
     model, state = trained(name=optimizer)
     update_average(state, 0.9, step=1, skipped=torch.tensor(0.0))
-    path = save_checkpoint(tmp_path, META_1, model, state, keep=1)
+    path = save_checkpoint(tmp_path, META_1, model, state)
     keys = [key for key in load_file(path / OPTIMIZER) if key.endswith(f"/{kind}")]
     assert keys or (kind, optimizer) == ("momentum", "adamw")
     if kind == OTHER:  # without all of them it is a run that keeps no average
