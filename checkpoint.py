@@ -330,12 +330,22 @@ def find_checkpoint(name: str) -> Checkpoint:
         return read_checkpoint(path, files=(MODEL,))
     found = newest_checkpoint(path / "checkpoints", files=(MODEL,))
     if found is None:
-        raise UserError(
-            f"{name} is no checkpoint: expected a run folder such as out/demo, or a folder with "
-            f"{META} and {MODEL} in it; train.py makes them, and convert.py from-hf out of a "
-            "folder for transformers"
-        )
+        raise UserError(f"{name or repr(name)} is no checkpoint: {_what_else(path)}")
     return found
+
+
+def _what_else(path: Path) -> str:
+    """What a path that was taken for a checkpoint is, and what to do."""
+    if checkpoints_in(path):
+        return f"name the run's folder {path.parent}, or one of the folders in this one"
+    if (path / "checkpoints").is_dir():
+        return "its run hasn't saved one yet; train.checkpoint_every says after how many steps"
+    if is_there(path / "config.json"):
+        return "a folder for transformers, it seems; convert.py from-hf makes one of it"
+    return (
+        f"{'expected' if is_there(path) else 'nothing is there; expected'} a run's folder such as "
+        f"out/demo, one with {META} and {MODEL} in it, or a model on the Hub (gpt2, owner/name)"
+    )
 
 
 def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> Checkpoint:

@@ -279,6 +279,23 @@ def _type(section: str, key: str) -> type:
     return get_type_hints(SECTIONS[section])[key]
 
 
+# What others call our settings: nanoGPT, transformers, and many a command line.
+ELSEWHERE = {
+    "batch_size": "train.micro_batch_size",
+    "dataset": "data.dir",
+    "epochs": "train.max_steps",
+    "eval_interval": "log.eval_every",
+    "gradient_accumulation_steps": "train.tokens_per_step",
+    "log_interval": "log.log_every",
+    "lr": "optim.learning_rate",
+    "max_iters": "train.max_steps",
+    "min_lr": "optim.min_learning_rate",
+    "out_dir": "train.out",
+    "output_dir": "train.out",
+    "warmup_iters": "optim.warmup_steps",
+}
+
+
 def _nearest(name: str, known: Any) -> str:
     """ "; did you mean …?" for a near miss, or else all that is known."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -292,7 +309,9 @@ def _unknown_option(option: str) -> str:
     if not option.startswith("--"):
         return f"{option!r}: expected one config file, then --section.key VALUE"
     name = option.split("=")[0]
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if key := ELSEWHERE.get(name.split(".")[-1].removeprefix("--").replace("-", "_")):
+        close = [f"--{key}"]
     return f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else "")
 
 

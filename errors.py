@@ -7,6 +7,7 @@ stop is no error: Stopped.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import io
 import os
@@ -108,6 +109,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message, exit with status 2. Under torchrun the first rank speaks for all."""
+        _, unknown, option = message.partition("unrecognized arguments: --")
+        if unknown:
+            known = list(self._option_string_actions)
+            close = difflib.get_close_matches(f"--{option}".split()[0], known, n=1, cutoff=0.75)
+            message += f"; did you mean {close[0]}?" if close else ""
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {printable(message)} (see --help)", file=sys.stderr)
         sys.exit(2)
@@ -162,7 +168,8 @@ def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: 
         main(*arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {where}{printable(str(error))}", file=Expendable(sys.stderr))
+        # In one piece, or the lines of several ranks would get into one another.
+        Expendable(sys.stderr).write(f"error: {where}{printable(str(error))}\n")
         return 2
     except Stopped as stopped:
         print(f"{where}{stopped}", file=Expendable(sys.stderr))

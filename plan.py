@@ -19,6 +19,9 @@ def plan(stepper: Stepper, tokenizer: TokenizerRecord) -> str:
     precision = str(stepper.dtype).removeprefix("torch.")
     averaged = config.optim.average_share > 0
     memory = estimated_memory(model, micro_batch, stepper.dtype, train.compile, averaged)
+    if stepper.is_canonical:  # copies of the gradient: TreeSum's, and three on their way
+        memory += 4 * model.num_parameters() * (shape.accumulation.bit_length() + 2)
+    gigabytes = float(f"{memory / 1e9:.2g}")
     lines = [
         f"model       {model.num_parameters():,} parameters, vocabulary "
         f"{tokenizer.name} of {tokenizer.vocab_size:,}",
@@ -26,7 +29,7 @@ def plan(stepper: Stepper, tokenizer: TokenizerRecord) -> str:
         f"compute     {model.flops_per_token() * shape.tokens_per_step:.3g} FLOP per step, "
         f"{model.flops_per_token() * asked:.3g} in all",
         f"device      {ranks.world_size} × {device_name(ranks.device)}, {precision}",
-        f"memory      about {memory / 1e9:.2g} GB per process (estimate)",
+        f"memory      about {gigabytes:g} GB per process (estimate)",
         f"data        {there:,} tokens to train on; {train.max_steps:,} steps take "
         f"{asked:,}: {asked / there:.2f} epochs",
     ]

@@ -86,16 +86,31 @@ def check_can_go_on(checkpoint: Checkpoint, config: Config, data: str) -> None:
         )
 
 
+def check_origin(checkpoint: Checkpoint, config: Config) -> None:
+    """Raises UserError if train.init_from names weights that the run didn't begin with.
+
+    Whoever gives it expects to begin with them, and would go on from something else.
+    """
+    before = checkpoint.meta.config.get("train", {}).get("init_from", "")
+    if config.train.init_from and config.train.init_from != before:
+        raise UserError(
+            f"{checkpoint.path} is of a run with train.init_from = {toml_value(before)}: leave it "
+            "as it was to go on, or choose another --train.out to begin with "
+            f"{config.train.init_from}"
+        )
+
+
 def check_can_begin_with(checkpoint: Checkpoint, config: Config) -> None:
     """Raises UserError if a checkpoint has another shape of model, or another vocabulary."""
     checkpoint.check_vocabulary(Path(config.data.dir))
     theirs = asdict(checkpoint.meta.model)
-    for key, ours in asdict(config.model).items():
-        if key not in FREE and ours != theirs[key]:
-            raise UserError(
-                f"{checkpoint.path} has model.{key} = {theirs[key]}, this run {ours}: to "
-                "begin with its weights, set it to theirs"
-            )
+    ours = {key: value for key, value in asdict(config.model).items() if key not in FREE}
+    if others := [key for key in ours if ours[key] != theirs[key]]:
+        told = " ".join(f"--model.{key} {theirs[key]}" for key in others)
+        raise UserError(
+            f"{checkpoint.path} has another shape than this run: to begin with its weights, "
+            f"give {told}"
+        )
 
 
 def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:

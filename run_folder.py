@@ -64,6 +64,14 @@ class RunFolder:
         whole = [path for path in checkpoints_in(self.checkpoints) if path not in self.damaged]
         return next((path for path in reversed(whole) if step_of(path) < step), None)
 
+    @property
+    def level(self) -> int:
+        """The last step before the learning rate falls, from which another, longer run can go on;
+        0 if there is no such step, because it falls from the peak on.
+        """
+        optim = self.config.optim
+        return last_at_peak(optim, self.config.train.max_steps) + 1 if optim.decay_steps else 0
+
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Make the folder and keep other runs out of it.
@@ -137,7 +145,4 @@ class RunFolder:
 
     def _remove_old(self, newest: Path) -> None:
         """Remove the checkpoints that the settings don't ask to keep."""
-        train, optim = self.config.train, self.config.optim
-        # From the last checkpoint before the rate falls, another, longer run can go on.
-        level = last_at_peak(optim, train.max_steps) + 1 if optim.decay_steps else 0
-        remove_old(newest, train.keep_checkpoints, level, self.damaged)
+        remove_old(newest, self.config.train.keep_checkpoints, self.level, self.damaged)

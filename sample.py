@@ -171,14 +171,11 @@ def complete(
     return samples
 
 
-def read_prompts(arguments: argparse.Namespace) -> Iterator[str | None]:
-    """The prompt, or one after another if interactive; None means none was asked for.
+def read_prompt(arguments: argparse.Namespace) -> str | None:
+    """The prompt of the command line or of a file; None means none was asked for.
 
     Raises UserError for an empty prompt or an unreadable file.
     """
-    if arguments.interactive:
-        yield from _typed_prompts()
-        return
     prompt = arguments.prompt
     try:
         if arguments.prompt_file == "-":
@@ -192,10 +189,10 @@ def read_prompts(arguments: argparse.Namespace) -> Iterator[str | None]:
         raise UserError(f"can't read the prompt {name}: {error}") from error
     if prompt == "":
         raise UserError("the prompt is empty: give some text, or no prompt to begin a document")
-    yield prompt
+    return prompt
 
 
-def _typed_prompts() -> Iterator[str]:
+def typed_prompts() -> Iterator[str]:
     """Lines that the user types, until the end of the input (Ctrl-D)."""
     print("Type a beginning; Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
     while True:
@@ -254,6 +251,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Load the checkpoint and continue the prompts."""
     if any(not stop for stop in arguments.stop):
         raise UserError("--stop is empty: give the text to stop before")
+    prompts = typed_prompts() if arguments.interactive else [read_prompt(arguments)]
     checkpoint = find_model(arguments.checkpoint)
     encoding = checkpoint.encoding()
     device = choose_device(arguments.device)
@@ -270,7 +268,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     generator.manual_seed(seed)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    for prompt in read_prompts(arguments):
+    for prompt in prompts:
         try:
             with memory_errors("lower --num-samples"):
                 answer(model, encoding, prompt, arguments, generator)

@@ -228,9 +228,9 @@ class TokenStream:
                 "goes on where it stopped"
             )
         if not folder.is_dir():
+            why = "is a file" if folder.exists() else "doesn't exist"
             raise UserError(
-                f"the data folder {folder} doesn't exist: make it with prepare_fineweb.py, "
-                "or name another"
+                f"the data folder {folder} {why}: make it with prepare_fineweb.py, or name another"
             )
         self.folder = folder
         self.split = split
@@ -255,9 +255,12 @@ class TokenStream:
         Raises UserError if there is not one.
         """
         if len(self) <= block_size:
+            more = "prepare more text"
+            if self.split == "val":
+                more = "prepare the text again with a larger --val-tokens"
             raise UserError(
                 f"the {self.split} split of {self.folder} has {len(self):,} tokens, one window "
-                f"takes {block_size + 1:,}: prepare more text or lower --model.block_size"
+                f"takes {block_size + 1:,}: {more}, or lower --model.block_size"
             )
         return (len(self) - 1) // block_size
 

@@ -95,9 +95,12 @@ def find_source(name: str, revision: str | None = None) -> Source:
         return Source(name, tuple(map(str, files)), sizes, revision)
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
         return hub_source(name, name, revision)
+    found = "there is nothing of this name"
+    if Path(name).exists():
+        found = "there is no text in it" if Path(name).is_dir() else "a file of another kind"
     raise UserError(
-        f"--source {name}: expected fineweb-edu, fineweb, {PYTHON_DOCS}, a dataset on the Hub "
-        f"(owner/name), or files ending in {' '.join(SUFFIXES)}; nothing of the kind is there"
+        f"--source {name}: {found}; expected fineweb-edu, fineweb, {PYTHON_DOCS}, a dataset on the "
+        f"Hub (owner/name), or files ending in {' '.join(SUFFIXES)}"
     )
 
 

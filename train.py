@@ -38,7 +38,7 @@ from huggingface import find_model
 from metrics import Metrics, Speed, kinds_told, say
 from plan import plan
 from records import strict
-from resume import check_can_begin_with, check_can_go_on
+from resume import check_can_begin_with, check_can_go_on, check_origin
 from run_folder import RunFolder
 from scoring import BrokenOff, Validation
 from shards import TokenStream, check_contents, tokenizer_of
@@ -89,6 +89,8 @@ class Trainer:
         if checkpoint:
             with self.ranks.together():
                 check_can_go_on(checkpoint, self.config, self.fingerprint)
+                if self.ranks.is_first:  # other machines may have paths of their own
+                    check_origin(checkpoint, self.config)
                 self.stepper.restore(checkpoint)
             self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
             if checkpoint.meta.best_val_loss is not None:
@@ -227,7 +229,10 @@ class Trainer:
         config, first, missing = self.config, self.ranks.is_first, self._missing_evaluations()
         if self.step >= config.train.max_steps and not missing:
             if first:
-                say(f"already finished: {self.step:,} steps are done (train.max_steps)")
+                say(
+                    f"already finished: {self.step:,} steps are done (train.max_steps); give more "
+                    "to go on, or another --train.out to begin anew"
+                )
             return
         self.metrics = self.folder.prepare(self.tokenizer, self.step)
         if first:
@@ -286,8 +291,11 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or last)
 
     def _anything_due(self) -> bool:
-        rhythms = (self.config.train.checkpoint_every, self.config.log.sample_every)
-        return any(map(self._is_due, rhythms)) or bool(self._evaluations_due())
+        sample = self._is_due(self.config.log.sample_every)
+        return sample or self._checkpoint_is_due() or bool(self._evaluations_due())
+
+    def _checkpoint_is_due(self) -> bool:
+        return self._is_due(self.config.train.checkpoint_every) or self.step == self.folder.level
 
     def _evaluations_due(self) -> list[str]:
         """The kinds of evaluation that are due now, by their names in metrics.jsonl."""
@@ -310,7 +318,7 @@ class Trainer:
                 val_loss = result.loss
                 self._report_validation(result)
             is_best = self.config.train.save_best and val_loss == self.best_val_loss
-            if is_best or self._is_due(self.config.train.checkpoint_every):
+            if is_best or self._checkpoint_is_due():
                 self.save(val_loss)
                 saved = True
             if not stop:

@@ -397,9 +397,22 @@ def test_a_run_folder_and_a_checkpoint_folder_both_name_a_checkpoint(tmp_path):
     assert find_checkpoint(str(path)).meta.step == 7
 
 
-@pytest.mark.parametrize("name", ["nothing", "gpt2"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="is no checkpoint"):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nothing", "nothing is there; expected a run's folder .* or a model on the Hub"),
+        ("notes", "expected a run's folder"),
+        ("begun", "its run hasn't saved one yet"),
+        ("run/checkpoints", "name the run's folder .*/run, or one of the folders in this one"),
+        ("theirs", "a folder for transformers, it seems; convert.py from-hf"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_with_what_it_is(tmp_path, name, told):
+    for folder in ("notes", "begun/checkpoints", "theirs"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "theirs" / "config.json").touch()
+    save(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match=f"{tmp_path / name} is no checkpoint: {told}"):
         find_checkpoint(str(tmp_path / name))
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import SECTIONS, Config, LogSettings, TrainSettings, load_config, make_config
+from config import ELSEWHERE, SECTIONS, Config, LogSettings, TrainSettings, load_config, make_config
 from errors import UserError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -82,6 +82,9 @@ def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, 
             "unknown option --model.n_layers; did you mean --model.n_layer?",
         ),
         (["--modl.n_layer=3"], "did you mean --model.n_layer?"),
+        (["--train.lr", "1"], "unknown option --train.lr; did you mean --optim.learning_rate?"),
+        (["--batch-size", "1"], "did you mean --train.micro_batch_size?"),
+        (["--train.quickly", "1"], "unknown option --train.quickly (see --help)"),
         (["stray"], "'stray': expected one config file"),
         (["--model.n_layer", "three"], "model.n_layer = 'three': expected a whole number"),
         (["--optim.learning_rate", "fast"], "optim.learning_rate = 'fast': expected a number"),
@@ -103,6 +106,12 @@ def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, 
 )
 def test_a_wrong_command_line_is_one_line_that_names_it(config_file, capsys, arguments, expected):
     assert expected in refused(capsys, config_file(""), *arguments)
+
+
+def test_other_peoples_names_stand_for_settings_that_there_are():
+    for name in ELSEWHERE.values():
+        section, key = name.split(".")
+        assert key in [item.name for item in fields(SECTIONS[section])]
 
 
 @pytest.mark.parametrize(

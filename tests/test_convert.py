@@ -229,6 +229,12 @@ def test_weights_are_read_as_openai_published_them(call, published, trained, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_checkpoint_is_not_taken_for_a_folder_of_transformers(call, trained, tmp_path):
+    checkpoint = find_checkpoint(str(trained)).path
+    error = call("convert", "from-hf", checkpoint, "--out", tmp_path / "out").error()
+    assert f"{checkpoint} is a checkpoint already: to-hf goes the other way" in error
+
+
 def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
     folder = changed()
 

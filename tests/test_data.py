@@ -132,6 +132,7 @@ def small_stream(tmp_path_factory) -> TokenStream:
     [
         (1000, "nearest: 512 or 1,024"),
         (500, "nearest: 512"),
+        (768, "nearest: 512 or 1,024; or lower --train.micro_batch_size to 3"),
         (524_289, "nearest: 524,288 or 524,800"),
     ],
 )

@@ -48,10 +48,25 @@ def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, fal
     assert falls_in_time == (told is None)
 
 
+def test_much_memory_is_told_in_plain_digits(configure, monkeypatch):
+    monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 123e9)
+    trainer = train.Trainer(configure(), ALONE)
+    assert "memory      about 120 GB" in plan(trainer.stepper, trainer.tokenizer)
+
+
 def test_the_plan_counts_the_averages(configure, monkeypatch):
     monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 4e9 + 1e9 * some[-1])
     for share, told in ((0.0, "about 4 GB"), (0.1, "about 5 GB")):
         trainer = train.Trainer(configure("--optim.average_share", share), ALONE)
+        assert told in plan(trainer.stepper, trainer.tokenizer)
+
+
+def test_the_plan_counts_the_copies_of_sums_in_a_fixed_order(configure, monkeypatch):
+    """8 micro-batches: a tree of at most four copies, one that is added, and two on their way."""
+    monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 4e9)
+    monkeypatch.setattr(GPT, "num_parameters", lambda _: 250_000_000)
+    for reduction, told in (("ddp", "about 4 GB"), ("canonical", "about 10 GB")):
+        trainer = train.Trainer(configure("--train.reduction", reduction), ALONE)
         assert told in plan(trainer.stepper, trainer.tokenizer)
 
 

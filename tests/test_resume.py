@@ -157,8 +157,11 @@ def test_a_fine_tuning_that_is_stopped_before_its_first_step_begins_anew(
     ("arguments", "complaint"),
     [
         (["--train.init_from", "nowhere"], "nowhere is no checkpoint"),
-        (["--model.n_layer", 1], "has model.n_layer = 2, this run 1"),
-        (["--model.block_size", 16], "has model.block_size = 32, this run 16"),
+        (["--model.n_layer", 1], "another shape than this run: to begin with its weights, give"),
+        (
+            ["--model.block_size", 16, "--model.n_layer", 1],
+            "give --model.n_layer 2 --model.block_size 32",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_one_line(
@@ -168,6 +171,30 @@ def test_weights_that_do_not_fit_are_one_line(
     result = call("train", tiny, "--data.dir", shards, "--train.out", tmp_path / "o", *begin)
     assert complaint in result.error()
     assert not (tmp_path / "o" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_does_not_go_on_as_if_it_had_begun_with_other_weights(
+    configure, trained, tmp_path, first
+):
+    """Neither one that began with some, nor one that began with none."""
+    begin = ("--train.init_from", trained) if first else ()
+    train.train(configure(*begin, "--train.max_steps", 1))
+    shutil.copytree(trained, tmp_path / "another")
+    other = ("--train.init_from", tmp_path / "another", "--train.max_steps", 2)
+    with pytest.raises(UserError, match="step_000001 is of a run with train.init_from = .*: leave"):
+        train.train(configure(*other))
+    train.train(configure(*begin, "--train.max_steps", 2))
+    train.train(configure("--train.max_steps", 3))
+
+
+def test_there_is_a_checkpoint_from_before_the_learning_rate_falls(configure, tmp_path):
+    """Whatever the rhythm of the others."""
+    fall = ("--optim.decay_steps", 6, "--optim.warmup_steps", 2, "--train.max_steps", 12)
+    rhythm = ("--train.checkpoint_every", 5, "--train.keep_checkpoints", 1)
+    train.train(configure(*fall, *rhythm, "--log.eval_every", 0))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step_000006", "step_000012"]
 
 
 def test_a_longer_run_goes_on_from_before_the_learning_rate_fell(configure, tmp_path):

@@ -286,11 +286,17 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
         (("--num-samples", 10**11), "out of memory: lower --num-samples"),
         (("--prompt", "caf\udce9"), "can't read the prompt on the command line"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
-        (("--nonsense",), "unrecognized arguments: --nonsense"),
+        (("--nonsense",), "unrecognized arguments: --nonsense (see --help)"),
+        (("--promt", "x"), "unrecognized arguments: --promt x; did you mean --prompt?"),
     ],
 )
 def test_wrong_input_is_one_line_that_names_it(call, trained, arguments, expected):
     assert expected in call("sample", "--checkpoint", trained, *arguments).error()
+
+
+def test_a_prompt_that_cannot_be_read_is_told_before_the_model_is_loaded(call, trained):
+    result = call("sample", "--checkpoint", trained, "--prompt-file", "nowhere.txt")
+    assert len(result.err.splitlines()) == 1
 
 
 def test_what_is_no_checkpoint_is_refused(call, tmp_path):

@@ -180,6 +180,9 @@ def test_llmcs_published_shards_are_read_without_a_manifest(tmp_path):
 def test_a_folder_that_is_missing_or_empty_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=f"the data folder {tmp_path / 'none'} doesn't exist"):
         TokenStream(tmp_path / "none", "train")
+    (tmp_path / "notes").touch()
+    with pytest.raises(UserError, match=f"the data folder {tmp_path / 'notes'} is a file"):
+        TokenStream(tmp_path / "notes", "train")
     with pytest.raises(UserError, match=f"{tmp_path} holds no val shard"):
         TokenStream(tmp_path, "val")
 

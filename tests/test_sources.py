@@ -191,13 +191,21 @@ def test_a_text_column_of_any_arrow_string_type_is_read(tmp_path):
 # What is refused
 
 
-@pytest.mark.parametrize("kind", ["none.txt", "empty folder", "unknown suffix", "*.jsonl"])
-def test_a_source_that_is_not_there_is_refused_by_name(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("none.txt", "there is nothing of this name"),
+        ("*.jsonl", "there is nothing of this name"),
+        ("empty folder", "there is no text in it"),
+        ("unknown suffix", "a file of another kind"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused_by_name(tmp_path, kind, told):
     (tmp_path / "empty folder").mkdir()
     (tmp_path / "unknown suffix").write_text("text")
     with pytest.raises(UserError) as error:
         find_source(str(tmp_path / kind))
-    assert str(error.value).startswith(f"--source {tmp_path / kind}: expected fineweb-edu")
+    assert str(error.value).startswith(f"--source {tmp_path / kind}: {told}; expected fineweb-edu")
 
 
 def refusal(name: object) -> str:
