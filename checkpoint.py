@@ -337,15 +337,14 @@ def find_checkpoint(name: str) -> Checkpoint:
 def _what_else(path: Path) -> str:
     """What a path that was taken for a checkpoint is, and what to do."""
     if checkpoints_in(path):
-        return f"name the run's folder {path.parent}, or one of the folders in this one"
+        run = f"the run's folder {path.parent}, or " if path.name == "checkpoints" else ""
+        return f"name {run}one of the folders in it"
     if (path / "checkpoints").is_dir():
         return "its run hasn't saved one yet; train.checkpoint_every says after how many steps"
     if is_there(path / "config.json"):
         return "a folder for transformers, it seems; convert.py from-hf makes one of it"
-    return (
-        f"{'expected' if is_there(path) else 'nothing is there; expected'} a run's folder such as "
-        f"out/demo, one with {META} and {MODEL} in it, or a model on the Hub (gpt2, owner/name)"
-    )
+    expected = f"expected a run's folder such as out/demo, or one with {META} and {MODEL} in it"
+    return expected if is_there(path) else f"nothing is there; {expected}"
 
 
 def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> Checkpoint:
@@ -408,7 +407,7 @@ def remove_old(
 
     The `keep` newest are, and as many that weren't saved after a skipped step, and the best, and
     the newest that is not after step `keep_until`. Those that are known to be `damaged` count for
-    nothing, and so are later ones, or the run would have gone on from them. One that can't be
+    nothing. Later ones are damaged, too, or the run would have gone on from them. One that can't be
     removed is no reason to stop a run; it is named on standard error.
     """
     paths = checkpoints_in(newest.parent)

@@ -269,7 +269,9 @@ def make_config(values: dict[str, dict[str, Any]]) -> Config:
         names = [item.name for item in fields(SECTIONS[section])]
         for key in content:
             if key not in names:
-                raise UserError(f"unknown setting {section}.{key}{_nearest(key, names)}")
+                like = _setting_like(key)
+                told = f"; did you mean {like}?" if like else f"; known are {', '.join(names)}"
+                raise UserError(f"unknown setting {section}.{key}{told}")
         checked = {key: _checked(section, key, value) for key, value in content.items()}
         sections[section] = SECTIONS[section](**checked)
     return Config(**sections)
@@ -283,7 +285,6 @@ def _type(section: str, key: str) -> type:
 ELSEWHERE = {
     "batch_size": "train.micro_batch_size",
     "dataset": "data.dir",
-    "epochs": "train.max_steps",
     "eval_interval": "log.eval_every",
     "gradient_accumulation_steps": "train.tokens_per_step",
     "log_interval": "log.log_every",
@@ -302,17 +303,25 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
+def _setting_like(key: str) -> str | None:
+    """ "section.key" of the setting that a key, of any section, was to be; None if none is like it.
+
+    A key is that of one section only.
+    """
+    known = {
+        item.name: f"{name}.{item.name}" for name, cls in SECTIONS.items() for item in fields(cls)
+    }
+    known |= ELSEWHERE
+    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.75)
+    return known[close[0]] if close else None
+
+
 def _unknown_option(option: str) -> str:
-    known = [
-        f"--{section}.{item.name}" for section, cls in SECTIONS.items() for item in fields(cls)
-    ]
     if not option.startswith("--"):
         return f"{option!r}: expected one config file, then --section.key VALUE"
     name = option.split("=")[0]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    if key := ELSEWHERE.get(name.split(".")[-1].removeprefix("--").replace("-", "_")):
-        close = [f"--{key}"]
-    return f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else "")
+    like = _setting_like(name.removeprefix("--").split(".")[-1])
+    return f"unknown option {name}" + (f"; did you mean --{like}?" if like else "")
 
 
 def _from_text(name: str, kind: type, text: str) -> Any:
@@ -336,7 +345,7 @@ def _checked(section: str, key: str, value: Any) -> Any:
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} = {value}: expected a finite number")
     if kind is str and not _is_plain(value):
-        raise UserError(f"{name} = {value!r}: expected text in UTF-8, without zeros")
+        raise UserError(f"{name} = {value!r}: expected text in UTF-8 without zero bytes")
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{name} = {value!r}: expected one of {', '.join(limits['choices'])}")
     if limits["minimum"] is not None and not value >= limits["minimum"]:

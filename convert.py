@@ -38,7 +38,7 @@ import json
 import os
 import shlex
 
-from checkpoint import META, MODEL, save_tensors
+from checkpoint import META, MODEL, checkpoints_in, save_tensors
 from files import is_there
 from huggingface import (
     CONFIG,
@@ -120,7 +120,7 @@ def main(arguments: argparse.Namespace) -> None:
     here = os.path.isdir(source)  # for a name that no path can have, pathlib's raises
     if not here and not is_hub_name(source):
         raise UserError(f"{source}: expected {', '.join(NAMES)}, owner/name, or a folder")
-    if is_there(Path(source, META)):
+    if is_there(Path(source, META)) or checkpoints_in(Path(source, "checkpoints")):
         raise UserError(f"{source} is a checkpoint already: to-hf goes the other way")
     from_hf(Path(source) if here else download(source), out)
     print(f"{out}: python sample.py --checkpoint {shlex.quote(out.as_posix())}")

@@ -115,7 +115,11 @@ class BatchShape:
             nearest = " or ".join(f"{value:,}" for value in (below, below + unit) if value)
             windows, rest = divmod(self.tokens_per_step, self.block_size * self.world_size)
             if not rest:
-                fits = (size for size in range(self.micro_batch_size, 0, -1) if windows % size == 0)
+                fits = (
+                    size
+                    for size in range(min(self.micro_batch_size, windows), 0, -1)
+                    if windows % size == 0
+                )
                 nearest += f"; or lower --train.micro_batch_size to {next(fits):,}"
             raise UserError(
                 f"train.tokens_per_step = {self.tokens_per_step:,} can't be shared out: expected a "

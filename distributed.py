@@ -227,7 +227,7 @@ def _join(ranks: Ranks, timeout: timedelta) -> str:
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistError as error:
-        raise UserError(f"the other processes haven't come: {one_line(error)}") from error
+        raise UserError(f"can't meet the other processes: {one_line(error)}") from error
     store.set_timeout(timeout)
     attempt = name_attempt(store, ranks.rank, ranks.world_size, timeout.total_seconds())
     on_gpu = ranks.device.type == "cuda"

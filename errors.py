@@ -111,7 +111,11 @@ class Parser(argparse.ArgumentParser):
         """Print the message, exit with status 2. Under torchrun the first rank speaks for all."""
         _, unknown, option = message.partition("unrecognized arguments: --")
         if unknown:
-            known = list(self._option_string_actions)
+            parsers = [self]
+            for action in self._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers += action.choices.values()
+            known = [name for parser in parsers for name in parser._option_string_actions]
             close = difflib.get_close_matches(f"--{option}".split()[0], known, n=1, cutoff=0.75)
             message += f"; did you mean {close[0]}?" if close else ""
         if os.environ.get("RANK", "0") == "0":
@@ -168,8 +172,7 @@ def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: 
         main(*arguments)
         sys.stdout.flush()
     except UserError as error:
-        # In one piece, or the lines of several ranks would get into one another.
-        Expendable(sys.stderr).write(f"error: {where}{printable(str(error))}\n")
+        print(f"error: {where}{printable(str(error))}", file=Expendable(sys.stderr))
         return 2
     except Stopped as stopped:
         print(f"{where}{stopped}", file=Expendable(sys.stderr))

@@ -92,7 +92,14 @@ def find_model(name: str) -> Checkpoint:
     Raises UserError if there is none.
     """
     if not is_hub_name(name):
-        return find_checkpoint(name)
+        try:
+            return find_checkpoint(name)
+        except UserError as error:
+            if is_there(Path(name)):
+                raise
+            raise UserError(
+                f"{error}; models on the Hub are {', '.join(NAMES)}, owner/name"
+            ) from error
     folder = cached(name)
     try:
         return find_checkpoint(str(folder))

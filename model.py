@@ -439,7 +439,7 @@ class GPT(nn.Module):
         How each is drawn: `choose_next`. From a GPU they come as copies on the CPU, when the GPU
         has begun with the token after them.
 
-        Raises FloatingPointError if the model can't say how to begin, its weights being spoilt.
+        Raises FloatingPointError if logits aren't finite; on a GPU only the first are looked at.
 
         A prompt longer than the context loses its beginning. When the context is full, the model
         goes on with the later half of it: positions are learned one by one, so that a window that
@@ -454,9 +454,13 @@ class GPT(nn.Module):
         cache = KVCache(self.config, len(ids), tokens, weight.device, dtype)
         decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
         logits = self.next_logits(window, cache)  # (B, V)
-        if not logits.isfinite().all():
-            raise FloatingPointError("the logits aren't finite: training has spoilt the weights")
         for count in range(max_new_tokens):
+            # To look at each would keep a GPU waiting.
+            if (count == 0 or not weight.is_cuda) and not logits.isfinite().all():
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise FloatingPointError(
+                    f"logits aren't finite: weights are spoilt, or too large for {kind}"
+                )
             next_ids = choose_next(logits, temperature, top_k, top_p, generator)  # (B)
             yield next_ids
             if count == max_new_tokens - 1:

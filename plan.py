@@ -19,8 +19,9 @@ def plan(stepper: Stepper, tokenizer: TokenizerRecord) -> str:
     precision = str(stepper.dtype).removeprefix("torch.")
     averaged = config.optim.average_share > 0
     memory = estimated_memory(model, micro_batch, stepper.dtype, train.compile, averaged)
-    if stepper.is_canonical:  # copies of the gradient: TreeSum's, and three on their way
-        memory += 4 * model.num_parameters() * (shape.accumulation.bit_length() + 2)
+    if stepper.is_canonical:  # copies of the gradient: TreeSum's, later those of Ranks.tree_sum
+        copies = max(shape.accumulation.bit_length(), 3 if ranks.world_size > 1 else 1)
+        memory += 4 * model.num_parameters() * copies
     gigabytes = float(f"{memory / 1e9:.2g}")
     lines = [
         f"model       {model.num_parameters():,} parameters, vocabulary "

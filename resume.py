@@ -64,6 +64,11 @@ def _copy_here(folder: Path, step: int, ranks: Ranks) -> Checkpoint | None:
     return read_checkpoint(path, files) if step else None
 
 
+def origin_of(checkpoint: Checkpoint) -> str:
+    """What train.init_from named when a checkpoint's run began; "" if it began with no weights."""
+    return str(checkpoint.meta.config.get("train", {}).get("init_from", ""))
+
+
 def check_can_go_on(checkpoint: Checkpoint, config: Config, data: str) -> None:
     """Raises UserError if the run that a checkpoint is of was another than this one.
 
@@ -74,6 +79,12 @@ def check_can_go_on(checkpoint: Checkpoint, config: Config, data: str) -> None:
             f"{config.train.out} holds {checkpoint.path.name} and train.resume = false: "
             "choose another --train.out or remove that folder"
         )
+    if config.train.init_from and not origin_of(checkpoint):
+        raise UserError(
+            f"{checkpoint.path} is of a run that didn't begin with other weights: leave out "
+            f"train.init_from to go on, or choose another --train.out to begin with "
+            f"{config.train.init_from}"
+        )
     checkpoint.check_vocabulary(Path(config.data.dir))
     check_same_run(checkpoint.meta.config, config, checkpoint.path)
     check_schedule(checkpoint, config)
@@ -83,20 +94,6 @@ def check_can_go_on(checkpoint: Checkpoint, config: Config, data: str) -> None:
             f"{checkpoint.path} was trained on other data than {config.data.dir} holds now (see "
             f"its {MANIFEST}): a run goes on with the same shards, or starts anew with another "
             "--train.out"
-        )
-
-
-def check_origin(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises UserError if train.init_from names weights that the run didn't begin with.
-
-    Whoever gives it expects to begin with them, and would go on from something else.
-    """
-    before = checkpoint.meta.config.get("train", {}).get("init_from", "")
-    if config.train.init_from and config.train.init_from != before:
-        raise UserError(
-            f"{checkpoint.path} is of a run with train.init_from = {toml_value(before)}: leave it "
-            "as it was to go on, or choose another --train.out to begin with "
-            f"{config.train.init_from}"
         )
 
 

@@ -45,7 +45,7 @@ class RunFolder:
         self.path = Path(config.train.out)
         self.checkpoints = self.path / "checkpoints"
         with ranks.together():
-            self.at_start = checkpoints_in(self.checkpoints) if ranks.is_first else []
+            self.at_start = checkpoints_in(self.checkpoints)
         self.damaged: set[Path] = set()
 
     def newest(self) -> Checkpoint | None:

@@ -251,9 +251,9 @@ def main(arguments: argparse.Namespace) -> None:
     """Load the checkpoint and continue the prompts."""
     if any(not stop for stop in arguments.stop):
         raise UserError("--stop is empty: give the text to stop before")
-    prompts = typed_prompts() if arguments.interactive else [read_prompt(arguments)]
     checkpoint = find_model(arguments.checkpoint)
     encoding = checkpoint.encoding()
+    prompts = typed_prompts() if arguments.interactive else [read_prompt(arguments)]
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     model = checkpoint.make_model()
@@ -273,6 +273,8 @@ def main(arguments: argparse.Namespace) -> None:
             with memory_errors("lower --num-samples"):
                 answer(model, encoding, prompt, arguments, generator)
         except FloatingPointError as error:
+            if not arguments.jsonl:
+                print()
             raise UserError(f"{arguments.checkpoint}: {error}") from error
         except KeyboardInterrupt:
             if not arguments.interactive:

@@ -313,9 +313,8 @@ def read_file(path: Path) -> tuple[Rows, str, str]:
         else:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     except (OSError, ValueError, RecursionError) as error:  # pyarrow's are of these, too
-        raise UserError(
-            f"can't read {path}: {one_line(error)}; expected Parquet (.parquet) or JSON lines"
-        ) from error
+        told = "" if isinstance(error, OSError) else "; expected Parquet (.parquet) or JSON lines"
+        raise UserError(f"can't read {path}: {one_line(error)}{told}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected an object in each line")
     return rows, str(path), hashlib.sha256(content).hexdigest()

@@ -22,7 +22,7 @@ import math
 import shlex
 import signal
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ from huggingface import find_model
 from metrics import Metrics, Speed, kinds_told, say
 from plan import plan
 from records import strict
-from resume import check_can_begin_with, check_can_go_on, check_origin
+from resume import check_can_begin_with, check_can_go_on, origin_of
 from run_folder import RunFolder
 from scoring import BrokenOff, Validation
 from shards import TokenStream, check_contents, tokenizer_of
@@ -62,6 +62,7 @@ class Trainer:
         self.stepper = make_stepper(config, ranks, shape, self.train_stream)
         self.model, self.shape = self.stepper.model, shape
         self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
+        self.origin = config.train.init_from  # what the run began with, whoever goes on with it
         self.folder = RunFolder(config, ranks)
         self._resume()
         self.stop = StopRequest()
@@ -89,10 +90,9 @@ class Trainer:
         if checkpoint:
             with self.ranks.together():
                 check_can_go_on(checkpoint, self.config, self.fingerprint)
-                if self.ranks.is_first:  # other machines may have paths of their own
-                    check_origin(checkpoint, self.config)
                 self.stepper.restore(checkpoint)
             self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
+            self.origin = origin_of(checkpoint)
             if checkpoint.meta.best_val_loss is not None:
                 self.best_val_loss = checkpoint.meta.best_val_loss
             if self.ranks.is_first:
@@ -205,11 +205,12 @@ class Trainer:
 
     def save(self, val_loss: float | None) -> None:
         """Write a checkpoint (rank 0) while the others wait."""
+        settings = replace(self.config, train=replace(self.config.train, init_from=self.origin))
         meta = Meta(
             step=self.step,
             model=self.model.config,
             tokenizer=self.tokenizer,
-            config=asdict(self.config),
+            config=asdict(settings),
             data=self.fingerprint,
             skipped=self.skipped,
             **self._losses(val_loss),
@@ -229,9 +230,10 @@ class Trainer:
         config, first, missing = self.config, self.ranks.is_first, self._missing_evaluations()
         if self.step >= config.train.max_steps and not missing:
             if first:
+                more = "" if config.optim.decay_steps else "raise that to go on, or "
                 say(
-                    f"already finished: {self.step:,} steps are done (train.max_steps); give more "
-                    "to go on, or another --train.out to begin anew"
+                    f"already finished: {self.step:,} steps are done (train.max_steps); {more}"
+                    "choose another --train.out to begin anew"
                 )
             return
         self.metrics = self.folder.prepare(self.tokenizer, self.step)

@@ -400,10 +400,11 @@ def test_a_run_folder_and_a_checkpoint_folder_both_name_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("nothing", "nothing is there; expected a run's folder .* or a model on the Hub"),
+        ("nothing", "nothing is there; expected a run's folder"),
         ("notes", "expected a run's folder"),
         ("begun", "its run hasn't saved one yet"),
-        ("run/checkpoints", "name the run's folder .*/run, or one of the folders in this one"),
+        ("run/checkpoints", "name the run's folder .*/run, or one of the folders in it"),
+        ("copies", "name one of the folders in it"),
         ("theirs", "a folder for transformers, it seems; convert.py from-hf"),
     ],
 )
@@ -412,6 +413,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_it_is(tmp_path, name, told):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "theirs" / "config.json").touch()
     save(tmp_path / "run" / "checkpoints")
+    save(tmp_path / "copies")
     with pytest.raises(UserError, match=f"{tmp_path / name} is no checkpoint: {told}"):
         find_checkpoint(str(tmp_path / name))
 

@@ -84,6 +84,8 @@ def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, 
         (["--modl.n_layer=3"], "did you mean --model.n_layer?"),
         (["--train.lr", "1"], "unknown option --train.lr; did you mean --optim.learning_rate?"),
         (["--batch-size", "1"], "did you mean --train.micro_batch_size?"),
+        (["--compile=False"], "did you mean --train.compile?"),
+        (["--train.block_size", "64"], "did you mean --model.block_size?"),
         (["--train.quickly", "1"], "unknown option --train.quickly (see --help)"),
         (["stray"], "'stray': expected one config file"),
         (["--model.n_layer", "three"], "model.n_layer = 'three': expected a whole number"),
@@ -118,7 +120,9 @@ def test_other_peoples_names_stand_for_settings_that_there_are():
     ("text", "expected"),
     [
         ("[modle]\n", "unknown section [modle]; did you mean model?"),
-        ("[model]\nn_heads = 3\n", "unknown setting model.n_heads; did you mean n_head?"),
+        ("[model]\nn_heads = 3\n", "unknown setting model.n_heads; did you mean model.n_head?"),
+        ("[optim]\nlr = 1\n", "unknown setting optim.lr; did you mean optim.learning_rate?"),
+        ("[train]\nn_layer = 1\n", "did you mean model.n_layer?"),
         ("[data]\nzzz = 3\n", "unknown setting data.zzz; known are dir"),
         ("train = 3\n", "train = 3 stands outside of a section"),
         ("n_layer = 3\n", "n_layer = 3 stands outside of a section"),
@@ -188,5 +192,7 @@ def test_text_that_toml_cannot_hold_as_it_is_comes_back_or_is_refused(tmp_path):
     path.write_text(odd.to_toml(), encoding="utf-8")
     assert load_config([str(path)]) == odd
     for name in ("a\udcff", "a\0b"):  # nor can a file have the second as its name
-        with pytest.raises(UserError, match="data.dir = .*: expected text in UTF-8, without zeros"):
+        with pytest.raises(
+            UserError, match="data.dir = .*: expected text in UTF-8 without zero bytes"
+        ):
             make_config({"data": {"dir": name}})

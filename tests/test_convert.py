@@ -230,9 +230,11 @@ def test_weights_are_read_as_openai_published_them(call, published, trained, tmp
 
 
 def test_a_checkpoint_is_not_taken_for_a_folder_of_transformers(call, trained, tmp_path):
-    checkpoint = find_checkpoint(str(trained)).path
-    error = call("convert", "from-hf", checkpoint, "--out", tmp_path / "out").error()
-    assert f"{checkpoint} is a checkpoint already: to-hf goes the other way" in error
+    for ours in (find_checkpoint(str(trained)).path, trained):
+        error = call("convert", "from-hf", ours, "--out", tmp_path / "out").error()
+        assert f"{ours} is a checkpoint already: to-hf goes the other way" in error
+    error = call("convert", "from-hf", trained, "--uot", tmp_path / "out").error()
+    assert "did you mean --out?" in error or "required: --out" in error
 
 
 def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):

@@ -216,6 +216,16 @@ def test_an_untrained_model_guesses_evenly():
     assert abs(loss - math.log(50_257)) < 0.5
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_ends_with_an_error_where_the_logits_are_no_numbers(temperature):
+    model = make_model()
+    model.wpe.weight.data[5] = math.nan
+    tokens = model.generate(random_ids(SMALL, 2, 3), 9, temperature)
+    assert len([next(tokens) for _ in range(3)]) == 3  # the last of them comes to stand there
+    with pytest.raises(FloatingPointError, match="too large for float32"):
+        next(tokens)
+
+
 def test_one_batch_can_be_learned_by_heart():
     torch.manual_seed(0)
     model = GPT(SMALL)

@@ -62,10 +62,10 @@ def test_the_plan_counts_the_averages(configure, monkeypatch):
 
 
 def test_the_plan_counts_the_copies_of_sums_in_a_fixed_order(configure, monkeypatch):
-    """8 micro-batches: a tree of at most four copies, one that is added, and two on their way."""
+    """8 micro-batches: 4 copies of the gradient at most. 3.9 of them were seen in 38 M numbers."""
     monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 4e9)
     monkeypatch.setattr(GPT, "num_parameters", lambda _: 250_000_000)
-    for reduction, told in (("ddp", "about 4 GB"), ("canonical", "about 10 GB")):
+    for reduction, told in (("ddp", "about 4 GB"), ("canonical", "about 8 GB")):
         trainer = train.Trainer(configure("--train.reduction", reduction), ALONE)
         assert told in plan(trainer.stepper, trainer.tokenizer)
 

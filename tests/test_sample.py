@@ -296,6 +296,7 @@ def test_wrong_input_is_one_line_that_names_it(call, trained, arguments, expecte
 
 def test_a_prompt_that_cannot_be_read_is_told_before_the_model_is_loaded(call, trained):
     result = call("sample", "--checkpoint", trained, "--prompt-file", "nowhere.txt")
+    assert "can't read the prompt" in result.error()
     assert len(result.err.splitlines()) == 1
 
 
@@ -311,8 +312,8 @@ def test_weights_too_large_to_compute_with_are_told_of(call, trained, monkeypatc
     spoilt = find_checkpoint(trained).make_model()
     spoilt.ln_f.weight.data.fill_(3e38)
     monkeypatch.setattr(Checkpoint, "make_model", lambda self: spoilt)
-    error = call("sample", "--checkpoint", trained, "--prompt", "The").error()
-    assert f"{trained}: the logits aren't finite: training has spoilt the weights" in error
+    error = call("sample", "--checkpoint", trained, "--prompt", "The", "--dtype", "float32").error()
+    assert f"{trained}: logits aren't finite: weights are spoilt, or too large for float32" in error
 
 
 def test_a_vocabulary_that_is_not_the_models_is_refused(call, trained, tmp_path):
