@@ -455,8 +455,8 @@ class GPT(nn.Module):
         decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
         logits = self.next_logits(window, cache)  # (B, V)
         for count in range(max_new_tokens):
-            # To look at each would keep a GPU waiting.
-            if (count == 0 or not weight.is_cuda) and not logits.isfinite().all():
+            # NaN is the largest of numbers, too. To look each time would keep a GPU waiting.
+            if (count == 0 or not weight.is_cuda) and not logits.amax().isfinite():
                 kind = str(weight.dtype).removeprefix("torch.")
                 raise FloatingPointError(
                     f"logits aren't finite: weights are spoilt, or too large for {kind}"
