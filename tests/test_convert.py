@@ -233,8 +233,6 @@ def test_a_checkpoint_is_not_taken_for_a_folder_of_transformers(call, trained, t
     for ours in (find_checkpoint(str(trained)).path, trained):
         error = call("convert", "from-hf", ours, "--out", tmp_path / "out").error()
         assert f"{ours} is a checkpoint already: to-hf goes the other way" in error
-    error = call("convert", "from-hf", trained, "--uot", tmp_path / "out").error()
-    assert "did you mean --out?" in error or "required: --out" in error
 
 
 def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):

@@ -87,3 +87,22 @@ def test_what_is_left_to_be_written_to_a_full_disk_changes_no_message(deed, stat
     else:
         assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
         assert done.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--pat", "a"], "unrecognized arguments: --pat a; did you mean --path?"),
+        (["build", "--otput", "a"], "unrecognized arguments: --otput a; did you mean --output?"),
+        (["--quickly"], "unrecognized arguments: --quickly (see --help)"),
+        (["build", "more"], "unrecognized arguments: more (see --help)"),
+    ],
+)
+def test_an_option_that_is_nearly_one_is_told_the_right_one(capsys, words, told):
+    """Also one that belongs to a subcommand, of which the main parser complains."""
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("--path")
+    parser.add_subparsers(parser_class=Parser).add_parser("build").add_argument("--output")
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert told in capsys.readouterr().err

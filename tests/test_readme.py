@@ -910,6 +910,15 @@ def test_what_muons_config_tells_of_measurements_is_what_was_found():
     assert f"by {min(gains):.2f} to {max(gains):.2f} at each of three rates" in told
 
 
+def test_what_more_blocks_do_for_the_demo_is_told_as_it_was_measured():
+    runs = json.loads((ROOT / "results" / "blocks.json").read_text(encoding="utf-8"))["runs"]
+    by_seed = {n: {r["seed"]: r["loss"] for r in runs if r["n_layer"] == n} for n in (1, 3)}
+    assert all(by_seed[1][seed] < loss for seed, loss in by_seed[3].items())
+    one, three = (statistics.mean(losses.values()) for losses in by_seed.values())
+    assert f"after 1,500 steps one block has {one:.2f}, three {three:.2f};" in PROSE
+    assert {run["steps"] for run in runs} == {1500} and len(by_seed[1]) == 3
+
+
 def test_what_the_options_did_is_told_as_it_was_measured():
     """Each beside Muon with the same code, rate and seeds."""
     found = load_found(ROOT / "results" / "recipe.json")
