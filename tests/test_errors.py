@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from errors import Parser
+
 SCRIPT = """
 import sys
 from errors import Parser, run_script
