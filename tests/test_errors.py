@@ -94,7 +94,7 @@ def test_what_is_left_to_be_written_to_a_full_disk_changes_no_message(deed, stat
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--pat", "a"], "unrecognized arguments: --pat a; did you mean --path?"),
+        (["--pat"], "unrecognized arguments: --pat; did you mean --path?"),
         (["build", "--otput", "a"], "unrecognized arguments: --otput a; did you mean --output?"),
         (["--quickly"], "unrecognized arguments: --quickly (see --help)"),
         (["build", "more"], "unrecognized arguments: more (see --help)"),
