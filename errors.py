@@ -111,16 +111,20 @@ class Parser(argparse.ArgumentParser):
         """Print the message, exit with status 2. Under torchrun the first rank speaks for all."""
         _, unknown, option = message.partition("unrecognized arguments: --")
         if unknown:
-            parsers = [self]
-            for action in self._actions:
-                if isinstance(action, argparse._SubParsersAction):
-                    parsers += action.choices.values()
-            known = [name for parser in parsers for name in parser._option_string_actions]
-            close = difflib.get_close_matches(f"--{option}".split()[0], known, n=1, cutoff=0.75)
-            message += f"; did you mean {close[0]}?" if close else ""
+            message += self._option_like(f"--{option}".split()[0])
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {printable(message)} (see --help)", file=sys.stderr)
         sys.exit(2)
+
+    def _option_like(self, name: str) -> str:
+        """ "; did you mean …?" if this parser, or one of a subcommand, has nearly such an option."""
+        parsers = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        known = [option for parser in parsers for option in parser._option_string_actions]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        return f"; did you mean {close[0]}?" if close else ""
 
 
 def printable(message: str) -> str:
