@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _option_like(self, name: str) -> str:
-        """ "; did you mean …?" if this parser, or one of a subcommand, has nearly such an option."""
+        """ "; did you mean …?" if this parser or a subcommand's has nearly such an option."""
         parsers = [self]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
