@@ -186,7 +186,8 @@ def read_prompt(arguments: argparse.Namespace) -> str | None:
             prompt.encode()
     except (OSError, UnicodeError) as error:
         name = arguments.prompt_file or "on the command line"
-        raise UserError(f"can't read the prompt {name}: {error}") from error
+        told = "expected text in UTF-8" if isinstance(error, UnicodeError) else error.strerror
+        raise UserError(f"can't read the prompt {name}: {told}") from error
     if prompt == "":
         raise UserError("the prompt is empty: give some text, or no prompt to begin a document")
     return prompt

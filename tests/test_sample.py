@@ -272,7 +272,7 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
     ("arguments", "expected"),
     [
         (("--prompt", ""), "the prompt is empty"),
-        (("--prompt-file", "nowhere.txt"), "can't read the prompt nowhere.txt"),
+        (("--prompt-file", "nowhere.txt"), "can't read the prompt nowhere.txt: No such file"),
         (("--prompt-file", os.devnull), "the prompt is empty"),
         (("--temperature", "-1"), "'-1': expected a number, 0 or more"),
         (("--temperature", "nan"), "'nan': expected a number, 0 or more"),
@@ -284,7 +284,7 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
         (("--stop", ""), "--stop is empty"),
         (("--seed", "9" * 23), "expected a whole number from 0 to 2^64 - 1"),
         (("--num-samples", 10**11), "out of memory: lower --num-samples"),
-        (("--prompt", "caf\udce9"), "can't read the prompt on the command line"),
+        (("--prompt", "caf\udce9"), "the prompt on the command line: expected text in UTF-8"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
         (("--nonsense",), "unrecognized arguments: --nonsense (see --help)"),
         (("--promt", "x"), "unrecognized arguments: --promt x; did you mean --prompt?"),
