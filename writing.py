@@ -94,6 +94,10 @@ class Progress:
     batch: int = 0  # the first batch whose tokens are not all in finished shards
     skip: int = 0  # the tokens of that batch which are
 
+    def __post_init__(self) -> None:
+        if min(self.batch, self.skip) < 0:
+            raise ValueError(f"batch {self.batch}, skip {self.skip}: expected 0 or more")
+
     def save(self, folder: Path) -> None:
         """Write it into the shards' folder."""
         write_atomically(folder / PROGRESS, json.dumps(asdict(self), indent=1))

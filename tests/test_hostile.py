@@ -464,6 +464,15 @@ def test_any_manifest_is_read_or_refused(shards, tmp_path_factory, data):
         encoding_of(folder)
 
 
+@pytest.mark.parametrize("name", ["batch", "skip"])
+def test_progress_of_less_than_nothing_is_refused(tmp_path, name):
+    tokenizer = {"name": "gpt2", "vocab_size": 50_257, "sha256": "0"}
+    content = {"settings": {}, "tokenizer": tokenizer, name: -1}
+    (tmp_path / PROGRESS).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="progress.json is damaged: delete the folder and start"):
+        read_progress(tmp_path)
+
+
 @settings(max_examples=100)
 @given(st.data())
 def test_any_progress_is_read_or_refused(tmp_path_factory, data):

@@ -669,7 +669,7 @@ def test_a_wrong_command_line_is_refused_in_one_line(call, options, complaint):
 
 def test_a_source_that_is_not_there_is_refused_and_leaves_nothing_behind(prepare, tmp_path):
     error = prepare(source=tmp_path / "none.parquet").error()
-    assert f"--source {tmp_path / 'none.parquet'}: expected fineweb-edu, fineweb" in error
+    assert f"--source {tmp_path / 'none.parquet'}: there is nothing of this name; expected" in error
     assert not (tmp_path / "out").exists()
 
 
