@@ -91,6 +91,11 @@ def step_windows(step: int, per_step: int, num_windows: int, seed: int) -> np.nd
     return windows
 
 
+def largest_micro_batch(windows: int, limit: int) -> int:
+    """The most windows at once, up to `limit`, that a rank's share of a step divides into."""
+    return next(size for size in range(min(windows, limit), 0, -1) if windows % size == 0)
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """How the tokens of one optimizer step are cut into micro-batches and spread over ranks."""
@@ -115,12 +120,8 @@ class BatchShape:
             nearest = " or ".join(f"{value:,}" for value in (below, below + unit) if value)
             windows, rest = divmod(self.tokens_per_step, self.block_size * self.world_size)
             if not rest:
-                fits = (
-                    size
-                    for size in range(min(self.micro_batch_size, windows), 0, -1)
-                    if windows % size == 0
-                )
-                nearest += f"; or lower --train.micro_batch_size to {next(fits):,}"
+                fits = largest_micro_batch(windows, self.micro_batch_size)
+                nearest += f"; or lower --train.micro_batch_size to {fits:,}"
             raise UserError(
                 f"train.tokens_per_step = {self.tokens_per_step:,} can't be shared out: expected a "
                 f"multiple of {unit:,} (block_size {self.block_size:,} × micro_batch_size "

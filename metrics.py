@@ -62,6 +62,12 @@ def kinds_told(folder: Path, step: int) -> set[str]:
     return {str(json.loads(line).get("kind")) for line in lines if _step_of(line) == step}
 
 
+def _writing(path: Path) -> AbstractContextManager[None]:
+    """Turn an error of the disk into a UserError that tells how to go on."""
+    way_out = "; make room or mend the disk, then give the same command again to go on from the "
+    return disk_errors(f"can't write {path}", f"{way_out}newest checkpoint")
+
+
 class Metrics:
     """What a run measured: `metrics.jsonl`, and TensorBoard and Weights & Biases if asked for."""
 
@@ -75,7 +81,7 @@ class Metrics:
         folder = Path(config.train.out)
         self.path = folder / METRICS
         kept = [line for line in _lines_of(self.path) if start and _step_of(line) <= start]
-        with self._disk_errors(self.path):
+        with _writing(self.path):
             write_atomically(self.path, "".join(kept))
         first = start + 1 if start else 0  # the first step that is told from here on
         self.viewers: dict[str, Viewer] = {}
@@ -112,7 +118,7 @@ class Metrics:
 
     def _wandb_id(self, path: Path, start: int) -> str:
         """What Weights & Biases is to know this run by, also when it goes on."""
-        with self._disk_errors(path):
+        with _writing(path):
             if start == 0:
                 write_atomically(path, uuid.uuid4().hex)
             if not path.exists():  # of a run that was begun when this was its id
@@ -122,20 +128,13 @@ class Metrics:
         except (OSError, ValueError) as error:
             raise UserError(f"can't read {path}: {one_line(error)}") from error
 
-    def _disk_errors(self, path: Path) -> AbstractContextManager[None]:
-        return disk_errors(
-            f"can't write {path}",
-            "; make room or mend the disk, then give the same command again to go on from the "
-            "newest checkpoint",
-        )
-
     def write(self, kind: str, step: int, values: dict[str, object]) -> None:
         """Record values of `kind` ("train", "val", "skip", a task) after `step` finished steps.
 
         A number that isn't finite is null in the file. Raises UserError if the disk is full.
         """
         values = strict(values)
-        with self._disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         known = ((key, value) for key, value in values.items() if isinstance(value, (int, float)))
         numbers = {f"{kind}/{key}": value for key, value in known}

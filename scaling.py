@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data import largest_micro_batch
+
 GRADIENT_BYTES = 4  # float32
 BUCKET_BYTES = 25 * 2**20  # DDP sends the gradients in buckets of at least this size
 
@@ -67,7 +69,7 @@ def step_time(
     share, rest = divmod(windows_per_step, cluster.gpus)
     if share == 0 or rest:
         return None
-    windows = max(size for size in range(1, min(share, micro_batch_size) + 1) if share % size == 0)
+    windows = largest_micro_batch(share, micro_batch_size)
     computing = share * block_size / tokens_per_second
     earlier = GRADIENT_BYTES * (parameters - last_parameters)
     buckets = max(1, earlier // BUCKET_BYTES)

@@ -162,6 +162,9 @@ def test_a_mask_in_blocks_is_the_same_and_compiled_once_for_all_batches(monkeypa
 
 
 @pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="PyTorch 2.11's refuses q, k and v out of one product"
+)
+@pytest.mark.skipif(
     sys.platform == "darwin"
     or not torch.cpu._is_avx2_supported()
     or os.environ.get("ATEN_CPU_CAPABILITY") == "default",
