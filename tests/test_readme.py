@@ -695,8 +695,8 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
-def gpu_prose() -> list[str]:
-    """What results/README.md tells of a GPU, paragraph by paragraph, from the files there."""
+def gpu_step_prose() -> list[str]:
+    """What results/README.md tells of a training step on a GPU, from the files there."""
     step = json.loads((ROOT / "results" / "h200_step.json").read_text(encoding="utf-8"))
     before, rows, stream, _ = step["step_milliseconds"].values()
     then, now = step["slice_of_the_loss_microseconds"].values()
@@ -707,18 +707,9 @@ def gpu_prose() -> list[str]:
     flops = model.flops_per_token() * 64 * 1024 / (stream / 1e3)
     cast = model.num_parameters() * (4 + 2)  # bytes: from float32 to bfloat16
     reached = f"{flops / 1e12 / step['matrix_product_tflops']:.0%}".replace("%", " %")
-    nanogpt = 64 * 1024 / measured("h200_train")["nanogpt"]["tokens_per_second"] * 1e3
     tried = step["tried_and_left"]
     again = measured("h200_document_mask")
-    text, short = (measured(f"h200_generate_bfloat16_1_{count}") for count in (992, 16))
-    written = text["ours"]["decode_tokens_per_second"]
-    faster = {name: times(found["decode_times_as_fast"]) for name, found in text.items()}
-    run = json.loads((ROOT / "results" / "h200_124m.json").read_text(encoding="utf-8"))
-    _, tokens, last, _ = run["validation"]["rows"][-1]
-    rate, batch = run["tokens_per_second_of_the_median_step"], 65_536
-    seconds = batch / rate - batch / step["tokens_per_second"]  # that Muon takes longer
-    slower = f"{1 - rate / step['tokens_per_second']:.0%}".replace("%", " %")
-    small = f"{seconds * step['tokens_per_second'] / 524_288:.0%}".replace("%", " %")
+    nanogpt = 64 * 1024 / again["nanogpt"]["tokens_per_second"] * 1e3
     return [
         f"[Step by step](h200_step.json): the loss on whole rows of logits, padding included, lets "
         f"the kernels read in large pieces, and {before} ms became {rows}. A residual stream in "
@@ -738,6 +729,22 @@ def gpu_prose() -> list[str]:
         f"{nanogpt / 1.25:.0f} ms. To compile the whole model at once made it "
         f"{tried['the whole model compiled at once, in 16 s instead of 3']:.0f}, in five times the "
         "time to compile, and without gradients that are sent while others are computed.",
+    ]
+
+
+def gpu_run_prose() -> list[str]:
+    """What results/README.md tells of generation, a run, tests and recipes on a GPU."""
+    step = json.loads((ROOT / "results" / "h200_step.json").read_text(encoding="utf-8"))
+    text, short = (measured(f"h200_generate_bfloat16_1_{count}") for count in (992, 16))
+    written = text["ours"]["decode_tokens_per_second"]
+    faster = {name: times(found["decode_times_as_fast"]) for name, found in text.items()}
+    run = json.loads((ROOT / "results" / "h200_124m.json").read_text(encoding="utf-8"))
+    _, tokens, last, _ = run["validation"]["rows"][-1]
+    rate, batch = run["tokens_per_second_of_the_median_step"], 65_536
+    seconds = batch / rate - batch / step["tokens_per_second"]  # that Muon takes longer
+    slower = f"{1 - rate / step['tokens_per_second']:.0%}".replace("%", " %")
+    small = f"{seconds * step['tokens_per_second'] / 524_288:.0%}".replace("%", " %")
+    return [
         f"A token after 992 ([five rounds](bench_h200_generate_bfloat16_1_992.json)): "
         f"{written:,.0f} per second, {faster['transformers']} transformers and "
         f"{faster['nanogpt']} nanoGPT. After 16 ([five](bench_h200_generate_bfloat16_1_16.json)): "
@@ -763,7 +770,7 @@ def gpu_prose() -> list[str]:
 def test_what_is_told_of_a_gpu_is_what_was_measured():
     """A step before the changes beside nanoGPT, after them alone; generation; a training run."""
     assert gpu_table() in MEASURED
-    for paragraph in gpu_prose():
+    for paragraph in gpu_step_prose() + gpu_run_prose():
         assert paragraph in MEASURED_PROSE
     ours = 64 * 1024e3 / measured("h200_train")["ours"]["tokens_per_second"]
     step = json.loads((ROOT / "results" / "h200_step.json").read_text(encoding="utf-8"))
