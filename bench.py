@@ -100,7 +100,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.util import find_spec
 
 import torch
@@ -113,9 +112,9 @@ from model import GPT, GPTConfig
 from plan import estimated_memory
 from reports import (
     PARTS,
+    circumstances,
     commit,
     generation_results,
-    hardware,
     median,
     milliseconds,
     percent,
@@ -124,7 +123,6 @@ from reports import (
     table,
     times,
     training_results,
-    versions,
     write_report,
 )
 from scaling import Cluster, step_time
@@ -500,14 +498,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.output:
         check_can_write(output_file(arguments.output))
     task = {f.__name__: f for f in (train, generate, data, tokenize, start, plan)}[arguments.task]
-    report = {
-        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(Path(__file__).parent),
-        "hardware": hardware(),
-        "versions": versions(),
-        **task(arguments, config),
-    }
+    command = shlex.join(["python", "bench.py", *sys.argv[1:]])
+    report = circumstances(command) | task(arguments, config)
     if arguments.output:
         write_report(arguments.output, report)
 

@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -140,6 +141,17 @@ def commit(folder: Path) -> str | None:
     paths = (".", ":!results")
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths], **options).returncode
     return head.stdout.strip() + ("+" if changed else "")
+
+
+def circumstances(command: str) -> dict[str, object]:
+    """What every file of results/ begins with: how, when and where it was found."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(Path(__file__).parent),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
 
 
 def write_report(path: Path, report: dict) -> None:

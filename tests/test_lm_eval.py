@@ -11,7 +11,6 @@ import random
 import re
 import sys
 import tempfile
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from convert import to_hf
 from device import choose_device
 from distributed import Ranks
 from model import GPT
-from reports import hardware
+from reports import circumstances
 from scoring import Scorer, evaluating
 from tasks import hellaswag_choices, lambada_requests, load_questions
 from visuals import KEPT, ROOT
@@ -141,10 +140,8 @@ def test_the_harness_makes_the_same_choices_and_finds_the_same_numbers(tmp_path)
 def main() -> None:
     """Print what results/lm_eval.json keeps."""
     report = {
-        "command": "python -m tests.test_lm_eval > results/lm_eval.json",
+        **circumstances("python -m tests.test_lm_eval > results/lm_eval.json"),
         "what": "[ours, lm-eval's], on questions made of README, by the model in visuals/model",
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": hardware(),
         "versions": {name: version(name) for name in ("lm-eval", "torch", "transformers")},
     }
     with tempfile.TemporaryDirectory() as folder:

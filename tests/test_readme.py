@@ -1008,6 +1008,12 @@ def test_the_demos_memory_is_what_its_plan_tells():
     assert f"memory      about {memory / 1e9:.2g} GB per process (estimate)" in README
 
 
+def test_every_file_of_results_tells_how_and_where_and_when_it_was_measured():
+    for path in (ROOT / "results").glob("*.json"):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        assert {"command", "date", "hardware", "versions"} <= set(told), path.name
+
+
 def test_every_file_of_results_is_listed_there():
     linked = set(re.findall(r"\]\((\w+\.json)\)", MEASURED))
     assert linked == {path.name for path in (ROOT / "results").glob("*.json")}

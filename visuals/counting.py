@@ -32,7 +32,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
     ARGUMENTS = parse_arguments()
 
 from files import check_can_write, output_file
-from reports import write_report
+from reports import circumstances, write_report
 from shards import TokenStream, encoding_of, tokenizer_of
 
 LONGEST = 5  # tokens of context
@@ -140,8 +140,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.output:
         record = {
             "what": "guessing validation tokens by counting what followed in the training text",
-            "command": f"python -m visuals.counting --data {arguments.data}",
-            "python": sys.version.split()[0],
+            **circumstances(f"python -m visuals.counting --data {arguments.data}"),
             **result,
         }
         write_report(arguments.output, record)
