@@ -207,8 +207,14 @@ def text_documents(file: str) -> Iterator[Document]:
 
     def pieces() -> Iterator[str]:
         with named_errors(file), open(file, encoding="utf-8-sig", newline="") as text:
-            while piece := text.read(PIECE_CHARACTERS):
-                yield piece
+            try:
+                while piece := text.read(PIECE_CHARACTERS):
+                    yield piece
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"can't read {file}: it has a byte 0x{error.object[error.start]:02x} that is "
+                    "no UTF-8; convert it, or leave it out of --source"
+                ) from error
 
     yield pieces()
 
