@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 
 import numpy as np
 import pytest
 import torch
+from conftest import exchange_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
@@ -212,3 +214,12 @@ def test_a_damaged_token_is_told_at_the_step_that_would_have_used_it(shards):
     loader.load(1)  # and begins step 2
     with pytest.raises(UserError, match="train_000000.bin has a token .*: it is damaged"):
         loader.load(2)
+
+
+def test_the_shard_that_has_a_damaged_token_is_named_wherever_its_window_begins(shards, tmp_path):
+    data = shutil.copytree(shards, tmp_path / "data")
+    first = len(TokenStream(data, "train").shards[0])
+    exchange_shard(data, "train_000001.bin", lambda tokens: b"\xff\xff" + tokens[2:])
+    assert first % 32 == 0  # so that a window of the first shard has it as its last target
+    with pytest.raises(UserError, match=r"train_000001.bin has a token 65535.*only 300"):
+        load_windows(TokenStream(data, "train"), [0, first // 32 - 1], 32)

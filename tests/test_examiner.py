@@ -55,6 +55,12 @@ def test_a_sample_ends_where_its_text_does(configure, monkeypatch):
     assert trainer.examiner.sample(trainer.step) == trainer.examiner.encoding.decode([65, 66])
 
 
+def test_a_sample_is_drawn_anew_for_every_step_and_the_same_when_it_is_repeated(configure):
+    trainer = train.Trainer(configure(), ALONE)
+    texts = [trainer.examiner.sample(step) for step in (3, 4, 3)]
+    assert texts[0] == texts[2] != texts[1]
+
+
 def test_weights_that_write_nothing_are_told_of_instead_of_a_sample(configure, capfd):
     """Finite, but too large to compute with: the run goes on to the steps that tell what to do."""
     wild = ("--optim.learning_rate", 1e30, "--optim.warmup_steps", 0, "--log.eval_every", 0)

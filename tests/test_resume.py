@@ -239,6 +239,7 @@ LEVEL = ("--optim.schedule", "linear", "--optim.decay_steps", 10, "--optim.warmu
         (31, ["--train.max_steps", 80], True),
         (31, [], False),
         (31, ["--optim.learning_rate", 1e-3], False),  # another peak, but the same way down
+        (31, ["--optim.learning_rate", 6e-3, "--optim.min_learning_rate", 6e-4], False),
         (40, ["--train.max_steps", 60, "--optim.decay_steps", 30], True),
         (40, ["--train.max_steps", 400, "--optim.decay_steps", 370], True),
         (40, ["--train.max_steps", 400, "--optim.decay_steps", 0], True),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distributed import Ranks
 from errors import UserError
 from model import GPT, GPTConfig
-from scoring import Estimate, Request, Scorer, log_probabilities
+from scoring import Estimate, Request, Scorer, evaluating, log_probabilities
 from tokenizer import make_encoding
 
 ALONE = Ranks(torch.device("cpu"))
@@ -145,3 +145,18 @@ def test_estimates_are_told_with_the_digits_that_mean_something():
     assert str(Estimate(math.inf, math.inf)) == "inf"
     assert str(Estimate(math.nan, math.nan)) == "nan"
     assert (perplexity.value, perplexity.error) == (pytest.approx(10), pytest.approx(1))
+
+
+def test_a_model_is_evaluated_without_dropout_and_gradients_and_then_trains_again():
+    model = GPT(
+        GPTConfig(vocab_size=257, block_size=24, n_layer=2, n_head=2, n_embd=16, dropout=0.5)
+    )
+    ids = torch.arange(24)[None]
+    with pytest.raises(KeyError), evaluating(model):
+        assert torch.equal(model(ids), model(ids))
+        assert not model(ids).requires_grad
+        raise KeyError
+    assert all(module.training for module in model.modules())
+    with evaluating(model.eval()):
+        pass
+    assert not model.training
