@@ -123,6 +123,9 @@ def test_speed_is_told_by_when_steps_end_not_by_when_they_are_looked_at(clock):
     clock.now = 118.0
     assert speed.measure(3200, Moment(clock.device)) == (400.0, 0.8)
     assert clock.cpu == (100.0 if clock.device.type == "cpu" else 118.0)
+    four = Speed(0, 2, Ranks(clock.device, world_size=4))  # whose tokens are those of all
+    clock.now = 119.0
+    assert four.measure(400, Moment(clock.device)) == (400.0, 0.2)
 
 
 def test_what_a_step_tells_is_read_when_it_has_arrived(clock):
