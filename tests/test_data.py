@@ -17,6 +17,7 @@ from data import (
     BatchShape,
     StepLoader,
     epoch_order,
+    largest_micro_batch,
     load_windows,
     micro_batches,
     step_windows,
@@ -144,6 +145,13 @@ def test_a_step_that_does_not_divide_is_refused_with_the_nearest_that_do(tokens,
     assert f"train.tokens_per_step = {tokens:,}" in str(error.value)
     assert "multiple of 512 (block_size 64 × micro_batch_size 4 × 2 processes)" in str(error.value)
     assert str(error.value).endswith(nearest)
+
+
+@given(st.integers(1, 600), st.integers(1, 100))
+def test_the_largest_micro_batch_divides_a_ranks_share(windows, limit):
+    size = largest_micro_batch(windows, limit)
+    assert windows % size == 0 and size <= limit
+    assert all(windows % larger for larger in range(size + 1, min(windows, limit) + 1))
 
 
 def test_a_batch_shape_prints_the_whole_equation():

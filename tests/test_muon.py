@@ -72,6 +72,16 @@ def test_what_becomes_of_a_matrix_does_not_depend_on_how_many_are_beside_it(
         assert torch.equal(together, torch.cat([orthogonalise(x) for x in matrices.split(size)]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_large_a_matrix_is_does_not_matter(arithmetic, dtype):
+    """Clipped gradients are small. By powers of two, so that nothing is rounded otherwise."""
+    arithmetic(dtype)
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 16, 64)
+    for factor in (2.0**-20, 2.0**20):
+        assert torch.equal(orthogonalise(matrices * factor), orthogonalise(matrices))
+
+
 def test_a_matrix_of_zeros_stays_one():
     assert torch.equal(orthogonalise(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
 

@@ -14,6 +14,7 @@ from optim import (
     FALLS,
     OTHER,
     drop_average,
+    last_at_peak,
     learning_rate_at,
     make_optimizer,
     parameter_groups,
@@ -105,6 +106,8 @@ def test_the_learning_rate_is_never_zero_nor_above_its_peak(warmup_steps, schedu
     for max_steps in (1, 2, 5, 20):
         rates = [learning_rate_at(step, settings, max_steps) for step in range(max_steps)]
         assert all(0 < rate <= 1.0 for rate in rates)
+        if last_at_peak(settings, max_steps) < max_steps - 1:
+            assert rates[-1] == pytest.approx(0.1)  # the fall ends where it should
 
 
 @pytest.mark.parametrize("steps", [100, 3_000])
