@@ -13,7 +13,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-# Python compiles a file when it is first imported: pip needn't do all 13,000 beforehand.
+# Python compiles a file when it is first imported: pip needn't do all 13,000 beforehand. Only the
+# tests' many processes would each compile the same ones at the same time.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test soak lint bench recipe figures clean
@@ -27,7 +28,7 @@ demo: $(VENV)/requirements.installed
 	$(RUN) sample.py --checkpoint out/demo --prompt "Return a list" \
 		--max-new-tokens 120 --temperature 0.6 --top-k 20 --seed 2 --dtype float32
 
-test: $(VENV)/requirements-dev.installed
+test: $(VENV)/compiled
 	$(RUN) -m pytest -n auto --dist worksteal
 
 soak: $(VENV)/requirements-dev.installed
@@ -86,3 +87,8 @@ $(VENV)/%.installed: %.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/requirements-dev.installed: $(VENV)/requirements.installed
+
+# Some packages hold a file that is for newer Pythons.
+$(VENV)/compiled: $(VENV)/requirements-dev.installed
+	$(RUN) -m compileall -qq -j 0 $(VENV)/lib || true
+	touch $@
