@@ -278,11 +278,13 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
         (("--temperature", "nan"), "'nan': expected a number, 0 or more"),
         (("--temperature", "hot"), "'hot': expected a number, 0 or more"),
         (("--top-k", "0"), "'0': expected a whole number above 0"),
+        (("--temperature", "inf"), "'inf': expected a number, 0 or more"),
         (("--top-p", "1.5"), "'1.5': expected a number above 0, up to 1"),
+        (("--top-p", "0"), "'0': expected a number above 0, up to 1"),
         (("--max-new-tokens", "0"), "'0': expected a whole number above 0"),
         (("--num-samples", "many"), "'many': expected a whole number above 0"),
         (("--stop", ""), "--stop is empty"),
-        (("--seed", "9" * 23), "expected a whole number from 0 to 2^64 - 1"),
+        (("--seed", 2**64), "expected a whole number from 0 to 2^64 - 1"),
         (("--num-samples", 10**11), "out of memory: lower --num-samples"),
         (("--prompt", "caf\udce9"), "the prompt on the command line: expected text in UTF-8"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
@@ -292,6 +294,14 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
 )
 def test_wrong_input_is_one_line_that_names_it(call, trained, arguments, expected):
     assert expected in call("sample", "--checkpoint", trained, *arguments).error()
+
+
+def test_the_largest_and_the_smallest_values_are_taken(call, trained):
+    edges = ("--seed", 2**64 - 1, "--top-p", 1, "--top-k", 1, "--max-new-tokens", 1)
+    for temperature in (0, 1e-30, 1e30):
+        options = (*edges, "--temperature", temperature, "--prompt", "The")
+        result = call("sample", "--checkpoint", trained, *options)
+        assert result.status == 0, result
 
 
 def test_a_prompt_that_cannot_be_read_is_told_before_the_model_is_loaded(call, trained):
