@@ -48,7 +48,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from datetime import date
 
 import torch
 
@@ -58,7 +57,7 @@ from device import choose_device, device_name
 from distributed import Ranks
 from errors import UserError
 from files import check_can_write, disk_errors
-from reports import commit, hardware, versions
+from reports import circumstances, commit, hardware
 from shards import TokenStream
 from step import make_stepper
 from trials import BASELINE, SEEDS, Candidate, Found, Run, Settings, load_found, print_rows
@@ -108,7 +107,7 @@ CANDIDATES = {
 
 def found_so_far(path: Path, config: dict[str, Settings], names: list[str]) -> Found:
     """What a file has of these candidates. Raises UserError if it is about something else."""
-    now = circumstances()
+    now = measured_here()
     folder = Path(make_config(config).data.dir)
     data = " ".join(TokenStream(folder, split).fingerprint for split in ("train", "val"))
     found = load_found(path) if path.exists() else Found(*now, config, data, {}, 0.0, {}, ())
@@ -126,10 +125,10 @@ def found_so_far(path: Path, config: dict[str, Settings], names: list[str]) -> F
     return found
 
 
-def circumstances() -> tuple[str, str, str, dict[str, str]]:
+def measured_here() -> tuple[str, str, str, dict[str, str]]:
     """The first four of a Found's: command, date, hardware, versions."""
-    command = shlex.join(["python", "recipe.py", *sys.argv[1:]])
-    return command, str(date.today()), machine(), versions()
+    told = circumstances(shlex.join(["python", "recipe.py", *sys.argv[1:]]))
+    return told["command"], told["date"], machine(), told["versions"]
 
 
 def machine() -> str:
@@ -209,7 +208,7 @@ def main(arguments: argparse.Namespace) -> None:
     do(found, [(name, found.best_rate(name), seed) for seed in SEEDS for name in names], arguments)
     timed = dict.fromkeys([BASELINE, *names, *found.candidates])  # anew, on one machine
     turns = measure_steps([name for name in timed if name in CANDIDATES], arguments.config)
-    found.command, found.date, found.hardware, found.versions = circumstances()
+    found.command, found.date, found.hardware, found.versions = measured_here()
     found.timed_commit = commit(ROOT)
     found.step_seconds, found.step_ratios = statistics.median(turns[BASELINE]), {}
     for name, seconds in turns.items():

@@ -144,7 +144,7 @@ def commit(folder: Path) -> str | None:
 
 
 def circumstances(command: str) -> dict[str, object]:
-    """What every file of results/ begins with: how, when and where it was found."""
+    """What a file of results/ tells of how, when and where its numbers were found."""
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
