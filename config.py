@@ -7,15 +7,15 @@ TOML file changes some, `--section.key VALUE` changes more, and the result is ch
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import tomllib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from errors import Parser, UserError
+from errors import Parser, UserError, did_you_mean
 
 TASK_NAMES = ("hellaswag", "lambada", "wikitext2", "wikitext103")  # tasks.py asks them
 
@@ -269,8 +269,7 @@ def make_config(values: dict[str, dict[str, Any]]) -> Config:
         names = [item.name for item in fields(SECTIONS[section])]
         for key in content:
             if key not in names:
-                like = _setting_like(key)
-                told = f"; did you mean {like}?" if like else f"; known are {', '.join(names)}"
+                told = did_you_mean(key, SETTINGS) or f"; known are {', '.join(names)}"
                 raise UserError(f"unknown setting {section}.{key}{told}")
         checked = {key: _checked(section, key, value) for key, value in content.items()}
         sections[section] = SECTIONS[section](**checked)
@@ -297,31 +296,25 @@ ELSEWHERE = {
 }
 
 
-def _nearest(name: str, known: Any) -> str:
+# Every setting as section.key, by its key, which no other section has, and by others' names for it.
+SETTINGS = {
+    item.name: f"{name}.{item.name}" for name, cls in SECTIONS.items() for item in fields(cls)
+} | ELSEWHERE
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean …?" for a near miss, or else all that is known."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
-
-
-def _setting_like(key: str) -> str | None:
-    """ "section.key" of the setting that a key, of any section, was to be; None if none is like it.
-
-    A key is that of one section only.
-    """
-    known = {
-        item.name: f"{name}.{item.name}" for name, cls in SECTIONS.items() for item in fields(cls)
-    }
-    known |= ELSEWHERE
-    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.75)
-    return known[close[0]] if close else None
+    told = did_you_mean(name, dict(zip(known, known)))
+    return told or f"; known are {', '.join(known)}"
 
 
 def _unknown_option(option: str) -> str:
     if not option.startswith("--"):
         return f"{option!r}: expected one config file, then --section.key VALUE"
     name = option.split("=")[0]
-    like = _setting_like(name.removeprefix("--").split(".")[-1])
-    return f"unknown option {name}" + (f"; did you mean --{like}?" if like else "")
+    key = name.removeprefix("--").split(".")[-1].replace("-", "_")
+    options = {known: f"--{setting}" for known, setting in SETTINGS.items()}
+    return f"unknown option {name}{did_you_mean(key, options)}"
 
 
 def _from_text(name: str, kind: type, text: str) -> Any:

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TextIO
@@ -111,20 +111,24 @@ class Parser(argparse.ArgumentParser):
         """Print the message, exit with status 2. Under torchrun the first rank speaks for all."""
         _, unknown, option = message.partition("unrecognized arguments: --")
         if unknown:
-            message += self._option_like(f"--{option}".split()[0])
+            message += did_you_mean(f"--{option}".split()[0], self._options())
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {printable(message)} (see --help)", file=sys.stderr)
         sys.exit(2)
 
-    def _option_like(self, name: str) -> str:
-        """ "; did you mean …?" if this parser or a subcommand's has nearly such an option."""
+    def _options(self) -> dict[str, str]:
+        """This parser's options, and those of its subcommands, by name."""
         parsers = [self]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
-        known = [option for parser in parsers for option in parser._option_string_actions]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        return f"; did you mean {close[0]}?" if close else ""
+        return {option: option for parser in parsers for option in parser._option_string_actions}
+
+
+def did_you_mean(name: str, known: Mapping[str, str]) -> str:
+    """ "; did you mean …?" with what is known by a name near to this one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"; did you mean {known[close[0]]}?" if close else ""
 
 
 def printable(message: str) -> str:
