@@ -103,12 +103,12 @@ class Checkpoint:
     meta: Meta
 
     def make_model(self) -> GPT:
-        """The model, on the CPU."""
+        """The model, on the CPU, and without dropout until it is told to train."""
         self._check_size()
         with WithoutDrawing():
             model = GPT(self.meta.model)
         self.load_model(model)
-        return model
+        return model.eval()
 
     def load_model(self, model: GPT) -> None:
         """Copy the weights into `model`, which may be on any device.
@@ -313,7 +313,9 @@ def newest_checkpoint(
             complaints.append(str(error))
             print(f"skipped: {error}", file=sys.stderr)
     if complaints:
-        raise UserError(f"no checkpoint in {folder} is undamaged: {complaints[0]}")
+        raise UserError(
+            f"no checkpoint in {folder} is undamaged: {complaints[0]}; remove them to begin anew"
+        )
     return None
 
 
@@ -414,7 +416,9 @@ def remove_old(
     paths = paths[: paths.index(newest) + 1]
     whole = [path for path in paths if path not in damaged]
     told = {path: _loss_and_skipped(path) for path in whole}
-    best = min((path for path in whole if told[path][0] < math.inf), key=told.get, default=newest)
+    *_, tokens = _loss_and_skipped(newest)
+    rivals = [path for path in whole if told[path][0] < math.inf and told[path][2] == tokens]
+    best = min(rivals, key=told.get, default=newest)
     sound = [path for path in whole if not told[path][1]][-keep:]
     early = [path for path in whole if step_of(path) <= keep_until][-1:]
     for path in paths:
@@ -425,16 +429,17 @@ def remove_old(
                 print(f"can't remove the old {path}: {error.strerror}", file=sys.stderr)
 
 
-def _loss_and_skipped(path: Path) -> tuple[float, bool]:
-    """A checkpoint's validation loss, infinity if it has none or its meta.json can't be read, and
-    whether the step before it was skipped.
+def _loss_and_skipped(path: Path) -> tuple[float, bool, object]:
+    """A checkpoint's validation loss, infinity if it has none or its meta.json can't be read,
+    whether the step before it was skipped, and over how many tokens the loss is the mean.
     """
     try:
         meta = _read_meta(path)
         loss, skipped = meta["val_loss"], meta.get("skipped", 0)
-    except (OSError, ValueError, KeyError, UserError):
-        return math.inf, False
-    return loss if type(loss) is float else math.inf, skipped != 0
+        tokens = meta["config"].get("log", {}).get("eval_tokens")
+    except (OSError, ValueError, KeyError, AttributeError, UserError):
+        return math.inf, False, None
+    return loss if type(loss) is float else math.inf, skipped != 0, tokens
 
 
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

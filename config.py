@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from errors import Parser, UserError, did_you_mean
+from records import NAMES
 
 TASK_NAMES = ("hellaswag", "lambada", "wikitext2", "wikitext103")  # tasks.py asks them
 
@@ -109,7 +110,7 @@ class TrainSettings:
     compile: bool = setting(True, "torch.compile: a slow start, then faster steps")
     reduction: str = setting(
         "ddp",
-        "how gradients are summed: ddp, or canonical, the same bits for any number of processes",
+        "how gradients are summed: ddp, or canonical: on CPUs the same bits, however many ranks",
         choices=("ddp", "canonical"),
     )
     checkpoint_every: int = setting(1000, "steps between checkpoints; the last is saved", minimum=1)
@@ -285,6 +286,7 @@ ELSEWHERE = {
     "batch_size": "train.micro_batch_size",
     "dataset": "data.dir",
     "eval_interval": "log.eval_every",
+    "eval_iters": "log.eval_tokens",
     "gradient_accumulation_steps": "train.tokens_per_step",
     "log_interval": "log.log_every",
     "lr": "optim.learning_rate",
@@ -292,6 +294,7 @@ ELSEWHERE = {
     "min_lr": "optim.min_learning_rate",
     "out_dir": "train.out",
     "output_dir": "train.out",
+    "wandb_project": "log.wandb",
     "warmup_iters": "optim.warmup_steps",
 }
 
@@ -324,7 +327,7 @@ def _from_text(name: str, kind: type, text: str) -> Any:
             return {"true": True, "false": False}[text]
         return kind(text)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{name} = {text!r}: expected {_type_name(kind)}") from error
+        raise UserError(f"{name} = {text!r}: expected {NAMES[kind]}") from error
 
 
 def _checked(section: str, key: str, value: Any) -> Any:
@@ -333,10 +336,8 @@ def _checked(section: str, key: str, value: Any) -> Any:
     limits = SECTIONS[section].__dataclass_fields__[key].metadata
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{name} = {value!r}: expected {_type_name(kind)}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{name} = {value}: expected a finite number")
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise UserError(f"{name} = {value!r}: expected {NAMES[kind]}")
     if kind is str and not _is_plain(value):
         raise UserError(f"{name} = {value!r}: expected text in UTF-8 without zero bytes")
     if limits["choices"] and value not in limits["choices"]:
@@ -355,8 +356,3 @@ def _is_plain(text: str) -> bool:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:
         return False
-
-
-def _type_name(kind: type) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names[kind]

@@ -171,12 +171,6 @@ class Ranks:
         if failed:
             raise UserError(f"{int(failed)} of {self.world_size} processes can't go on, see there")
 
-    def wait_for_all(self) -> None:
-        """Return once every rank has come here."""
-        self.arrive()
-        if self.world_size > 1:
-            dist.barrier()
-
 
 @contextmanager
 def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
@@ -190,16 +184,17 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:  # then a RANK that somebody has set says nothing
+        yield Ranks(device)
+        return
     ranks = Ranks(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=world_size,
         device=device,
     )
-    if ranks.world_size == 1:
-        yield ranks
-        return
     if device.type == "mps":
         raise UserError("device mps: several processes can't share it; use cpu or one process")
     attempt = _join(ranks, timedelta(seconds=timeout_seconds + GRACE))
@@ -226,7 +221,7 @@ def _join(ranks: Ranks, timeout: timedelta) -> str:
     """
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    except dist.DistError as error:
+    except (dist.DistError, ValueError) as error:  # the latter: a variable is missing
         raise UserError(f"can't meet the other processes: {one_line(error)}") from error
     store.set_timeout(timeout)
     attempt = name_attempt(store, ranks.rank, ranks.world_size, timeout.total_seconds())
@@ -283,6 +278,6 @@ def _begin_roll_call(ranks: Ranks, attempt: str, timeout_seconds: int) -> RollCa
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     store = dist.PrefixStore(f"{attempt} roll call", store)
     roll_call = RollCall(store, ranks.rank, ranks.world_size, timeout_seconds)
-    ranks.wait_for_all()  # so that it finds all of them there
+    dist.barrier()  # so that it finds all of them there
     roll_call.watch()
     return roll_call

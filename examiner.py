@@ -44,13 +44,13 @@ class Examiner:
         self.val_stream, self.asked_to_stop = val_stream, asked_to_stop
         self.encoding = self._find_encoding(Path(config.data.dir))
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
-        self.tasks = [
-            self.ranks.in_turn(lambda name=name: load_questions(name))
+        self.tasks = {
+            name: self.ranks.in_turn(lambda name=name: load_questions(name))
             for name in task_names(config.log.eval_tasks)
-        ]
+        }
         if self.tasks and not self.encoding:
             raise UserError("log.eval_tasks needs GPT-2's vocabulary, which can't be had here")
-        for questions in self.tasks:
+        for questions in self.tasks.values():
             questions.check_lengths(self._scorer())
 
     def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
@@ -96,9 +96,8 @@ class Examiner:
 
     def ask(self, name: str) -> dict[str, Estimate]:
         """The scores in a task. Raises BrokenOff if a rank was asked to stop."""
-        (questions,) = (task for task in self.tasks if task.name == name)
         with self._plain_model(), self.stepper.in_its_arithmetic():
-            return questions.ask(self._scorer(), stride=self.config.model.block_size)
+            return self.tasks[name].ask(self._scorer(), stride=self.config.model.block_size)
 
     def sample(self, step: int) -> str:
         """A text from <|endoftext|> to the next, as the model writes it after `step`.

@@ -44,7 +44,7 @@ WINDOW = 128  # steps whose gradient norms a spike is told from
 
 class StopRequest:
     """Whether this process was asked to end: SIGTERM, as schedulers send it, Ctrl-C, or SIGHUP, as
-    a terminal sends it that closes.
+    a closing terminal sends it.
 
     The first request is granted after a step, with a checkpoint. The same signal once more, later
     than `ECHO_SECONDS`, is the end at once. Signals are taken by a thread: the main one may be deep

@@ -62,7 +62,7 @@ def kinds_told(folder: Path, step: int) -> set[str]:
     return {str(json.loads(line).get("kind")) for line in lines if _step_of(line) == step}
 
 
-def _writing(path: Path) -> AbstractContextManager[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Turn an error of the disk into a UserError that tells how to go on."""
     way_out = "; make room or mend the disk, then give the same command again to go on from the "
     return disk_errors(f"can't write {path}", f"{way_out}newest checkpoint")
@@ -81,7 +81,7 @@ class Metrics:
         folder = Path(config.train.out)
         self.path = folder / METRICS
         kept = [line for line in _lines_of(self.path) if start and _step_of(line) <= start]
-        with _writing(self.path):
+        with writing(self.path):
             write_atomically(self.path, "".join(kept))
         first = start + 1 if start else 0  # the first step that is told from here on
         self.viewers: dict[str, Viewer] = {}
@@ -118,7 +118,7 @@ class Metrics:
 
     def _wandb_id(self, path: Path, start: int) -> str:
         """What Weights & Biases is to know this run by, also when it goes on."""
-        with _writing(path):
+        with writing(path):
             if start == 0:
                 write_atomically(path, uuid.uuid4().hex)
             if not path.exists():  # of a run that was begun when this was its id
@@ -134,7 +134,7 @@ class Metrics:
         A number that isn't finite is null in the file. Raises UserError if the disk is full.
         """
         values = strict(values)
-        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         known = ((key, value) for key, value in values.items() if isinstance(value, (int, float)))
         numbers = {f"{kind}/{key}": value for key, value in known}

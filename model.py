@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from decoding import RecordedDecoding, one_ahead
 
-Mask = Tensor | BlockMask | None  # who sees whom; None: each sees all that stands before it
+Mask = Tensor | BlockMask | None  # who sees whom; None: each sees itself and all before it
 Documents = tuple[Mask, Tensor] | None  # mask and positions: data.within_documents
 
 
@@ -262,8 +262,8 @@ def logits_to_gradient(logits: Tensor, targets: Tensor, V: int) -> Tensor:
 class HeadLoss(torch.autograd.Function):
     """The mean loss of the output layer, whose logits are never all there at once.
 
-    The logits of 64 windows of 1,024 tokens would be 3.3 billion numbers, more than all that the
-    twelve blocks keep. But each row's loss is independent of the other rows. So a slice of rows is
+    The logits of 64 windows of 1,024 tokens would be 3.3 billion numbers, a third of what all the
+    blocks keep. But each row's loss is independent of the other rows. So a slice of rows is
     computed, turned into its part of the loss and of both gradients, and forgotten, all in the
     forward pass (as in Liger Kernel, Hsu et al. 2024, section 3.2). What loss and gradient are:
     README, "The head and the loss". PyTorch's own F.linear_cross_entropy (2.13) takes 1.3 times as

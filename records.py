@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
 NAMES = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
-NAMES |= {dict: "an object", tuple: "a list"}
+NAMES |= {dict: "an object", tuple: "a list", list: "a list"}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ And whether that fits the settings and the data of today. Explained in README, "
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -102,12 +103,23 @@ def check_can_begin_with(checkpoint: Checkpoint, config: Config) -> None:
     checkpoint.check_vocabulary(Path(config.data.dir))
     theirs = asdict(checkpoint.meta.model)
     ours = {key: value for key, value in asdict(config.model).items() if key not in FREE}
+    theirs["block_size"] = min(theirs["block_size"], ours["block_size"])  # a shorter context fits
     if others := [key for key in ours if ours[key] != theirs[key]]:
         told = " ".join(f"--model.{key} {theirs[key]}" for key in others)
         raise UserError(
             f"{checkpoint.path} has another shape than this run: to begin with its weights, "
             f"give {told}"
         )
+
+
+def best_so_far(checkpoint: Checkpoint, config: Config) -> float:
+    """The lowest validation loss of a checkpoint's run, infinity if this run's can't be compared.
+
+    They can't if they are means over another number of tokens, and so over another text.
+    """
+    best, then = checkpoint.meta.best_val_loss, checkpoint.meta.config.get("log", {})
+    is_alike = then.get("eval_tokens") == config.log.eval_tokens
+    return best if best is not None and is_alike else math.inf
 
 
 def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:

@@ -29,7 +29,7 @@ from config import Config
 from distributed import Ranks
 from errors import UserError
 from files import disk_errors, file_sha256, locked, sync, write_atomically
-from metrics import METRICS, Metrics
+from metrics import METRICS, Metrics, writing
 from model import GPT
 from optim import last_at_peak
 from resume import agree_on_checkpoint
@@ -122,11 +122,7 @@ class RunFolder:
         """
         with self.ranks.together():
             if self.ranks.is_first:
-                with disk_errors(
-                    f"can't write {self.path / METRICS}",
-                    "; mend the disk, then give the same command again to go on from the newest "
-                    "checkpoint",
-                ):
+                with writing(self.path / METRICS):
                     sync(self.path / METRICS)
                 path = save_checkpoint(self.checkpoints, meta, model, optimizer)
                 self.damaged.discard(path)

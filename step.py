@@ -23,13 +23,7 @@ from distributed import Ranks, TreeSum
 from errors import UserError
 from guard import SpikeFilter, SpikeMemory
 from model import GPT, Documents, GPTConfig
-from optim import (
-    drop_average,
-    learning_rate_at,
-    make_optimizer,
-    swap_average,
-    update_average,
-)
+from optim import drop_average, learning_rate_at, make_optimizer, swap_average, update_average
 from shards import TokenStream
 
 DROPOUT, SAMPLE = 0, 1  # what a random draw is for
@@ -110,13 +104,8 @@ class Stepper:
                 f"train.reduction = canonical: {shape.accumulation} micro-batches per process "
                 "are no power of two; change train.tokens_per_step or the number of processes"
             )
-        self.loader = StepLoader(
-            stream,
-            shape,
-            config.train.seed,
-            ranks.rank,
-            pin_memory=ranks.device.type == "cuda",
-        )
+        on_gpu = ranks.device.type == "cuda"
+        self.loader = StepLoader(stream, shape, config.train.seed, ranks.rank, pin_memory=on_gpu)
         self.optimizer = make_optimizer(model, config.optim, ranks)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.spikes = SpikeFilter(config.train.skip_spikes, ranks.device)
@@ -195,7 +184,7 @@ class Stepper:
     def rehearse(self, step: int) -> None:
         """Make an update that changes nothing, then run a micro-batch of a step.
 
-        It lets torch.compile compile, and memory run out, before the first step rather than in it.
+        It lets torch.compile compile all that a step needs, and memory run out, before the first.
         And DDP, after its first backward pass, orders its buckets anew by the order in which
         gradients came; had that happened in a real step, a resumed run would round differently from
         one that was never stopped.

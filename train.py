@@ -38,7 +38,7 @@ from huggingface import find_model
 from metrics import Metrics, Speed, kinds_told, say
 from plan import plan
 from records import strict
-from resume import check_can_begin_with, check_can_go_on, origin_of
+from resume import best_so_far, check_can_begin_with, check_can_go_on, origin_of
 from run_folder import RunFolder
 from scoring import BrokenOff, Validation
 from shards import TokenStream, check_contents, tokenizer_of
@@ -93,8 +93,7 @@ class Trainer:
                 self.stepper.restore(checkpoint)
             self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
             self.origin = origin_of(checkpoint)
-            if checkpoint.meta.best_val_loss is not None:
-                self.best_val_loss = checkpoint.meta.best_val_loss
+            self.best_val_loss = best_so_far(checkpoint, self.config)
             if self.ranks.is_first:
                 say(f"going on after step {self.step:,} from {checkpoint.path}")
         elif self.config.train.init_from:
@@ -106,7 +105,9 @@ class Trainer:
         self.ranks.check_same("the checkpoint to begin with", checkpoint.description())
         with self.ranks.together():
             check_can_begin_with(checkpoint, self.config)
-            checkpoint.load_model(self.model)
+            weights = checkpoint.make_model().state_dict()
+            weights["wpe.weight"] = weights["wpe.weight"][: self.config.model.block_size]
+            self.model.load_state_dict(weights)
         if self.ranks.is_first:
             say(f"beginning with the weights of {checkpoint.path}")
 
@@ -115,11 +116,6 @@ class Trainer:
         """That of the training data and, if it is used, that of the validation data."""
         streams = filter(None, (self.train_stream, self.val_stream))
         return " ".join(stream.fingerprint for stream in streams)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self.step * self.shape.tokens_per_step
 
     # One step
 
@@ -178,9 +174,9 @@ class Trainer:
 
     def _windows(self, step: int) -> list[int]:
         """The windows of the training text that a step, counted from 1, saw."""
-        per_step, count = self.shape.windows_per_step, self.config.model.block_size
-        num_windows = self.train_stream.num_windows(count)
-        return step_windows(step - 1, per_step, num_windows, self.config.train.seed).tolist()
+        shape, seed = self.shape, self.config.train.seed
+        count = self.train_stream.num_windows(shape.block_size)
+        return step_windows(step - 1, shape.windows_per_step, count, seed).tolist()
 
     # Now and then
 
@@ -269,7 +265,8 @@ class Trainer:
         A step that a GPU does is looked at when the next one is under way, or when something is to
         be done with the model as it is after it.
         """
-        speed = Speed(self.tokens, self.model.flops_per_token(), self.ranks)
+        tokens = self.step * self.shape.tokens_per_step
+        speed = Speed(tokens, self.model.flops_per_token(), self.ranks)
         before, stop = None, False
         while self.step < self.config.train.max_steps:
             result = self.train_step()
@@ -303,7 +300,7 @@ class Trainer:
         """The kinds of evaluation that are due now, by their names in metrics.jsonl."""
         kinds = ["val"] if self._is_due(self.config.log.eval_every) else []
         if self._is_due(self.config.log.eval_tasks_every):
-            kinds += [questions.name for questions in self.examiner.tasks]
+            kinds += self.examiner.tasks
         return kinds
 
     def _do_what_is_due(self, stop: bool) -> bool:

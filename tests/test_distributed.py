@@ -81,6 +81,30 @@ def test_a_process_whose_peers_never_start_says_so(monkeypatch):
             pass
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"},
+    ],
+)
+def test_an_environment_that_names_peers_and_not_where_they_are_is_one_line(monkeypatch, variables):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="can't meet the other processes: "):
+        with process_group("cpu", timeout_seconds=1):
+            pass
+
+
+def test_a_rank_without_a_world_is_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with process_group("cpu", timeout_seconds=1) as ranks:
+        assert (ranks.rank, ranks.world_size) == (0, 1)
+
+
 def test_who_died_before_the_others_came_is_not_taken_for_the_one_that_comes(store):
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(UserError, match="rank 0 hasn't come within 0.1 s"):

@@ -76,9 +76,9 @@ def test_samples_and_tasks_are_the_averages(configure, monkeypatch):
         trainer.train_step()
     seen = []
     asked = SimpleNamespace(
-        name="lambada", ask=lambda *_, **__: seen.append(trainer.model.wte.weight.clone()) or {}
+        ask=lambda *_, **__: seen.append(trainer.model.wte.weight.clone()) or {}
     )
-    trainer.examiner.tasks = [asked]
+    trainer.examiner.tasks = {"lambada": asked}
     told = trainer.examiner.sample(trainer.step)
     trainer.run_tasks(["lambada"])
     swap_average(trainer.stepper.optimizer)
@@ -95,7 +95,7 @@ def test_tasks_are_asked_in_the_arithmetic_of_the_run(configure, dtype):
         seen.append(dtype_of_products(trainer.model.wte.weight))
         return {}
 
-    trainer.examiner.tasks = [SimpleNamespace(name="lambada", ask=ask)]
+    trainer.examiner.tasks = {"lambada": SimpleNamespace(ask=ask)}
     trainer.run_tasks(["lambada"])
     assert seen == [getattr(torch, dtype)]
 

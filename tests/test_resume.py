@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import exchange_shard, metrics_of
 from safetensors.torch import load_file
 
 import train
 from checkpoint import MODEL, OPTIMIZER, newest_checkpoint, read_checkpoint
 from config import Config
+from distributed import Ranks
 from errors import Stopped, UserError
 from resume import check_same_run, check_schedule
+
+ALONE = Ranks(torch.device("cpu"))
 
 
 def test_data_of_another_vocabulary_is_one_line(call, tiny, trained, tmp_path):
@@ -93,6 +98,25 @@ def test_fine_tuning_begins_with_the_weights_of_another_run(call, tiny, shards, 
     assert {state[name].item() for name in state if name.endswith("/step")} == {1}
 
 
+def test_fine_tuning_may_take_a_shorter_context(configure, trained):
+    shorter = ("--model.block_size", 16, "--train.micro_batch_size", 4)
+    trainer = train.Trainer(configure("--train.init_from", trained, *shorter), ALONE)
+    theirs = load_file(newest_checkpoint(trained / "checkpoints").path / MODEL)
+    ours = trainer.model.state_dict()
+    assert torch.equal(ours.pop("wpe.weight"), theirs.pop("wpe.weight")[:16])
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    trainer.train_step()
+
+
+def test_a_loss_over_other_tokens_is_not_the_best_to_beat(configure):
+    """It is over another text, which may be easier."""
+    train.train(configure("--train.max_steps", 2))
+    more = configure("--train.max_steps", 3, "--log.eval_tokens", 256)
+    assert train.Trainer(more, ALONE).best_val_loss == math.inf
+    same = train.Trainer(configure("--train.max_steps", 3), ALONE)
+    assert same.best_val_loss == metrics_of(same.folder.path, "val")[-1]["loss"]
+
+
 def test_a_fine_tuning_that_goes_on_keeps_what_it_has_learned(
     call, tiny, shards, trained, tmp_path
 ):
@@ -159,7 +183,7 @@ def test_a_fine_tuning_that_is_stopped_before_its_first_step_begins_anew(
         (["--train.init_from", "nowhere"], "nowhere is no checkpoint"),
         (["--model.n_layer", 1], "another shape than this run: to begin with its weights, give"),
         (
-            ["--model.block_size", 16, "--model.n_layer", 1],
+            ["--model.block_size", 64, "--model.n_layer", 1],
             "give --model.n_layer 2 --model.block_size 32",
         ),
     ],

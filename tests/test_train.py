@@ -100,7 +100,8 @@ def test_a_task_that_is_broken_off_is_made_up_for(configure, tmp_path, monkeypat
 
     def start(name: str) -> train.Trainer:
         trainer = train.Trainer(configure(*settings, "--train.out", tmp_path / name), ALONE)
-        trainer.examiner.tasks = [load_questions("lambada", ROOT / "tests/items/lambada.jsonl")]
+        questions = load_questions("lambada", ROOT / "tests/items/lambada.jsonl")
+        trainer.examiner.tasks = {"lambada": questions}
         return trainer
 
     def finish(trainer: train.Trainer) -> list[dict]:
