@@ -332,7 +332,7 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
         for name, result in results.items()
     ]
     if "undisturbed_tokens_per_second" in results["ours"]:
-        head += ["undisturbed", "ours decodes"]
+        head += ["undisturbed", "ours undisturbed"]
         for (name, result), row in zip(results.items(), rows):
             row.append(f"{result['undisturbed_tokens_per_second']:,.1f}")
             row.append(times(name, result["undisturbed_times_as_fast"]))

@@ -35,13 +35,7 @@ from distributed import Ranks
 from errors import UserError, run_script
 from files import file_sha256
 from model import GPT, GPTConfig
-from shards import (
-    GPT2_SHA256,
-    GPT2_VOCAB_SIZE,
-    TokenizerRecord,
-    TokenStream,
-    shard_header,
-)
+from shards import GPT2, TokenStream, shard_header
 from step import make_stepper
 
 Measure = Callable[[], dict[str, float]]  # a turn: the numbers by name
@@ -342,8 +336,7 @@ def measure_start(settings: dict, *_: object) -> Measure:
     folder = Path(tempfile.mkdtemp(prefix="bench_"))
     atexit.register(shutil.rmtree, folder)
     model = GPT(GPTConfig(**settings["model"]))
-    tokenizer = TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)
-    meta = Meta(0, model.config, tokenizer, {}, None, None, None, data="")
+    meta = Meta(0, model.config, GPT2, {}, None, None, None, data="")
     save_checkpoint(folder / "checkpoints", meta, model, torch.optim.SGD(model.parameters()))
 
     def seconds(*words: object) -> float:

@@ -19,7 +19,7 @@ from errors import Parser, UserError, run_script
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Convert weights from Hugging Face's format and to it.")
-    ways = parser.add_subparsers(dest="way", required=True)
+    ways = parser.add_subparsers(dest="way", metavar="WAY", required=True)
     theirs = ways.add_parser("from-hf", help="make a checkpoint")
     theirs.add_argument(
         "source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name[@revision], or a folder"
@@ -39,6 +39,7 @@ import os
 import shlex
 
 from checkpoint import META, MODEL, checkpoints_in, save_tensors
+from device import memory_errors
 from files import is_there
 from huggingface import (
     CONFIG,
@@ -104,6 +105,7 @@ def write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@memory_errors("the model doesn't fit; take a smaller one")
 def main(arguments: argparse.Namespace) -> None:
     """Convert, and say what to do with it."""
     source, out = arguments.source, arguments.out
@@ -119,7 +121,7 @@ def main(arguments: argparse.Namespace) -> None:
         return
     here = os.path.isdir(source)  # for a name that no path can have, pathlib's raises
     if not here and not is_hub_name(source):
-        raise UserError(f"{source}: expected {', '.join(NAMES)}, owner/name, or a folder")
+        raise UserError(f"{source!r}: expected {', '.join(NAMES)}, owner/name, or a folder")
     if is_there(Path(source, META)) or checkpoints_in(Path(source, "checkpoints")):
         raise UserError(f"{source} is a checkpoint already: to-hf goes the other way")
     from_hf(Path(source) if here else download(source), out)

@@ -15,7 +15,8 @@ from errors import UserError
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of settings in glibc's malloc.h
 
 # What PyTorch says of a tensor that found no room; the last, if its size has more than 64 bits.
-NO_ROOM = ("out of memory", "can't allocate memory", "storage size calculation overflowed")
+NO_ROOM = ("out of memory", "can't allocate memory", "cannot allocate memory")
+NO_ROOM += ("storage size calculation overflowed",)
 
 # Dense bf16 matrix products per second, in FLOP/s, by what the device calls itself: the vendor's
 # datasheet for each. A device that isn't here has no MFU: better none than a wrong one.
@@ -124,9 +125,9 @@ def memory_errors(advice: str) -> Iterator[None]:
     """Turn the error of a tensor that found no room into a UserError that gives this advice."""
     try:
         yield
-    except RuntimeError as error:  # often, only its message tells
+    except (RuntimeError, MemoryError) as error:  # often, only its message tells
         told = str(error).lower()
-        if any(words in told for words in NO_ROOM):
+        if isinstance(error, MemoryError) or any(words in told for words in NO_ROOM):
             raise UserError(f"out of memory: {advice}") from error
         raise
 

@@ -11,6 +11,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import signal
 import socket
 import sys
@@ -112,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         _, unknown, option = message.partition("unrecognized arguments: --")
         if unknown:
             message += did_you_mean(f"--{option}".split()[0], self._options())
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             print(f"error: {printable(message)} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -144,10 +145,8 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 def positive(text: str) -> int:
     """An argparse type: a whole number above 0. "100_000" and "100,000" are welcome."""
-    try:
-        number = int(text.replace(",", ""))
-    except ValueError:
-        number = 0
+    grouped = re.fullmatch(r"[0-9]+|[0-9]{1,3}([,_][0-9]{3})+", text)
+    number = int(re.sub("[,_]", "", text)) if grouped else 0
     if not 1 <= number < 2**63:
         limit = "" if number < 1 else " and below 2**63"
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0{limit}")

@@ -91,7 +91,7 @@ import tiktoken
 import torch
 
 from checkpoint import Checkpoint
-from device import device_name
+from device import device_name, memory_errors
 from distributed import Ranks, process_group
 from huggingface import find_model
 from reports import write_report
@@ -102,7 +102,7 @@ from tokenizer import token_byte_lengths
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
 TIMEOUT = 600  # seconds that ranks wait for one another
-Found = tuple[list[str], dict[str, object]]  # lines for the terminal, a record for --output
+Told = tuple[list[str], dict[str, object]]  # lines for the terminal, a record for --output
 
 
 def xz_bits_per_byte(stream: TokenStream, encoding: tiktoken.Encoding, tokens: int) -> float | None:
@@ -134,9 +134,7 @@ def reads_by_document(checkpoint: Checkpoint) -> bool:
         raise UserError(f"{checkpoint.path}: {error}") from error
 
 
-def measure_loss(
-    stream: TokenStream, max_tokens: int, scorer: Scorer, document_mask: bool
-) -> Found:
+def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer, document_mask: bool) -> Told:
     """The loss on validation shards, which are read as in training."""
     model, encoding = scorer.model, scorer.encoding
     result = validate(
@@ -166,7 +164,7 @@ def measure_loss(
     return lines, found | {"document_mask": document_mask}
 
 
-def run_task(questions: Questions, stride: int, scorer: Scorer) -> Found:
+def run_task(questions: Questions, stride: int, scorer: Scorer) -> Told:
     """The model's scores in a task."""
     metrics, count = questions.ask(scorer, stride), len(questions.rows)
     lines = [f"{questions.name:<16}{count:,} of {questions.told}"]
@@ -184,7 +182,7 @@ def record(
 
 def look_up(
     name: str, arguments: argparse.Namespace, checkpoint: Checkpoint, scorer: Scorer
-) -> Callable[[], Found]:
+) -> Callable[[], Told]:
     """Have a task's data ready and checked; what is returned measures the model on it.
 
     Raises UserError if it can't be had or doesn't fit the model.
@@ -248,6 +246,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
         write_report(arguments.output, report)
 
 
+@memory_errors("take a smaller model, or --device cpu if there is more")
 def main(arguments: argparse.Namespace) -> None:
     """Evaluate, alone or with the other processes that torchrun started."""
     with process_group(arguments.device, TIMEOUT) as ranks:

@@ -266,10 +266,10 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UserError(
-            f"{folder} has no {shown}: only safetensors are read, because loading a pickle "
-            "(pytorch_model.bin) can run any code"
-        ) from error
+        told = f"{INDEX} names it; fetch it again"
+        if name == MODEL:
+            told = "only safetensors are read: loading a pickle (pytorch_model.bin) can run any code"
+        raise UserError(f"{folder} has no {shown}: {told}") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: {shown} is no safetensors file: {one_line(error)}") from error
 
@@ -293,7 +293,7 @@ def rename(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         if not ours[name].isfinite().all():
             raise UserError(f"{folder}: {name!r:.80} holds numbers that are not finite")
     head = ours.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, ours.get("wte.weight", torch.empty(0))):
+    if head is not None and not torch.equal(head, ours.setdefault("wte.weight", head)):
         raise UserError(f"{folder}: lm_head.weight differs from wte.weight, GPT-2 has one for both")
     return ours
 
@@ -397,7 +397,8 @@ def read_object(path: Path) -> dict:
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path}: {one_line(error)}") from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"can't read {path}: {reason}") from error
 
 
 def byte_characters() -> dict[int, str]:

@@ -275,16 +275,17 @@ def training_texts(source: Source, val_tokens: int) -> Iterator[str]:
     """Up to 20 million characters to learn a vocabulary from.
 
     They begin well behind the validation text, which nothing should have seen: in prose even the
-    largest vocabulary makes less than six characters a token. Raises UserError if nothing is there.
+    largest vocabulary makes less than six characters a token, GPT-2's less than five. Raises
+    UserError if nothing is there.
     """
     skipped = 6 * val_tokens
     read = 0
     for batch in batches(source):
         for pieces in batch():
             for piece in pieces:
-                read += len(piece)
-                if read > skipped:
-                    yield piece
+                begin, read = read, read + len(piece)
+                if read > skipped:  # a long piece may begin far before
+                    yield piece if begin >= 5 * val_tokens else piece[skipped - begin :]
                 if read > skipped + BPE_TRAINING_CHARACTERS:
                     return
     if read <= skipped:
@@ -399,7 +400,7 @@ def finish(source: Source, progress: Progress, arguments: argparse.Namespace) ->
     """
     folder = arguments.out
     load_vocabulary(folder / VOCABULARY, progress.tokenizer.sha256)  # is it still the same?
-    expected = min(estimated_tokens(source), arguments.max_tokens or sys.maxsize)
+    expected = estimated_tokens(source, arguments.max_tokens or sys.maxsize)
     check_disk(folder, expected - sum(shard.tokens for shard in progress.shards))
     shards = write_shards(source, progress, arguments, expected)
     if not any(shard.split == "train" for shard in shards):

@@ -16,16 +16,16 @@ from errors import UserError
 from files import file_sha256, locked, write_atomically
 from hub import hub_errors
 from shards import (
+    GPT2,
     HEADER_BYTES,
     MANIFEST,
     Manifest,
     ShardRecord,
-    TokenizerRecord,
     check_contents,
     open_shard,
     read_manifest,
 )
-from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE
+from tokenizer import GPT2_VOCAB_SIZE
 from writing import Progress, check_same, read_progress
 
 SHARD_NAME = re.compile(r"\w*(train|val)_\d+\.bin")
@@ -66,15 +66,14 @@ def fetch(
             check_contents(folder, manifest.shards, manifest.tokenizer.vocab_size)
             Progress.remove(folder)
             return manifest
-        commit, published = look_up(repository, earlier and earlier.settings["revision"])
+        commit, published = look_up(repository, earlier and earlier.settings.get("revision"))
         chosen = choose(published, max_tokens or sys.maxsize)
-        tokenizer = TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)
-        progress = Progress({**settings, "revision": commit}, tokenizer)
+        progress = Progress({**settings, "revision": commit}, GPT2)
         progress.save(folder)
         missing = [shard for shard in chosen if not (folder / shard.file).exists()]
         check_disk(folder, sum(shard.tokens for shard in missing))
         records = tuple(download(repository, commit, shard, folder) for shard in chosen)
-        manifest = Manifest(progress.settings, tokenizer, records)
+        manifest = Manifest(progress.settings, progress.tokenizer, records)
         write_atomically(folder / MANIFEST, manifest.to_json())
         Progress.remove(folder)
     return manifest

@@ -203,7 +203,7 @@ def typed_prompts() -> Iterator[str]:
             print(file=sys.stderr)
             return
         if line.strip():
-            yield line.rstrip("\n")
+            yield line.rstrip("\r\n")
 
 
 def answer(
@@ -217,7 +217,8 @@ def answer(
     context = model.config.block_size
     ids = [encoding.eot_token]
     if prompt is not None:
-        ids = encode_long(encoding, prompt[-256 * context :])  # a token has 128 characters at most
+        end = prompt[-256 * context :]  # GPT-2's longest token has 128 characters
+        ids = encode_long(encoding, end)
     if len(ids) > context:
         print(
             f"the prompt is longer than the context: only its last {context:,} tokens are used",
@@ -248,6 +249,7 @@ def print_objects(samples: list[Completion], prompt: str) -> None:
         print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
+@memory_errors("the model doesn't fit; take a smaller one")
 def main(arguments: argparse.Namespace) -> None:
     """Load the checkpoint and continue the prompts."""
     if any(not stop for stop in arguments.stop):
@@ -258,7 +260,7 @@ def main(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     model = checkpoint.make_model()
-    model.to(device=device, dtype=dtype).eval()
+    model.to(device=device, dtype=dtype)
     pack_weights(model)
     generator = torch.Generator(device)
     seed = generator.seed() if arguments.seed is None else arguments.seed
@@ -273,7 +275,7 @@ def main(arguments: argparse.Namespace) -> None:
         try:
             with memory_errors("lower --num-samples"):
                 answer(model, encoding, prompt, arguments, generator)
-        except FloatingPointError as error:
+        except (FloatingPointError, UserError) as error:
             if not arguments.jsonl:
                 print()
             raise UserError(f"{arguments.checkpoint}: {error}") from error

@@ -23,7 +23,7 @@ import numpy as np
 import tiktoken
 
 from errors import UserError
-from files import file_sha256, is_there, own_file
+from files import disk_errors, file_sha256, is_there, own_file
 from records import as_record, read_json
 from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE, gpt2_encoding, load_vocabulary
 
@@ -83,8 +83,6 @@ def _open_bin(path: Path) -> np.ndarray:
             f"{path} is damaged: its header says {tokens} tokens, so {HEADER_BYTES + 2 * tokens} "
             f"bytes, but it has {size}; prepare or download it again"
         )
-    if tokens == 0:
-        return np.zeros(0, dtype="<u2")  # an empty file part can't be mapped
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
 
@@ -127,6 +125,9 @@ class TokenizerRecord:
             raise ValueError(f"vocab_size is {self.vocab_size}, a token has 16 bits")
 
 
+GPT2 = TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A shard folder's table of contents."""
@@ -167,12 +168,8 @@ def check_contents(folder: Path, shards: Iterable[ShardRecord], vocab_size: int)
     And if it has a token that isn't in the vocabulary: whoever wrote that gave it the right hash.
     """
     for record in shards:
-        try:
+        with disk_errors(f"can't read the shard {folder / record.file}"):
             sha256 = file_sha256(own_file(folder, record.file))
-        except OSError as error:
-            raise UserError(
-                f"can't read the shard {folder / record.file}: {error.strerror}"
-            ) from error
         if sha256 != record.sha256:
             raise UserError(
                 f"{folder / record.file} has been damaged or changed since it was written (its "
@@ -189,7 +186,7 @@ def check_contents(folder: Path, shards: Iterable[ShardRecord], vocab_size: int)
 def tokenizer_of(folder: Path) -> TokenizerRecord:
     """Which vocabulary the folder's tokens are of; without a manifest, GPT-2's is assumed."""
     manifest = read_manifest(folder)
-    return manifest.tokenizer if manifest else TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)
+    return manifest.tokenizer if manifest else GPT2
 
 
 def encoding_of(folder: Path) -> tiktoken.Encoding:
@@ -260,7 +257,7 @@ class TokenStream:
                 more = "prepare the text again with a larger --val-tokens"
             raise UserError(
                 f"the {self.split} split of {self.folder} has {len(self):,} tokens, one window "
-                f"takes {block_size + 1:,}: {more}, or lower --model.block_size"
+                f"takes {block_size + 1:,}: {more}, or train with a smaller --model.block_size"
             )
         return (len(self) - 1) // block_size
 

@@ -56,7 +56,6 @@ class Source:
 
     name: str
     files: tuple[str, ...]
-    sizes: tuple[int, ...]  # bytes
     revision: str  # another one means another content: a commit, a Python version, a hash
 
     def open(self, file: str) -> pa.NativeFile:
@@ -79,7 +78,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
         raise UserError("--source is empty: expected a file, a folder or a dataset's name")
     if name == PYTHON_DOCS:
         version = ".".join(map(str, sys.version_info[:3]))
-        return Source(name, files=(PYTHON_DOCS,), sizes=(0,), revision=f"Python {version}")
+        return Source(name, files=(PYTHON_DOCS,), revision=f"Python {version}")
     if name in HUB_NAMES:
         return hub_source(name, HUB_NAMES[name], revision)
     try:
@@ -91,8 +90,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if files:
         state = [(str(file), one.st_size, one.st_mtime_ns) for file, one in zip(files, stats)]
         revision = "files " + hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-        sizes = tuple(one.st_size for one in stats)
-        return Source(name, tuple(map(str, files)), sizes, revision)
+        return Source(name, tuple(map(str, files)), revision)
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
         return hub_source(name, name, revision)
     found = "there is nothing of this name"
@@ -161,24 +159,28 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
     resolved to a commit here, once, so that every file comes from the same one.
     """
     from datasets import load_dataset_builder
-    from huggingface_hub import HfFileSystem
 
     address, _, revision = address.partition("@")
     repository, _, config = address.partition(":")
     told = f"--source {name}: there is no such file, and it can't be had from the Hub"
-    with hub_errors(repository, told, also=(KeyError,)):
+    with hub_errors(repository, told):
         builder = load_dataset_builder(
             repository, config or None, revision=commit or revision or None
         )
-        files = tuple(builder.config.data_files["train"])
-        sizes = tuple(HfFileSystem().size(file) for file in files)
+        splits = builder.config.data_files or {}
+    if "train" not in splits:
+        raise UserError(
+            f"--source {name} has no train split, only {', '.join(splits) or 'none'}: download the "
+            "files that you want and give --source their folder"
+        )
+    files = tuple(splits["train"])
     if not all(file.endswith(".parquet") for file in files):
         raise UserError(
             f"--source {name}: its files are not Parquet; download them and give --source the "
             "folder, or use the Hub's own conversion, @refs/convert/parquet"
         )
     found = re.search(r"@([0-9a-f]{40})/", files[0])
-    return Source(name, files, sizes, revision=found.group(1) if found else revision)
+    return Source(name, files, revision=found.group(1) if found else revision)
 
 
 def batches(source: Source) -> Iterator[Batch]:
@@ -259,11 +261,9 @@ def document(text: object, where: str) -> Document:
     """One document's text in pieces. Raises UserError if it is no text."""
     if not isinstance(text, str):
         found = "empty (null)" if text is None else f"of type {type(text).__name__}"
-        raise UserError(f"{where}: the document is {found}, expected text")
-    text = well_formed(text)
-    return (
-        text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS)
-    )
+        raise UserError(f"{where}: the document is {found}, expected text: leave it out")
+    starts = range(0, len(text), PIECE_CHARACTERS)
+    return (well_formed(text[start : start + PIECE_CHARACTERS]) for start in starts)
 
 
 def python_docs() -> Iterator[Document]:
@@ -273,8 +273,10 @@ def python_docs() -> Iterator[Document]:
     text is a fair sample. Paragraphs that occur twice are kept once: otherwise a model could do
     well on validation text by remembering it from training.
     """
+    from pydoc_data.topics import topics
+
     texts = sorted(
-        itertools.chain(_help_topics(), _library_docstrings()),
+        itertools.chain(topics.values(), _library_docstrings()),
         key=lambda text: hashlib.sha256(text.encode()).digest(),
     )
     seen: set[str] = set()
@@ -286,12 +288,6 @@ def python_docs() -> Iterator[Document]:
                 paragraphs.append(paragraph)
         if paragraphs:
             yield document("\n\n".join(paragraphs) + "\n", PYTHON_DOCS)
-
-
-def _help_topics() -> Iterator[str]:
-    from pydoc_data.topics import topics
-
-    yield from topics.values()
 
 
 def _library_docstrings() -> Iterator[str]:
@@ -320,13 +316,15 @@ def _definitions(tree: ast.Module) -> Iterator[ast.AST]:
             nodes.extend(getattr(node, block, ()))
 
 
-def estimated_tokens(source: Source) -> int:
-    """About how many tokens a source makes: 3.5 bytes of text each, .gz and .zst counted fourfold.
+def estimated_tokens(source: Source, limit: int) -> int:
+    """About how many tokens a source makes, up to `limit`: one for 3.5 bytes of text.
 
-    For Parquet the text column's own size is known from the file's footer.
+    .gz and .zst are counted fourfold. A Parquet file's footer tells the text column's own size.
     """
     text_bytes = 0
-    for file, size in zip(source.files, source.sizes):
+    for file in source.files:
+        if text_bytes >= 3.5 * limit:  # a dataset may have thousands of files
+            return limit
         if file.endswith(".parquet"):
             with named_errors(file):
                 metadata = pq.ParquetFile(source.open(file)).metadata
@@ -337,6 +335,6 @@ def estimated_tokens(source: Source) -> int:
                     for column in columns
                     if column.path_in_schema == "text"
                 )
-        else:
-            text_bytes += 4 * size if file.endswith((".gz", ".zst")) else size
-    return int(text_bytes / 3.5)
+        elif file != PYTHON_DOCS:
+            text_bytes += os.path.getsize(file) * (4 if file.endswith((".gz", ".zst")) else 1)
+    return min(int(text_bytes / 3.5), limit)

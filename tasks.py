@@ -9,7 +9,6 @@ README, "How good is it?".
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -22,11 +21,11 @@ import numpy as np
 
 from errors import UserError, one_line
 from hub import hub_errors
+from records import NAMES
 from scoring import Estimate, Request, Scorer
 from tokenizer import encode_long
 
 Rows = list[dict[str, object]]
-KINDS = {str: "text", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Task:
     split: str
     columns: dict[str, type]  # what a row must have
     measure: Callable[[Rows, Scorer, int], dict[str, Estimate]]
-    check: Callable[[dict[str, object], str], None] = lambda row, where: None
+    check: Callable[[dict[str, object], str], None]
     check_lengths: Callable[[Rows, Scorer], object] = lambda rows, scorer: None
 
 
@@ -278,7 +277,7 @@ def load_questions(name: str, file: Path | None = None) -> Questions:
     Raises UserError if they can't be had, or if a row isn't as it should be.
     """
     task = TASKS[name]
-    rows, data, revision = read_file(file) if file else read_hub(task)
+    rows, data, revision = read_file(file, [*task.columns, "label"]) if file else read_hub(task)
     if not rows:
         raise UserError(f"{data} has no rows: expected the questions of {name}")
     for number, row in enumerate(rows, 1):
@@ -286,7 +285,7 @@ def load_questions(name: str, file: Path | None = None) -> Questions:
         for column, kind in task.columns.items():
             value = row.get(column)
             if not isinstance(value, kind):
-                raise UserError(f"{where}: {column!r} is {value!r:.60}, expected {KINDS[kind]}")
+                raise UserError(f"{where}: {column!r} is {value!r:.60}, expected {NAMES[kind]}")
             if kind is str:
                 check_text(value, f"{where}: {column!r}")
         task.check(row, where)
@@ -302,19 +301,25 @@ def check_text(text: str, what: str) -> None:
         raise UserError(f"{what} holds {half!r}, half of a character (a lone surrogate)") from error
 
 
-def read_file(path: Path) -> tuple[Rows, str, str]:
-    """(rows, name, SHA-256) of a Parquet or JSON-lines file. Raises UserError if it is none."""
+def read_file(path: Path, columns: list[str]) -> tuple[Rows, str, str]:
+    """(rows, name, SHA-256) of a Parquet or JSON-lines file; of Parquet, these columns.
+
+    Raises UserError if it is none.
+    """
     try:
         content = path.read_bytes()
         if path.suffix == ".parquet":
-            import pyarrow.parquet
+            from pyarrow import BufferReader, parquet
 
-            rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+            # In this thread: one of pyarrow's that still begins as the process ends aborts it.
+            table = parquet.ParquetFile(BufferReader(content))
+            rows = table.read(columns, use_threads=False).to_pylist()
         else:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     except (OSError, ValueError, RecursionError) as error:  # pyarrow's are of these, too
         told = "" if isinstance(error, OSError) else "; expected Parquet (.parquet) or JSON lines"
-        raise UserError(f"can't read {path}: {one_line(error)}{told}") from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"can't read {path}: {reason}{told}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected an object in each line")
     return rows, str(path), hashlib.sha256(content).hexdigest()

@@ -13,7 +13,6 @@ repeatedly gives the most frequent pair of neighbouring tokens a token of its ow
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import heapq
 from collections import Counter, defaultdict
@@ -202,7 +201,7 @@ def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
     The cut is before a blank or a line end that follows something else: there a word of
     tokenizer.WORD_PATTERN always ends, whatever comes before and after. Only where PIECE_CHARACTERS
-    have no such place, a cut may divide a word: no text is like that, and memory stays bounded.
+    have no such place, a cut may divide a word, which costs a token or two: memory stays bounded.
     """
     rest = ""
     for piece in pieces:
@@ -217,7 +216,7 @@ def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def encode_long(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    """The ids of a text of any length. Memory is no concern here, a run of a million blanks is."""
+    """The ids of a text of any length, in pieces: tiktoken gives up on a million blanks."""
     pieces = (text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS))
     return [token for piece in safe_pieces(pieces) for token in encoding.encode_ordinary(piece)]
 
@@ -296,13 +295,14 @@ def _from_bytes(content: bytes, path: Path) -> dict[bytes, int]:
         try:
             token, rank = line.split(b" ")
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
+        except ValueError as error:
             raise UserError(
                 f"{path}, line {number + 1}: expected a token in base64, a space and its id"
             ) from error
         if int(rank) != number or len(ranks) != number + 1 or b"" in ranks:
             raise UserError(
-                f"{path}, line {number + 1}: expected a new token with the id {number}, got {rank}"
+                f"{path}, line {number + 1}: expected a new token with the id {number}, "
+                f"got {line!r:.80}"
             )
     if len(ranks) >= MAX_VOCAB_SIZE or not all(bytes([byte]) in ranks for byte in range(256)):
         raise UserError(

@@ -115,13 +115,11 @@ def call(capfd):
         from errors import run_script
 
         script = importlib.import_module(name)
-        main, parse = {
-            "train": ("train", "load_config"),
-        }.get(name, ("main", "parse_arguments"))
+        names = ("train", "load_config") if name == "train" else ("main", "parse_arguments")
+        main, parse = (getattr(script, each) for each in names)
         capfd.readouterr()
         try:
-            parsed = getattr(script, parse)([str(argument) for argument in arguments])
-            status = run_script(getattr(script, main), parsed)
+            status = run_script(main, parse([str(argument) for argument in arguments]))
         except SystemExit as error:
             status = error.code
         out, err = capfd.readouterr()
@@ -218,39 +216,35 @@ def on_hub(tmp_path, monkeypatch):
     return run_there
 
 
+def prepared(source: Path, *more: str) -> Path:
+    """A folder of shards beside its source, with a vocabulary of 300 and val 600 tokens."""
+    import prepare_fineweb
+
+    out = source.parent / "out"
+    words = ["--source", str(source), "--out", str(out), "--tokenizer", "bpe:300"]
+    words += ["--val-tokens", "600", "--workers", "1", *more]
+    prepare_fineweb.main(prepare_fineweb.parse_arguments(words))
+    return out
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """A folder of small shards: ten documents, a vocabulary of 300, val 600 tokens."""
-    import prepare_fineweb
-
-    folder = tmp_path_factory.mktemp("shards")
+    folder = tmp_path_factory.mktemp("shards") / "texts"
+    folder.mkdir()
     for number in range(10):
         (folder / f"{number}.txt").write_text(TEXT * (20 + number), encoding="utf-8")
-    prepare_fineweb.main(
-        prepare_fineweb.parse_arguments(
-            f"--source {folder} --out {folder}/out --tokenizer bpe:300 --val-tokens 600 "
-            "--shard-tokens 4000 --workers 1".split()
-        )
-    )
-    return folder / "out"
+    return prepared(folder, "--shard-tokens", "4000")
 
 
 @pytest.fixture(scope="session")
 def short_documents(tmp_path_factory) -> Path:
     """A folder of shards like `shards`, of 600 documents of about 25 characters each."""
-    import prepare_fineweb
-
-    folder = tmp_path_factory.mktemp("short")
+    path = tmp_path_factory.mktemp("short") / "texts.jsonl"
     texts = [{"text": (2 * TEXT)[at % 150 :][: 10 + at % 30]} for at in range(600)]
     lines = "".join(json.dumps(text) + "\n" for text in texts)
-    (folder / "texts.jsonl").write_text(lines, encoding="utf-8")
-    prepare_fineweb.main(
-        prepare_fineweb.parse_arguments(
-            f"--source {folder}/texts.jsonl --out {folder}/out --tokenizer bpe:300 "
-            "--val-tokens 600 --workers 1".split()
-        )
-    )
-    return folder / "out"
+    path.write_text(lines, encoding="utf-8")
+    return prepared(path)
 
 
 def without_key_biases(weights: dict) -> dict:

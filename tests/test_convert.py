@@ -354,6 +354,11 @@ def test_tensors_that_do_not_fit_are_one_line(call, changed, tmp_path):
     save_file(old | tied | {"h.0.attn.bias": mask, "h.1.attn.bias": mask.clone()}, folder / MODEL)
     assert call("convert", "from-hf", folder, "--out", out).status == 0
     assert torch.equal(load_file(out / MODEL)["wte.weight"], tied["lm_head.weight"])
+    save_file({**{n: t for n, t in old.items() if n != "wte.weight"}, **tied}, folder / MODEL)
+    assert call("convert", "from-hf", folder, "--out", tmp_path / "head").status == 0
+    assert torch.equal(
+        load_file(tmp_path / "head" / MODEL)["wte.weight"], tied["lm_head.weight"]
+    )  # as safetensors.torch.save_model leaves it
     save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / MODEL)
     assert call("convert", "from-hf", folder, "--out", tmp_path / "half").status == 0
     assert load_file(tmp_path / "half" / MODEL)["wte.weight"].dtype == torch.float32
@@ -420,8 +425,8 @@ def test_an_index_that_is_none_is_one_line(call, changed, tmp_path, weight_map):
         ("", "names the file '', expected a plain name"),
         ("..", "names the file '..', expected a plain name"),
         ("\ud800", r"has no '\ud800'"),
-        ("a\nb", r"has no 'a\nb': only safetensors are read"),
-        ("a" * 5000, f"has no '{'a' * 79}: only safetensors are read"),
+        ("a\nb", r"has no 'a\nb': model.safetensors.index.json names it"),
+        ("a" * 5000, f"has no '{'a' * 79}: model.safetensors.index.json names it"),
     ],
 )
 def test_a_file_that_an_index_cannot_mean_is_one_line(call, changed, tmp_path, name, complaint):

@@ -24,6 +24,8 @@ from step import StepResult
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
         RuntimeError("CUDA error: out of memory"),  # of pinned memory, a graph, NCCL
+        MemoryError(),
+        RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904, 2]"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -614,6 +615,14 @@ def test_a_vocabulary_is_learned_from_text_behind_the_validation_part(corpus):
                 before = read[: read.index(learned)]
                 assert len(gpt2_encoding().encode_ordinary(before)) + passed > val_tokens
                 return
+
+
+@pytest.mark.parametrize(("val_tokens", "begin"), [(100, 600), (1, 6), (20_000, 120_000)])
+def test_one_long_text_is_learned_from_behind_its_validation_part(tmp_path, val_tokens, begin):
+    text = "".join(random.Random(1).choices("abc \n", k=300_000))  # two pieces
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    learned = training_texts(find_source(str(tmp_path / "long.txt")), val_tokens)
+    assert "".join(learned) == text[begin:]
 
 
 def test_at_most_twenty_million_characters_are_learned_from(prepare, texts, monkeypatch):

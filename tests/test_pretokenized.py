@@ -15,7 +15,7 @@ from fake_hub import FakeHub
 import pretokenized
 from errors import UserError
 from pretokenized import Published, choose, download
-from shards import MANIFEST, PROGRESS, TokenStream, read_manifest, shard_header
+from shards import GPT2, MANIFEST, PROGRESS, TokenStream, read_manifest, shard_header
 from writing import Progress
 
 COMMIT, NEWER = "a" * 40, "b" * 40
@@ -88,6 +88,13 @@ def test_a_kill_after_the_manifest_leaves_nothing_in_the_way(fetch, tmp_path):
     Progress(settings, tokenizer).save(folder)  # which is removed last
     assert fetch().status == 0
     assert len(TokenStream(folder, "train")) == 900
+
+
+def test_a_progress_without_its_revision_begins_with_the_newest(fetch, hub, tmp_path):
+    (tmp_path / "data").mkdir()
+    settings = {"pretokenized": "kjj0/fineweb10B-gpt2", "max_tokens": 500}
+    Progress(settings, GPT2).save(tmp_path / "data")
+    assert fetch("--max-tokens", 500).status == 0
 
 
 def test_what_is_no_shard_is_one_line(fetch, hub, tmp_path):

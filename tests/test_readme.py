@@ -79,7 +79,7 @@ def test_every_excerpt_is_the_source_that_it_names(path, name, in_part, code):
 
 def snippets() -> list[tuple[str, str]]:
     """Every python block that names no source, with the text block behind it."""
-    pairs = zip(BLOCKS, BLOCKS[1:])
+    pairs = zip(BLOCKS, [*BLOCKS[1:], ("", "")])
     return [
         (code, shown if kind == "text" else "")
         for (language, code), (kind, shown) in pairs

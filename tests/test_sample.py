@@ -234,6 +234,32 @@ def test_interactive_mode_answers_line_by_line_until_the_input_ends(trained):
     assert result.err.count("> ") == 4
 
 
+def test_a_line_that_ends_as_windows_ends_it_is_the_same_prompt(trained):
+    command = ("sample.py", "--checkpoint", trained, "--interactive", "--jsonl", "--seed", 1)
+    plain, windows = (run(*command, stdin=f"The quick{end}") for end in ("\n", "\r\n"))
+    assert windows.out == plain.out and json.loads(plain.out)["prompt"] == "The quick"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("sample", ("--checkpoint",)),
+        ("evaluate", ("--data", "DATA", "--checkpoint")),
+        ("convert", ("to-hf", "--out", "OUT")),
+    ],
+)
+def test_a_model_that_finds_no_room_is_one_line(
+    call, trained, shards, tmp_path, monkeypatch, script, words
+):
+    def fail(self: Checkpoint) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(Checkpoint, "make_model", fail)
+    paths = {"DATA": shards, "OUT": tmp_path / "out"}
+    result = call(script, *(paths.get(word, word) for word in words), trained)
+    assert "out of memory: " in result.error()
+
+
 @pytest.mark.parametrize("more", [(), ("--jsonl",)])
 def test_ctrl_c_stops_a_text_and_asks_for_the_next_line(trained, more):
     process = subprocess.Popen(
@@ -282,6 +308,7 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
         (("--top-p", "1.5"), "'1.5': expected a number above 0, up to 1"),
         (("--top-p", "0"), "'0': expected a number above 0, up to 1"),
         (("--max-new-tokens", "0"), "'0': expected a whole number above 0"),
+        (("--num-samples", "1,5"), "'1,5': expected a whole number above 0"),
         (("--num-samples", "many"), "'many': expected a whole number above 0"),
         (("--stop", ""), "--stop is empty"),
         (("--seed", 2**64), "expected a whole number from 0 to 2^64 - 1"),

@@ -6,13 +6,14 @@ import hashlib
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 from fake_hub import FakeHub
 from hypothesis import given
 from hypothesis import strategies as st
@@ -313,7 +314,39 @@ def test_a_file_is_told_by_its_hash():
 def test_parquet_and_json_lines_are_the_same_questions(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows_of("hellaswag")), tmp_path / "a.parquet")
     ours = tasks.load_questions("hellaswag", tmp_path / "a.parquet")
-    assert ours.rows == tasks.load_questions("hellaswag", ITEMS / "hellaswag.jsonl").rows
+    theirs = tasks.load_questions("hellaswag", ITEMS / "hellaswag.jsonl").rows
+    assert {"ctx", "endings", "label"} <= ours.rows[0].keys()
+    assert ours.rows == [{name: row[name] for name in ours.rows[0]} for row in theirs]
+
+
+FAR = {
+    "a time": pa.array([2**61], pa.timestamp("ms")),
+    "a date": pa.array([2**30 * 86_400_000], pa.date64()),
+    "a duration": pa.array([2**62], pa.duration("s")),
+    "a time zone": pa.array([0], pa.timestamp("s", tz="Nowhere/There")),
+}
+
+
+@pytest.mark.parametrize("kind", FAR)
+def test_columns_that_no_task_asks_for_are_not_read(tmp_path, kind):
+    table = pa.table({"text": ["one two"], "when": FAR[kind]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert tasks.load_questions("lambada", tmp_path / "a.parquet").rows == [{"text": "one two"}]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_reading_parquet_begins_no_thread(tmp_path):
+    """One that is still beginning when the process ends aborts it, if PyTorch is loaded."""
+    pq.write_table(pa.table({"text": ["one two"] * 3}), tmp_path / "a.parquet")
+    code = (
+        "import os, sys, torch, tasks, pyarrow.parquet\n"
+        "threads = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = threads()\n"
+        "assert len(tasks.load_questions('lambada', tasks.Path(sys.argv[1])).rows) == 3\n"
+        "print(threads() - before)\n"
+    )
+    result = run("-c", code, tmp_path / "a.parquet")
+    assert result.out == "0\n", result.err
 
 
 # The Hub

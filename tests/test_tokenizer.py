@@ -281,7 +281,7 @@ def damage(lines: list[bytes], kind: str) -> list[bytes]:
         ("not a number", "line 4: expected a token in base64"),
         ("a line without a number", "line 4: expected a token in base64"),
         ("an empty line", "line 4: expected a token in base64"),
-        ("wrong order", "line 4: expected a new token with the id 3, got"),
+        ("wrong order", "line 4: expected a new token with the id 3, got b'"),
         ("a token twice", "line 300: expected a new token with the id 299"),
         ("an empty token", "line 400: expected a new token with the id 399"),
         ("a byte missing", "holds all 256 bytes"),

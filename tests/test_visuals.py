@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,10 +110,16 @@ def test_a_kept_model_is_checked_like_any_other(call, trained, tmp_path):
 
 
 def test_what_can_not_be_kept_is_one_line(call, trained, tmp_path):
-    assert "is no checkpoint" in call("visuals.keep", tmp_path).error()
+    def complaint(run: Path) -> str:
+        return call("visuals.keep", run, "--out", tmp_path / "kept").error()
+
+    assert "is no checkpoint" in complaint(tmp_path)
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / VOCABULARY).unlink()
-    assert "GPT-2's own vocabulary is too large" in call("visuals.keep", tmp_path / "run").error()
+    assert "GPT-2's own vocabulary is too large" in complaint(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").rename(tmp_path / "run" / "metrics")
+    shutil.copy(trained / VOCABULARY, tmp_path / "run")
+    assert "has no metrics.jsonl" in complaint(tmp_path / "run")
 
 
 def test_the_model_that_is_kept_is_that_of_the_demo():
@@ -225,6 +232,34 @@ def test_a_drawing_of_a_model_lies_with_the_model(call, trained, tmp_path):
     path = call("visuals.draw", "positions", "--run", tmp_path / "run").out.strip()
     assert path == str(tmp_path / "run" / "figures" / "positions.png")
     Image.open(path).verify()
+
+
+def test_every_figure_of_a_model_can_be_drawn_of_a_small_and_troubled_run(call, trained, tmp_path):
+    """Its context is shorter than the animation, and one of its losses was not finite."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    line = json.loads(lines[2])
+    lines[2] = json.dumps(line | {"loss": None})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert line["kind"] == "train"
+    names = [figure.__name__ for figure in draw.OF_A_MODEL if figure is not plots.embedding_map]
+    result = call("visuals.draw", "--run", run, *names)
+    assert result.status == 0, result.err
+    assert len(result.out.splitlines()) == len(names)
+
+
+def test_a_model_without_a_run_has_no_training_curve(call, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("metrics.jsonl"))
+    assert (
+        "no figure training_curve" in call("visuals.draw", "training_curve", "--run", run).error()
+    )
+
+
+def test_a_sentence_of_any_bytes_can_be_told(call, trained):
+    result = call("visuals.story", "--checkpoint", trained, "--text", "The \udcff")
+    assert result.status == 0, result.err
 
 
 def test_merge_steps_are_what_bpe_learns():

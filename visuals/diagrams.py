@@ -99,8 +99,7 @@ def causal_mask() -> Figure:
         axes.tick_params(length=0)
         for row in range(4):
             for column in range(4):
-                shown = f"{numbers[row, column]:.2f}" if numbers is weights else None
-                shown = shown or f"{numbers[row, column]:.0f}"
+                shown = f"{numbers[row, column]:{'.2f' if numbers is weights else '.0f'}}"
                 hidden = masked and not seen[row, column]
                 text = "−∞" if hidden and numbers is scores else "0" if hidden else shown
                 axes.text(column, row, text, ha="center", va="center")

@@ -100,7 +100,11 @@ def record(name: str) -> dict[str, object]:
 
 def main(arguments: argparse.Namespace) -> None:
     """Draw what was asked for, and say where it is."""
-    possible = [figure.__name__ for figure in OF_A_MODEL] if arguments.run else [*FIGURES]
+    possible = [*FIGURES]
+    if arguments.run:
+        possible = [figure.__name__ for figure in OF_A_MODEL]
+        if not (arguments.run / "metrics.jsonl").exists():  # of a model that was converted
+            possible.remove(plots.training_curve.__name__)
     names = arguments.names or possible
     unknown = sorted(set(names) - set(possible))
     if unknown:

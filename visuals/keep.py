@@ -45,11 +45,13 @@ def rounded(weights: Tensor) -> tuple[Tensor, Tensor]:
 def keep(run: Path, folder: Path) -> None:
     """Put the newest checkpoint of a run, rounded, into `folder`, with its vocabulary and losses.
 
-    Raises UserError if the run has no checkpoint or no vocabulary of its own.
+    Raises UserError if the run has no checkpoint, no vocabulary of its own or no metrics.
     """
     found = find_checkpoint(str(run))
     if not (run / VOCABULARY).exists():
         raise UserError(f"{run} has no {VOCABULARY}: GPT-2's own vocabulary is too large to keep")
+    if not (run / "metrics.jsonl").exists():
+        raise UserError(f"{run} has no metrics.jsonl: expected the folder of a training run")
     model = found.make_model()
     tensors: dict[str, Tensor] = {}
     for name, weights in model.state_dict().items():

@@ -20,6 +20,7 @@ from PIL import Image
 
 from checkpoint import find_checkpoint
 from config import load_config
+from errors import UserError
 from model import choose_next, next_probabilities
 from optim import learning_rate_at
 from trials import load_found, rows_of
@@ -100,6 +101,8 @@ def embedding_map(run: Path) -> Figure:
         and text[1:].isalpha()
         and len(text) > 2
     ]
+    if len(words) < 2:
+        raise UserError(f"{run}: its vocabulary has no words to place, choose other figures")
     words = words[:90]  # ids are in the order of learning: the frequent ones first
     chosen = torch.nn.functional.normalize(vectors[words], dim=-1)
     chosen = chosen - chosen.mean(dim=0)
@@ -242,15 +245,19 @@ def learning_rate() -> Figure:
     return figure
 
 
+def _losses(lines: list[dict], kind: str) -> np.ndarray:
+    """Steps and losses in a run's metrics, (2, lines of that kind); NaN if not finite."""
+    points = [(line["step"], line["loss"]) for line in lines if line["kind"] == kind]
+    return np.array(points, dtype=float).reshape(-1, 2).T  # null is NaN
+
+
 def training_curve(run: Path) -> Figure:
     """The loss of a run, step by step."""
     with (run / "metrics.jsonl").open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     vocab_size = find_checkpoint(str(run)).meta.model.vocab_size
-    steps, losses = zip(
-        *((line["step"], line["loss"]) for line in lines if line["kind"] == "train")
-    )
-    val = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
+    steps, losses = _losses(lines, "train")
+    val = _losses(lines, "val")
     width = min(25, len(steps))
     means = np.convolve(losses, np.ones(width) / width, mode="valid")
     middles = np.convolve(steps, np.ones(width) / width, mode="valid")
@@ -258,8 +265,8 @@ def training_curve(run: Path) -> Figure:
     figure, axes = sheet(7.5, 3.8)
     axes.plot(steps, losses, color=BLUE, alpha=0.35, lw=0.7, label="training, every step")
     axes.plot(middles, means, color=BLUE, label=f"training, mean of {width} steps")
-    if val:
-        axes.plot(*zip(*val), color=ORANGE, marker="o", ls="none", label="validation")
+    if val.size:
+        axes.plot(*val, color=ORANGE, marker="o", ls="none", label="validation")
     axes.axhline(untrained, color=GREY, lw=0.8, ls=":")
     axes.annotate(
         f"knowing nothing: ln {vocab_size:,} = {untrained:.2f}",
@@ -306,7 +313,7 @@ def growing_text(run: Path, path: Path) -> None:
     ids, frames = story.ids, []
     for number in range(FRAMES + 1):
         with torch.no_grad():
-            logits = story.model(ids[None])[:, -1]
+            logits = story.model(ids[None, -story.model.config.block_size :])[:, -1]
         drawn = choose_next(logits, **KNOBS, generator=generator)
         weights = next_probabilities(logits, **KNOBS)[0]
         shown = int(drawn) if number < FRAMES else None

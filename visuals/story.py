@@ -37,8 +37,9 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from checkpoint import find_checkpoint
+from huggingface import find_model
 from model import GPT
+from tokenizer import well_formed
 
 LAYER, HEAD = 1, 2  # the head whose attention is shown, counted from 0, if there are so many
 LEARNING_RATE = 0.001  # of the one plain gradient step at the end
@@ -73,10 +74,9 @@ def load_story(checkpoint: str | Path = KEPT, text: str = TEXT, following: str =
 
     Raises UserError if the text doesn't fit.
     """
-    found = find_checkpoint(str(checkpoint))
-    encoding = found.encoding()
+    found = find_model(str(checkpoint))
+    encoding, text = found.encoding(), well_formed(text)
     model = found.make_model()
-    model.eval()
     ids, target = encoding.encode_ordinary(text), encoding.encode_ordinary(following)
     if not 1 <= len(ids) <= found.meta.model.block_size:
         raise UserError(
