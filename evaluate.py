@@ -49,6 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"val: how many, from the start ({TOKENS:,})",
     )
     add("--file", type=Path, help="questions of the one task asked for (the Hub's dataset)")
+    add("--limit", type=positive, help="tasks: how many questions, the first of each (all)")
     add("--stride", type=positive, help="wikitext: tokens between windows (the whole context)")
     add("--output", type=Path, metavar="FILE.json", help="write what was found")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
@@ -73,6 +74,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for option, given in (("data", arguments.data), ("tokens", arguments.tokens != TOKENS)):
         if given and "val" not in names:
             raise UserError(f"--{option} is val's, --tasks is {arguments.tasks}")
+    if arguments.limit and names == ["val"]:
+        raise UserError(f"--limit is of other tasks than val, --tasks is {arguments.tasks}")
     if arguments.output:
         output_file(arguments.output)
 
@@ -82,7 +85,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 
 import lzma
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -194,6 +197,7 @@ def look_up(
         return partial(measure_loss, stream, arguments.tokens, scorer, document_mask)
     stride = choose_stride(arguments, scorer.model.config.block_size)
     questions = scorer.ranks.in_turn(lambda: load_questions(name, arguments.file))
+    questions = replace(questions, rows=questions.rows[: arguments.limit])
     questions.check_lengths(scorer)
     return partial(run_task, questions, stride, scorer)
 

@@ -139,6 +139,16 @@ def test_ranks_find_together_what_one_finds_alone(call, name, tmp_path):
     assert alone == together
 
 
+def test_a_limit_asks_the_first_questions_only(call, tmp_path):
+    lines = (ITEMS / "lambada.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "two.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    limited = call("evaluate", *asked("lambada", "--limit", 2)).out
+    of_two = call("evaluate", *asked("lambada", "--file", tmp_path / "two.jsonl")).out
+    assert limited.replace(str(ITEMS / "lambada.jsonl"), str(tmp_path / "two.jsonl")) == of_two
+    error = call("evaluate", "--checkpoint", KEPT, "--limit", 2).error()
+    assert "--limit is of other tasks than val, --tasks is val" in error
+
+
 def test_the_stride_is_how_far_a_window_goes_on(call, tmp_path):
     output = tmp_path / "found.json"
     by_stride = {}
