@@ -111,15 +111,18 @@ class Checkpoint:
         return model.eval()
 
     def load_model(self, model: GPT) -> None:
-        """Copy the weights into `model`, which may be on any device.
+        """Copy the weights into `model`, on any device; its context may be shorter than theirs.
 
         What visuals/keep.py rounded to 8 bits, (rows, columns) of int8, has a "/scale" beside it, a
         number for each row.
         """
         tensors = _read_tensors(self.path / MODEL)
         try:
-            model.load_state_dict(_unrounded(tensors))
-        except (RuntimeError, ValueError) as error:
+            weights, context = _unrounded(tensors), model.config.block_size
+            if context < self.meta.model.block_size:
+                weights["wpe.weight"] = weights["wpe.weight"][:context]
+            model.load_state_dict(weights)
+        except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path / MODEL} doesn't fit {META}: {reason}") from error
 
@@ -416,9 +419,7 @@ def remove_old(
     paths = paths[: paths.index(newest) + 1]
     whole = [path for path in paths if path not in damaged]
     told = {path: _loss_and_skipped(path) for path in whole}
-    *_, tokens = _loss_and_skipped(newest)
-    rivals = [path for path in whole if told[path][0] < math.inf and told[path][2] == tokens]
-    best = min(rivals, key=told.get, default=newest)
+    best = min((path for path in whole if told[path][0] < math.inf), key=told.get, default=newest)
     sound = [path for path in whole if not told[path][1]][-keep:]
     early = [path for path in whole if step_of(path) <= keep_until][-1:]
     for path in paths:
@@ -429,17 +430,16 @@ def remove_old(
                 print(f"can't remove the old {path}: {error.strerror}", file=sys.stderr)
 
 
-def _loss_and_skipped(path: Path) -> tuple[float, bool, object]:
-    """A checkpoint's validation loss, infinity if it has none or its meta.json can't be read,
-    whether the step before it was skipped, and over how many tokens the loss is the mean.
+def _loss_and_skipped(path: Path) -> tuple[float, bool]:
+    """A checkpoint's validation loss, infinity if it has none or its meta.json can't be read, and
+    whether the step before it was skipped.
     """
     try:
         meta = _read_meta(path)
         loss, skipped = meta["val_loss"], meta.get("skipped", 0)
-        tokens = meta["config"].get("log", {}).get("eval_tokens")
-    except (OSError, ValueError, KeyError, AttributeError, UserError):
-        return math.inf, False, None
-    return loss if type(loss) is float else math.inf, skipped != 0, tokens
+    except (OSError, ValueError, KeyError, UserError):
+        return math.inf, False
+    return loss if type(loss) is float else math.inf, skipped != 0
 
 
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         _, unknown, option = message.partition("unrecognized arguments: --")
         if unknown:
             message += did_you_mean(f"--{option}".split()[0], self._options())
-        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        if "0" == os.environ.get("RANK", "0") or os.environ.get("WORLD_SIZE", "1") == "1":
             print(f"error: {printable(message)} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -145,7 +145,7 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 def positive(text: str) -> int:
     """An argparse type: a whole number above 0. "100_000" and "100,000" are welcome."""
-    grouped = re.fullmatch(r"[0-9]+|[0-9]{1,3}([,_][0-9]{3})+", text)
+    grouped = re.fullmatch(r"[0-9]{1,19}|[0-9]{1,3}([,_][0-9]{3}){1,6}", text)
     number = int(re.sub("[,_]", "", text)) if grouped else 0
     if not 1 <= number < 2**63:
         limit = "" if number < 1 else " and below 2**63"

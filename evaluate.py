@@ -75,7 +75,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if given and "val" not in names:
             raise UserError(f"--{option} is val's, --tasks is {arguments.tasks}")
     if arguments.limit and names == ["val"]:
-        raise UserError(f"--limit is of other tasks than val, --tasks is {arguments.tasks}")
+        raise UserError(f"--limit is for tasks other than val, --tasks is {arguments.tasks}")
     if arguments.output:
         output_file(arguments.output)
 
@@ -167,12 +167,15 @@ def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer, document_
     return lines, found | {"document_mask": document_mask}
 
 
-def run_task(questions: Questions, stride: int, scorer: Scorer) -> Told:
-    """The model's scores in a task."""
-    metrics, count = questions.ask(scorer, stride), len(questions.rows)
-    lines = [f"{questions.name:<16}{count:,} of {questions.told}"]
+def run_task(questions: Questions, limit: int | None, stride: int, scorer: Scorer) -> Told:
+    """The model's scores in a task, or in its first `limit` questions."""
+    asked = replace(questions, rows=questions.rows[:limit])
+    metrics, count = asked.ask(scorer, stride), len(asked.rows)
+    some = f"the first {count:,} of {len(questions.rows):,}" if limit else f"{count:,}"
+    lines = [f"{questions.name:<16}{some} of {questions.told}"]
     lines += [f"{name:<16}{estimate}" for name, estimate in metrics.items()]
-    return lines, record(questions.name, questions.data, questions.revision, count, metrics)
+    found = record(questions.name, questions.data, questions.revision, count, metrics)
+    return lines, found | ({"limit": limit} if limit else {})
 
 
 def record(
@@ -197,9 +200,8 @@ def look_up(
         return partial(measure_loss, stream, arguments.tokens, scorer, document_mask)
     stride = choose_stride(arguments, scorer.model.config.block_size)
     questions = scorer.ranks.in_turn(lambda: load_questions(name, arguments.file))
-    questions = replace(questions, rows=questions.rows[: arguments.limit])
     questions.check_lengths(scorer)
-    return partial(run_task, questions, stride, scorer)
+    return partial(run_task, questions, arguments.limit, stride, scorer)
 
 
 def choose_stride(arguments: argparse.Namespace, block_size: int) -> int:
@@ -250,7 +252,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
         write_report(arguments.output, report)
 
 
-@memory_errors("take a smaller model, or --device cpu if there is more")
+@memory_errors("take a smaller model, or --device cpu if that has more memory")
 def main(arguments: argparse.Namespace) -> None:
     """Evaluate, alone or with the other processes that torchrun started."""
     with process_group(arguments.device, TIMEOUT) as ranks:

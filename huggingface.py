@@ -268,7 +268,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no file can have
         told = f"{INDEX} names it; fetch it again"
         if name == MODEL:
-            told = "only safetensors are read; loading a pickle (pytorch_model.bin) runs any code"
+            told = "only safetensors are read: a pickle (pytorch_model.bin) could run any code"
         raise UserError(f"{folder} has no {shown}: {told}") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: {shown} is no safetensors file: {one_line(error)}") from error

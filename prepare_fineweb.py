@@ -274,9 +274,9 @@ def choose_encoding(name: str, source: Source, val_tokens: int) -> tiktoken.Enco
 def training_texts(source: Source, val_tokens: int) -> Iterator[str]:
     """Up to 20 million characters to learn a vocabulary from.
 
-    They begin well behind the validation text, which nothing should have seen: in prose even the
-    largest vocabulary makes less than six characters a token, GPT-2's less than five. Raises
-    UserError if nothing is there.
+    They begin well behind the validation text, which nothing should have seen: after six characters
+    for each of its tokens, or five where that leaves a document whole. In prose even GPT-2's
+    vocabulary makes less of a token. Raises UserError if nothing is there.
     """
     skipped = 6 * val_tokens
     read = 0
@@ -284,7 +284,7 @@ def training_texts(source: Source, val_tokens: int) -> Iterator[str]:
         for pieces in batch():
             for piece in pieces:
                 begin, read = read, read + len(piece)
-                if read > skipped:  # a long piece may begin far before
+                if read > skipped:
                     yield piece if begin >= 5 * val_tokens else piece[skipped - begin :]
                 if read > skipped + BPE_TRAINING_CHARACTERS:
                     return

@@ -5,7 +5,6 @@ And whether that fits the settings and the data of today. Explained in README, "
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -112,24 +111,18 @@ def check_can_begin_with(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def best_so_far(checkpoint: Checkpoint, config: Config) -> float:
-    """The lowest validation loss of a checkpoint's run, infinity if this run's can't be compared.
-
-    They can't if they are means over another number of tokens, and so over another text.
-    """
-    best, then = checkpoint.meta.best_val_loss, checkpoint.meta.config.get("log", {})
-    is_alike = then.get("eval_tokens") == config.log.eval_tokens
-    return best if best is not None and is_alike else math.inf
-
-
 def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
-    """Raises UserError if a checkpoint is of another model, or would go on with other batches."""
+    """Raises UserError if a checkpoint is of another model, or would go on with other batches, or
+    with validations over another text, which can't be compared.
+    """
     now = asdict(config)
     names = [("model", key) for key in now["model"] if key not in FREE]
     names += [("train", "seed"), ("train", "tokens_per_step")]
     names += [("data", "document_mask"), ("optim", "name")]
     if config.train.reduction == "canonical":
         names += [("train", "reduction"), ("train", "micro_batch_size"), ("train", "dtype")]
+    if config.log.eval_every and then.get("log", {}).get("eval_every"):
+        names += [("log", "eval_tokens")]
     for section, key in names:
         before = then.get(section, {}).get(key, getattr(getattr(Config(), section), key))
         if toml_value(before) != toml_value(now[section][key]):  # true isn't 1

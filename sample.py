@@ -249,7 +249,7 @@ def print_objects(samples: list[Completion], prompt: str) -> None:
         print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
-@memory_errors("the model doesn't fit; take a smaller one")
+@memory_errors("take a smaller model, or --device cpu if that has more memory")
 def main(arguments: argparse.Namespace) -> None:
     """Load the checkpoint and continue the prompts."""
     if any(not stop for stop in arguments.stop):

@@ -169,9 +169,10 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
         )
         splits = builder.config.data_files or {}
     if "train" not in splits:
+        found = f"only {', '.join(splits)}" if splits else "and no other"
         raise UserError(
-            f"--source {name} has no train split, only {', '.join(splits) or 'none'}: download the "
-            "files that you want and give --source their folder"
+            f"--source {name} has no train split, {found}: download the files that you want and "
+            "give --source their folder"
         )
     files = tuple(splits["train"])
     if not all(file.endswith(".parquet") for file in files):
@@ -317,24 +318,26 @@ def _definitions(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def estimated_tokens(source: Source, limit: int) -> int:
-    """About how many tokens a source makes, up to `limit`: one for 3.5 bytes of text.
-
-    .gz and .zst are counted fourfold. A Parquet file's footer tells the text column's own size.
-    """
+    """About how many tokens a source makes, up to `limit`: one for 3.5 bytes of text."""
     text_bytes = 0
     for file in source.files:
         if text_bytes >= 3.5 * limit:  # a dataset may have thousands of files
             return limit
-        if file.endswith(".parquet"):
-            with named_errors(file):
-                metadata = pq.ParquetFile(source.open(file)).metadata
-            for group in map(metadata.row_group, range(metadata.num_row_groups)):
-                columns = map(group.column, range(group.num_columns))
-                text_bytes += sum(
-                    column.total_uncompressed_size
-                    for column in columns
-                    if column.path_in_schema == "text"
-                )
-        elif file != PYTHON_DOCS:
-            text_bytes += os.path.getsize(file) * (4 if file.endswith((".gz", ".zst")) else 1)
+        text_bytes += _text_bytes(source, file)
     return min(int(text_bytes / 3.5), limit)
+
+
+def _text_bytes(source: Source, file: str) -> int:
+    """About how much text a file holds: .gz and .zst are counted fourfold, a Parquet file tells it.
+
+    Raises UserError if it can't be read.
+    """
+    if file == PYTHON_DOCS:
+        return 0  # nobody knows
+    with named_errors(file):
+        if not file.endswith(".parquet"):
+            return os.path.getsize(file) * (4 if file.endswith((".gz", ".zst")) else 1)
+        metadata = pq.ParquetFile(source.open(file)).metadata
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")

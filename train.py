@@ -38,7 +38,7 @@ from huggingface import find_model
 from metrics import Metrics, Speed, kinds_told, say
 from plan import plan
 from records import strict
-from resume import best_so_far, check_can_begin_with, check_can_go_on, origin_of
+from resume import check_can_begin_with, check_can_go_on, origin_of
 from run_folder import RunFolder
 from scoring import BrokenOff, Validation
 from shards import TokenStream, check_contents, tokenizer_of
@@ -93,7 +93,8 @@ class Trainer:
                 self.stepper.restore(checkpoint)
             self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
             self.origin = origin_of(checkpoint)
-            self.best_val_loss = best_so_far(checkpoint, self.config)
+            if checkpoint.meta.best_val_loss is not None:
+                self.best_val_loss = checkpoint.meta.best_val_loss
             if self.ranks.is_first:
                 say(f"going on after step {self.step:,} from {checkpoint.path}")
         elif self.config.train.init_from:
@@ -105,9 +106,7 @@ class Trainer:
         self.ranks.check_same("the checkpoint to begin with", checkpoint.description())
         with self.ranks.together():
             check_can_begin_with(checkpoint, self.config)
-            weights = checkpoint.make_model().state_dict()
-            weights["wpe.weight"] = weights["wpe.weight"][: self.config.model.block_size]
-            self.model.load_state_dict(weights)
+            checkpoint.load_model(self.model)
         if self.ranks.is_first:
             say(f"beginning with the weights of {checkpoint.path}")
 

@@ -209,14 +209,6 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_the_newest_out(tmp_path)
     assert not (tmp_path / "step_000010").exists()
 
 
-def test_the_best_is_that_of_as_many_validation_tokens_as_the_newest_has(tmp_path):
-    for step, loss, tokens in ((1, 2.0, 512), (2, 4.0, 256), (3, 3.0, 256), (4, 5.0, 256)):
-        config = {"log": {"eval_tokens": tokens}}
-        meta = replace(META_1, step=step, val_loss=loss, config=config)
-        remove_old(save_checkpoint(tmp_path, meta, *trained()), keep=1)
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["step_000003", "step_000004"]
-
-
 def test_a_damaged_checkpoint_is_neither_the_best_nor_one_of_the_newest(tmp_path):
     """Nor is it the last one before the learning rate falls."""
     save(tmp_path, 5)

@@ -99,6 +99,18 @@ def test_an_environment_that_names_peers_and_not_where_they_are_is_one_line(monk
             pass
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "2"), ("RANK", "-1"), ("LOCAL_RANK", "")],
+)
+def test_a_number_of_torchruns_that_cannot_be_is_one_line(monkeypatch, name, value):
+    for key, text in {"WORLD_SIZE": "2", "RANK": "0", name: value}.items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(UserError, match=f"^{name} is '{value}', expected a number from "):
+        with process_group("cpu", timeout_seconds=1):
+            pass
+
+
 def test_a_rank_without_a_world_is_alone(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with process_group("cpu", timeout_seconds=1) as ranks:

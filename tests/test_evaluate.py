@@ -142,11 +142,15 @@ def test_ranks_find_together_what_one_finds_alone(call, name, tmp_path):
 def test_a_limit_asks_the_first_questions_only(call, tmp_path):
     lines = (ITEMS / "lambada.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "two.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
-    limited = call("evaluate", *asked("lambada", "--limit", 2)).out
-    of_two = call("evaluate", *asked("lambada", "--file", tmp_path / "two.jsonl")).out
-    assert limited.replace(str(ITEMS / "lambada.jsonl"), str(tmp_path / "two.jsonl")) == of_two
+    limited, of_two = (tmp_path / f"{name}.json" for name in ("limited", "of_two"))
+    told = call("evaluate", *asked("lambada", "--limit", 2, "--output", limited)).out
+    assert f"lambada         the first 2 of 8 of {ITEMS / 'lambada.jsonl'}\n" in told
+    call("evaluate", *asked("lambada", "--file", tmp_path / "two.jsonl", "--output", of_two))
+    ours, theirs = (json.loads(path.read_text())["results"][0] for path in (limited, of_two))
+    assert (ours["count"], ours["limit"]) == (2, 2) and "limit" not in theirs
+    assert ours["metrics"] == theirs["metrics"]
     error = call("evaluate", "--checkpoint", KEPT, "--limit", 2).error()
-    assert "--limit is of other tasks than val, --tasks is val" in error
+    assert "--limit is for tasks other than val, --tasks is val" in error
 
 
 def test_the_stride_is_how_far_a_window_goes_on(call, tmp_path):

@@ -625,6 +625,15 @@ def test_one_long_text_is_learned_from_behind_its_validation_part(tmp_path, val_
     assert "".join(learned) == text[begin:]
 
 
+def test_a_document_that_begins_close_before_is_learned_from_as_a_whole(tmp_path):
+    for name, length in (("a", 505), ("b", 200), ("c", 50)):
+        (tmp_path / f"{name}.txt").write_text(length * name, encoding="utf-8")
+    learned = list(training_texts(find_source(str(tmp_path)), 100))
+    assert learned == [200 * "b", 50 * "c"]
+    learned = list(training_texts(find_source(str(tmp_path)), 110))  # "b" begins before 550
+    assert learned == [45 * "b", 50 * "c"]
+
+
 def test_at_most_twenty_million_characters_are_learned_from(prepare, texts, monkeypatch):
     monkeypatch.setattr(prepare_fineweb, "BPE_TRAINING_CHARACTERS", 2000)
     learned = list(training_texts(find_source(str(texts)), 1))

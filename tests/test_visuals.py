@@ -6,7 +6,7 @@ import json
 import math
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,12 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageChops
 
-from checkpoint import MODEL, find_checkpoint
+from checkpoint import MODEL, find_checkpoint, save_tensors, write_meta
 from config import load_config
-from shards import VOCABULARY, TokenStream
+from errors import UserError
+from model import GPT, GPTConfig
+from shards import VOCABULARY, TokenizerRecord, TokenStream
+from tokenizer import make_encoding, save_vocabulary
 from visuals import KEPT, counting, diagrams, draw, plots
 from visuals.canvas import visible
 from visuals.keep import keep
@@ -243,10 +246,37 @@ def test_every_figure_of_a_model_can_be_drawn_of_a_small_and_troubled_run(call, 
     lines[2] = json.dumps(line | {"loss": None})
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert line["kind"] == "train"
-    names = [figure.__name__ for figure in draw.OF_A_MODEL if figure is not plots.embedding_map]
-    result = call("visuals.draw", "--run", run, *names)
+    result = call("visuals.draw", "--run", run)
     assert result.status == 0, result.err
-    assert len(result.out.splitlines()) == len(names)
+    drawn = {path.stem for path in (run / "figures").iterdir()}
+    assert drawn == {figure.__name__ for figure in draw.OF_A_MODEL}
+
+
+def test_a_figure_that_a_model_has_nothing_for_is_left_out(call, trained, tmp_path, monkeypatch):
+    def draw_one(name: str, folder: Path, run: Path) -> Path:
+        if name == "embedding_map":
+            raise UserError("no words")
+        return folder / name
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    monkeypatch.setattr(draw, "draw", draw_one)
+    result = call("visuals.draw", "--run", run)
+    assert (result.status, result.err) == (0, "left out: no words\n")
+    assert len(result.out.splitlines()) == len(draw.OF_A_MODEL) - 1
+    assert "no words" in call("visuals.draw", "--run", run, "embedding_map").error()
+
+
+def test_a_vocabulary_without_words_has_no_map(tmp_path):
+    encoding = make_encoding({bytes([byte]): byte for byte in range(256)})
+    sha256 = save_vocabulary(encoding, tmp_path / VOCABULARY)
+    meta = find_checkpoint(str(KEPT)).meta
+    model = GPT(GPTConfig(257, 32, 1, 1, 8))
+    tokenizer = TokenizerRecord("bpe-257", 257, sha256)
+    save_tensors(model.state_dict(), tmp_path / MODEL)
+    write_meta(tmp_path, replace(meta, model=model.config, tokenizer=tokenizer), files=(MODEL,))
+    with pytest.raises(UserError, match="has no words for embedding_map to place"):
+        plots.embedding_map(tmp_path)
 
 
 def test_a_model_without_a_run_has_no_training_curve(call, trained, tmp_path):

@@ -115,7 +115,12 @@ def main(arguments: argparse.Namespace) -> None:
     records = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
     for name in names:
         if arguments.run:
-            print(draw(name, arguments.run / "figures", arguments.run))
+            try:
+                print(draw(name, arguments.run / "figures", arguments.run))
+            except UserError as error:
+                if arguments.names:
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
         else:
             path = draw(name, FOLDER)
             print(path.relative_to(ROOT))

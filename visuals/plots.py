@@ -102,7 +102,7 @@ def embedding_map(run: Path) -> Figure:
         and len(text) > 2
     ]
     if len(words) < 2:
-        raise UserError(f"{run}: its vocabulary has no words to place, choose other figures")
+        raise UserError(f"{run}: its vocabulary has no words for embedding_map to place")
     words = words[:90]  # ids are in the order of learning: the frequent ones first
     chosen = torch.nn.functional.normalize(vectors[words], dim=-1)
     chosen = chosen - chosen.mean(dim=0)
