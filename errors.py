@@ -145,11 +145,12 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 def positive(text: str) -> int:
     """An argparse type: a whole number above 0. "100_000" and "100,000" are welcome."""
-    grouped = re.fullmatch(r"[0-9]{1,19}|[0-9]{1,3}([,_][0-9]{3}){1,6}", text)
-    number = int(re.sub("[,_]", "", text)) if grouped else 0
+    grouped = re.fullmatch(r"[0-9]+|[0-9]{1,3}([,_][0-9]{3})+", text)
+    digits = re.sub("[,_]", "", text)[:100]  # int() refuses thousands of them
+    number = int(digits) if grouped else 0
     if not 1 <= number < 2**63:
         limit = "" if number < 1 else " and below 2**63"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0{limit}")
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: expected a whole number above 0{limit}")
     return number
 
 

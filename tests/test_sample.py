@@ -309,6 +309,7 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
         (("--top-p", "0"), "'0': expected a number above 0, up to 1"),
         (("--max-new-tokens", "0"), "'0': expected a whole number above 0"),
         (("--num-samples", "1,5"), "'1,5': expected a whole number above 0"),
+        (("--num-samples", "9" * 5000), "expected a whole number above 0 and below 2**63"),
         (("--num-samples", "many"), "'many': expected a whole number above 0"),
         (("--stop", ""), "--stop is empty"),
         (("--seed", 2**64), "expected a whole number from 0 to 2^64 - 1"),
