@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -182,6 +184,14 @@ def from_hf(folder: Path, out: Path) -> None:
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     check_shapes(tensors, shapes, folder)
     encoding = make_encoding(read_vocabulary(folder, config.vocab_size))
+    if padding := config.vocab_size - encoding.n_vocab:
+        print(
+            f"{folder}: of {config.vocab_size:,} tokens the last {padding:,} are in no vocabulary: "
+            "padding, left out",
+            file=sys.stderr,
+        )
+        config = replace(config, vocab_size=encoding.n_vocab)
+        tensors["wte.weight"] = tensors["wte.weight"][: encoding.n_vocab].clone()
     with whole(out) as new:
         save_tensors(tensors, new / MODEL)
         sha256 = save_vocabulary(encoding, new / VOCABULARY)
@@ -313,10 +323,11 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], fold
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
-    """`{token's bytes: id}` without <|endoftext|>, which must be the last of `vocab_size` ids.
+    """`{token's bytes: id}` without <|endoftext|>, which must be the last id, below `vocab_size`.
 
-    A folder without vocab.json and tokenizer.json is taken to have GPT-2's. Raises UserError if the
-    files don't agree, or if the merges are not those that the ids tell.
+    There may be fewer ids: many pad their embeddings to a multiple of 64 or 128. A folder without
+    vocab.json and tokenizer.json is taken to have GPT-2's. Raises UserError if the files don't
+    agree, or if the merges are not those that the ids tell.
     """
     if (folder / TOKENIZER_CONFIG).exists():  # its word counts more than that of tokenizer.json
         told = read_object(folder / TOKENIZER_CONFIG)
@@ -329,7 +340,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> dict[bytes, int]:
     if (folder / TOKENIZER).exists():
         ids, merges[TOKENIZER] = read_tokenizer(folder / TOKENIZER)
         found[TOKENIZER] = tokens_of(ids, vocab_size, folder / TOKENIZER)
-    if not found and gpt2_encoding().n_vocab != vocab_size:
+    if not found and not 0 <= vocab_size - gpt2_encoding().n_vocab < 128:
         raise UserError(f"{folder} has no {VOCAB}, and {vocab_size:,} tokens are not GPT-2's")
     vocabulary, *other = found.values() or [vocabulary_of(gpt2_encoding())]
     if other not in ([], [vocabulary]):
@@ -346,9 +357,10 @@ def tokens_of(ids: dict[str, object], vocab_size: int, path: Path) -> dict[bytes
     ids, bytes_of = dict(ids), {text: byte for byte, text in byte_characters().items()}
     last = ids.pop(END_OF_TEXT, None)
     whole_numbers = all(type(number) is int for number in (last, *ids.values()))
-    if not whole_numbers or [*sorted(ids.values()), last] != [*range(vocab_size)]:
+    in_order = whole_numbers and [*sorted(ids.values()), last] == [*range(len(ids) + 1)]
+    if not in_order or len(ids) >= vocab_size:
         raise UserError(
-            f"{path}: expected the ids 0 to {vocab_size - 1:,}, {END_OF_TEXT} as the last"
+            f"{path}: expected the ids 0 to {vocab_size - 1:,}, or fewer, {END_OF_TEXT} as the last"
         )
     try:
         tokens = {bytes(bytes_of[character] for character in text): ids[text] for text in ids}

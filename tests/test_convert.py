@@ -342,6 +342,33 @@ def test_a_model_that_is_not_gpt2s_is_one_line(call, changed, tmp_path, settings
     assert not (tmp_path / "out").exists()
 
 
+def test_padding_of_the_vocabulary_is_left_out(call, changed, tmp_path):
+    """It belongs to no token: what the others get is what they had, in transformers, too."""
+    transformers = pytest.importorskip("transformers")
+    folder, out = changed(vocab_size=320), tmp_path / "out"
+    tensors = load_file(folder / MODEL)
+    padding = torch.full((20, tensors["transformer.wte.weight"].size(1)), 3.0)
+    tensors["transformer.wte.weight"] = torch.cat((tensors["transformer.wte.weight"], padding))
+    save_file(tensors, folder / MODEL, {"format": "pt"})
+    result = call("convert", "from-hf", folder, "--out", out)
+    assert result.status == 0, result.err
+    assert "of 320 tokens the last 20 are in no vocabulary: padding, left out" in result.err
+    ids = torch.arange(12)[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        logits = model_of(out)(ids)
+        torch.testing.assert_close(logits, theirs(ids).logits[..., :300], rtol=0, atol=1e-4)
+    assert find_checkpoint(str(out)).meta.model.vocab_size == 300
+
+
+def test_a_folder_without_a_vocabulary_has_gpt2s_padded_or_not(tmp_path):
+    for size in (50_257, 50_304):  # nanoGPT's
+        assert read_vocabulary(tmp_path, size) == vocabulary_of(gpt2_encoding())
+    for size in (50_256, 50_400):
+        with pytest.raises(UserError, match=f"has no vocab.json, and {size:,} tokens are not"):
+            read_vocabulary(tmp_path, size)
+
+
 def test_tensors_that_do_not_fit_are_one_line(call, changed, tmp_path):
     folder, out = changed(), tmp_path / "out"
     tensors = load_file(folder / MODEL)
@@ -372,7 +399,7 @@ def test_files_that_are_not_there_or_damaged_are_one_line(call, changed, tmp_pat
         return call("convert", "from-hf", folder, "--out", out).error()
 
     (folder / "vocab.json").write_text(json.dumps({**vocabulary, "<|endoftext|>": 0}))
-    assert "expected the ids 0 to 299, <|endoftext|> as the last" in complaint()
+    assert "expected the ids 0 to 299, or fewer, <|endoftext|> as the last" in complaint()
     (folder / "vocab.json").unlink()
     assert "has no vocab.json, and 300 tokens are not GPT-2's" in complaint()
     (folder / MODEL).write_bytes(b"no")
