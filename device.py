@@ -15,8 +15,12 @@ from errors import UserError
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of settings in glibc's malloc.h
 
 # What PyTorch says of a tensor that found no room; the last, if its size has more than 64 bits.
-NO_ROOM = ("out of memory", "can't allocate memory", "cannot allocate memory")
-NO_ROOM += ("storage size calculation overflowed",)
+NO_ROOM = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "storage size calculation overflowed",
+)
 
 # Dense bf16 matrix products per second, in FLOP/s, by what the device calls itself: the vendor's
 # datasheet for each. A device that isn't here has no MFU: better none than a wrong one.

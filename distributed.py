@@ -172,7 +172,7 @@ class Ranks:
             raise UserError(f"{int(failed)} of {self.world_size} processes can't go on, see there")
 
 
-def _told(name: str, default: int, allowed: range) -> int:
+def _from_torchrun(name: str, default: int, allowed: range) -> int:
     """A number that torchrun tells in the environment. Raises UserError for one that can't be."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) not in allowed:
@@ -193,14 +193,14 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world_size = _told("WORLD_SIZE", 1, range(1, 2**31))
+    world_size = _from_torchrun("WORLD_SIZE", 1, range(1, 2**31))
     if world_size == 1:  # then a RANK that somebody has set says nothing
         yield Ranks(device)
         return
     ranks = Ranks(
-        rank=_told("RANK", 0, range(world_size)),
-        local_rank=_told("LOCAL_RANK", 0, range(world_size)),
-        local_world_size=_told("LOCAL_WORLD_SIZE", 1, range(1, world_size + 1)),
+        rank=_from_torchrun("RANK", 0, range(world_size)),
+        local_rank=_from_torchrun("LOCAL_RANK", 0, range(world_size)),
+        local_world_size=_from_torchrun("LOCAL_WORLD_SIZE", 1, range(1, world_size + 1)),
         world_size=world_size,
         device=device,
     )

@@ -72,6 +72,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def reason_of(error: Exception) -> str:
+    """Why something failed, without the path that a message of the system's repeats."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
 def prepare_streams() -> None:
     """See that there are streams to write to and read from, and that they take any text.
 
@@ -113,7 +118,8 @@ class Parser(argparse.ArgumentParser):
         _, unknown, option = message.partition("unrecognized arguments: --")
         if unknown:
             message += did_you_mean(f"--{option}".split()[0], self._options())
-        if "0" == os.environ.get("RANK", "0") or os.environ.get("WORLD_SIZE", "1") == "1":
+        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if is_alone or os.environ.get("RANK", "0") == "0":
             print(f"error: {printable(message)} (see --help)", file=sys.stderr)
         sys.exit(2)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, save_tensors, write_meta
-from errors import UserError, one_line
+from errors import UserError, one_line, reason_of
 from files import is_there
 from hub import check_gated, hub_errors
 from model import GPT, GPTConfig
@@ -409,8 +409,7 @@ def read_object(path: Path) -> dict:
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"can't read {path}: {reason}") from error
+        raise UserError(f"can't read {path}: {reason_of(error)}") from error
 
 
 def byte_characters() -> dict[int, str]:

@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from errors import Expendable, Parser, UserError, positive, run_script
+from errors import Expendable, Parser, UserError, positive, reason_of, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -449,7 +449,7 @@ def _prepare_and_tell(arguments: argparse.Namespace) -> None:
     try:
         manifest = (fetch if arguments.pretokenized else prepare)(arguments)
     except OSError as error:
-        raise UserError(f"can't write to {arguments.out}: {error.strerror or error}") from error
+        raise UserError(f"can't write to {arguments.out}: {reason_of(error)}") from error
     print(
         f"{arguments.out}: {manifest.total('train'):,} tokens to train on, "
         f"{manifest.total('val'):,} to validate on, in {len(manifest.shards)} shards; "

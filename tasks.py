@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, one_line
+from errors import UserError, reason_of
 from hub import hub_errors
 from records import NAMES
 from scoring import Estimate, Request, Scorer
@@ -318,8 +318,7 @@ def read_file(path: Path, columns: list[str]) -> tuple[Rows, str, str]:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     except (OSError, ValueError, RecursionError) as error:  # pyarrow's are of these, too
         told = "" if isinstance(error, OSError) else "; expected Parquet (.parquet) or JSON lines"
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"can't read {path}: {reason}{told}") from error
+        raise UserError(f"can't read {path}: {reason_of(error)}{told}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected an object in each line")
     return rows, str(path), hashlib.sha256(content).hexdigest()

@@ -283,7 +283,8 @@ def test_a_model_without_a_run_has_no_training_curve(call, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("metrics.jsonl"))
     assert (
-        "no figure training_curve" in call("visuals.draw", "training_curve", "--run", run).error()
+        "has no metrics.jsonl for training_curve"
+        in call("visuals.draw", "training_curve", "--run", run).error()
     )
 
 

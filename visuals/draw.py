@@ -100,11 +100,7 @@ def record(name: str) -> dict[str, object]:
 
 def main(arguments: argparse.Namespace) -> None:
     """Draw what was asked for, and say where it is."""
-    possible = [*FIGURES]
-    if arguments.run:
-        possible = [figure.__name__ for figure in OF_A_MODEL]
-        if not (arguments.run / "metrics.jsonl").exists():  # of a model that was converted
-            possible.remove(plots.training_curve.__name__)
+    possible = [figure.__name__ for figure in OF_A_MODEL] if arguments.run else [*FIGURES]
     names = arguments.names or possible
     unknown = sorted(set(names) - set(possible))
     if unknown:
@@ -117,7 +113,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.run:
             try:
                 print(draw(name, arguments.run / "figures", arguments.run))
-            except UserError as error:
+            except UserError as error:  # this model has nothing to show there
                 if arguments.names:
                     raise
                 print(f"left out: {error}", file=sys.stderr)

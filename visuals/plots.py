@@ -253,6 +253,8 @@ def _losses(lines: list[dict], kind: str) -> np.ndarray:
 
 def training_curve(run: Path) -> Figure:
     """The loss of a run, step by step."""
+    if not (run / "metrics.jsonl").exists():
+        raise UserError(f"{run} has no metrics.jsonl for training_curve: it is no run's folder")
     with (run / "metrics.jsonl").open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     vocab_size = find_checkpoint(str(run)).meta.model.vocab_size
