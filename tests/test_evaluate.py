@@ -126,6 +126,11 @@ def test_of_several_ranks_one_tells_what_is_wrong_with_the_command():
     assert run(*words, environment=others) == Result(2, "", "")
 
 
+def test_a_process_that_is_alone_tells_it_whatever_its_rank_is_said_to_be():
+    words = ("evaluate.py", "--checkpoint", KEPT, "--tasks", "helaswag")
+    assert "did you mean hellaswag?" in run(*words, environment={"RANK": "1"}).error()
+
+
 @pytest.mark.parametrize("name", ["hellaswag", "wikitext103"])
 def test_ranks_find_together_what_one_finds_alone(call, name, tmp_path):
     alone, together = (tmp_path / f"{kind}.json" for kind in ("alone", "together"))
