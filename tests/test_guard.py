@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def asked_to_stop(request):
     )
     words = [sys.executable, "-c", code]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, cwd=ROOT, text=True, **pipes) as process:
+    heard = partial(signal.signal, number, signal.SIG_DFL)  # nohup has SIGHUP ignored
+    with subprocess.Popen(words, cwd=ROOT, text=True, preexec_fn=heard, **pipes) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(number)
