@@ -12,7 +12,6 @@ import atexit
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,15 @@ from checkpoint import Meta, save_checkpoint
 from config import make_config
 from data import BatchShape, micro_batches
 from decoding import pack_weights
-from device import Moment, choose_device, choose_dtype, device_name, memory_errors, peak_flops
+from device import (
+    Moment,
+    choose_device,
+    choose_dtype,
+    device_name,
+    memory_errors,
+    peak_flops,
+    peak_memory,
+)
 from distributed import Ranks
 from errors import UserError, run_script
 from files import file_sha256
@@ -79,14 +86,6 @@ class Stopwatch:
         for (_, before), (name, now) in zip(self.marks, self.marks[1:]):
             seconds[name] = seconds.get(name, 0.0) + now.seconds_after(before)
         return seconds
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: on a GPU by torch, else by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,21 @@ def _cpu_has_bfloat16() -> bool:
 def device_name(device: torch.device) -> str:
     """What the device calls itself, such as "NVIDIA H100 80GB HBM3", or else its kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes held at once so far: on a GPU of NVIDIA's by tensors, else by this process.
+
+    None on Windows, where nothing tells.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Moment:

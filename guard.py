@@ -28,8 +28,8 @@ from errors import Stopped, UserError
 
 Answer = TypeVar("Answer")
 
-# A repeat that comes sooner is the same request: SLURM and systemd signal torchrun and its workers
-# together, as a terminal does on Ctrl-C, and torchrun then hands the signal on to its workers.
+# A repeat that comes sooner is the same request: systemd, and often SLURM, signal torchrun and its
+# workers together, and torchrun then hands the signal on to its workers.
 ECHO_SECONDS = 2
 
 # The store is torchrun's, or else rank 0's, and on that machine.

@@ -44,7 +44,7 @@ SUFFIXES = ("", "-medium", "-large", "-xl")
 NAMES = {f"gpt2{suffix}": f"openai-community/gpt2{suffix}" for suffix in SUFFIXES}
 
 CONFIG, VOCAB, MERGES, INDEX = "config.json", "vocab.json", "merges.txt", f"{MODEL}.index.json"
-TOKENIZER = "tokenizer.json"  # both vocabulary and merges, as transformers writes it since 5.0
+TOKENIZER = "tokenizer.json"  # both vocabulary and merges; alone since transformers 5.0
 TOKENIZER_CONFIG = "tokenizer_config.json"
 WANTED = [CONFIG, VOCAB, MERGES, TOKENIZER, TOKENIZER_CONFIG]  # of a repository
 WANTED += [MODEL, "model-*.safetensors", INDEX]

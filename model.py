@@ -129,7 +129,8 @@ class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream x. (B, T, C) -> (B, T, C).
 
     The layer norms stand before the sublayers ("pre-norm"): x itself is never normalised on its
-    way, so that gradients reach the first layer unhindered (GPT-2 paper, section 2.3).
+    way (GPT-2 paper, section 2.3), so that gradients reach the first layer unhindered (Xiong et al.
+    2020, https://arxiv.org/abs/2002.04745).
     """
 
     def __init__(self, config: GPTConfig) -> None:

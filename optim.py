@@ -18,7 +18,7 @@ def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, object]]
     """Two groups: matrices and embeddings, which decay; biases and layer norms, which don't.
 
     A bias or a gain has no reason to be near 0, and there are few of them (GPT-3 paper, appendix B,
-    gives the weight decay of 0.1; this division is minGPT's and nanoGPT's).
+    gives the weight decay of 0.1; GPT-1 spared biases and gains, and this division is nanoGPT's).
     """
     parameters = list(model.parameters())
     return [
@@ -123,8 +123,9 @@ def learning_rate_at(step: int, settings: OptimSettings, max_steps: int) -> floa
 
     Step 0 already learns (with a rate of 0 it would be wasted), step `warmup_steps` has the peak,
     and the last step has `min_learning_rate`. With `decay_steps` the peak lasts until the fall
-    ("warm-up, stable, decay": Hägele et al. 2024, https://arxiv.org/abs/2405.18392), and up to
-    there nothing depends on how long the run will be.
+    ("warmup-stable-decay": Hu et al. 2024, https://arxiv.org/abs/2404.06395; studied by Hägele et
+    al. 2024, https://arxiv.org/abs/2405.18392), and up to there nothing depends on how long the run
+    will be.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)

@@ -217,7 +217,7 @@ def answer(
     context = model.config.block_size
     ids = [encoding.eot_token]
     if prompt is not None:
-        end = prompt[-256 * context :]  # GPT-2's longest token has 128 characters
+        end = prompt[-256 * context :]  # GPT-2's longest token has 128 bytes
         ids = encode_long(encoding, end)
     if len(ids) > context:
         print(

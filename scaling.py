@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from data import largest_micro_batch
 
 GRADIENT_BYTES = 4  # float32
-BUCKET_BYTES = 25 * 2**20  # DDP sends the gradients in buckets of at least this size
+BUCKET_BYTES = 25 * 2**20  # DDP sends gradients in buckets; most have at least this size
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def step_time(
     """What a step takes on the cluster; None if it can't share the step's windows out evenly.
 
     `tokens_per_second` is one GPU's, and is taken to be the same for smaller micro-batches, which
-    flatters large clusters. Two thirds of a micro-batch's time are its backward pass. The gradients
-    of the embeddings, `last_parameters`, are ready at its very end: nothing hides their sending.
+    flatters large clusters. Half of a micro-batch's time is its backward pass, as measured, for
+    HeadLoss makes its gradients in the forward pass. The gradients of the embeddings,
+    `last_parameters`, are ready at its very end: nothing hides their sending.
     """
     share, rest = divmod(windows_per_step, cluster.gpus)
     if share == 0 or rest:
@@ -75,6 +76,6 @@ def step_time(
     buckets = max(1, earlier // BUCKET_BYTES)
     hidden = buckets * cluster.all_reduce_seconds(earlier / buckets)
     last = cluster.all_reduce_seconds(GRADIENT_BYTES * last_parameters)
-    backward = computing * windows / share * 2 / 3
+    backward = computing * windows / share / 2
     waiting = last + max(0.0, hidden - backward)
     return StepTime(windows, share // windows, computing, hidden + last, waiting)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import Meta
 from data import BatchShape, step_windows
-from device import memory_errors
+from device import memory_errors, peak_memory
 from distributed import Ranks, process_group
 from examiner import Examiner
 from guard import StopRequest
@@ -374,6 +374,7 @@ class Trainer:
         """One line into the metrics, and the newest numbers beside the bar."""
         tokens = result.step * self.shape.tokens_per_step
         tokens_per_second, mfu = speed.measure(tokens, result.end)
+        memory = peak_memory(self.ranks.device)
         self.metrics.write(
             "train",
             result.step,
@@ -384,12 +385,15 @@ class Trainer:
                 "tokens": tokens,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
+                "peak_memory": memory,  # bytes
             },
         )
+        on_gpu = self.ranks.device.type == "cuda"
+        held = f", {memory / 1e9:.1f} GB" if on_gpu else ""  # a CPU's process has PyTorch in it, too
         bar.set_postfix_str(
             f"loss {result.loss:.3f}, lr {result.learning_rate:.1e}, "
             f"norm {result.grad_norm:.2f}, {tokens_per_second:,.0f} tok/s, "
-            f"MFU {'n/a' if mfu is None else f'{mfu:.0%}'}"
+            f"MFU {'n/a' if mfu is None else f'{mfu:.0%}'}{held}"
         )
 
     def _report_validation(self, result: Validation) -> None:

@@ -194,10 +194,11 @@ def survive(start: Callable, words: list[str], out: Path, seed: int, kills: int)
 
 
 def left_behind(out: Path) -> tuple[str, str]:
-    """(what metrics.jsonl tells, without speed; the weights' hash)."""
+    """(what metrics.jsonl tells, without speed and memory; the weights' hash)."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("tokens_per_second", None)
+        line.pop("peak_memory", None)
     last = max((out / "checkpoints").glob("step_*")) / "model.safetensors"
     return json.dumps(lines), hashlib.sha256(last.read_bytes()).hexdigest()
 

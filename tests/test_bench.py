@@ -688,7 +688,7 @@ def test_only_the_embeddings_gradients_are_waited_for_if_the_others_are_sent_in_
     assert step.waiting == pytest.approx(4e6 / 1e9 + 2e-3)
     assert step.sending == pytest.approx(step.waiting + 100 * 2**20 / 1e9 + 4 * 2e-3)
     slow = step_time(cluster, 2, 1, 1000, 100_000.0, others + embeddings, embeddings)
-    backward = 2 / 3 * 1000 / 100_000
+    backward = 1 / 2 * 1000 / 100_000
     assert slow.waiting == pytest.approx(slow.sending - backward)
 
 

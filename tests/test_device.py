@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from device import Moment, choose_device, memory_errors
+from device import Moment, choose_device, memory_errors, peak_memory
 from distributed import Ranks
 from errors import UserError
 from metrics import Speed
@@ -80,6 +80,32 @@ def test_memory_that_is_freed_is_used_again_without_asking_the_system():
 
     assert page_faults("let go") > 1000  # pages of 4 KB: some 24,000 for each of the ten
     assert page_faults("keep") < 100
+
+
+PEAK_MEMORY = """
+import torch
+from device import peak_memory
+
+print(peak_memory(torch.device("cpu")))
+torch.ones(500_000_000)
+print(peak_memory(torch.device("cpu")))
+"""
+
+
+def test_the_most_memory_that_was_held_is_told_after_it_was_freed():
+    command = [sys.executable, "-c", PEAK_MEMORY]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    before, after = map(int, told.split())
+    assert before < 2e9 < after < before + 2.1e9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpus_memory_is_that_of_tensors():
+    device = torch.device("cuda")
+    before = peak_memory(device)
+    torch.ones(before // 4 + 25_000_000, device=device)
+    assert before + 1e8 <= peak_memory(device) < before + 1.1e8 + torch.cuda.memory_allocated()
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -41,6 +41,7 @@ def lines_of(folder: Path, *kinds: str) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("tokens_per_second", None)
+        line.pop("peak_memory", None)
     return [line for line in lines if line["kind"] in kinds or not kinds]
 
 

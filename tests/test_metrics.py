@@ -34,6 +34,7 @@ def test_metrics_tell_every_step_once_and_the_model_learns(trained):
     keys = ["kind", "step", "loss", "learning_rate", "grad_norm", "tokens"]
     assert list(lines[0])[:6] == keys
     assert lines[0]["mfu"] is None  # nobody knows this CPU's peak
+    assert 1e8 < lines[0]["peak_memory"] <= lines[-1]["peak_memory"] < 1e10
 
 
 def test_the_speed_that_is_told_is_that_of_the_step_it_is_told_for(configure, monkeypatch):

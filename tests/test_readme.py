@@ -516,11 +516,11 @@ def worked_out() -> list[str]:
         f"{optim.grad_clip:g} |",
         f"| {optim.learning_rate * 1e4:.0f} · 10⁻⁴, as GPT-3 small's |",
         f"| {windows} windows of {T:,} tokens |",
-        f"the {C} channels are cut into {small.n_head} *heads* of {C // small.n_head}",
+        f"are cut into {small.n_head} *heads* of {C // small.n_head} channels",
         f"about {round(lines, -1)} lines",
         f"costs it {bits[0]:.2f} bits. `xz -9e` needs {bits[1]:.2f} for that text alone, and "
         f"[{COUNTS['xz_bits_per_byte_after_training_text']:.2f}](results/counting.json) after the",
-        f"124M, says its README | {model.num_parameters():,} |",
+        f"124M, says its model card | {model.num_parameters():,} |",
         f"of standard deviation {tokens:.2f}, positions of {positions:.2f}, biases are 0",
         f"| not said (deviation 0.02) | 0.02 | {tokens:.2f} |",
         f"| not said (0.02) | 0.01 | {positions:.2f} |",

@@ -108,7 +108,7 @@ def test_a_task_that_is_broken_off_is_made_up_for(configure, tmp_path, monkeypat
         with trainer.folder.owned():
             trainer.run()
         lines = map(json.loads, (trainer.folder.path / "metrics.jsonl").read_text().splitlines())
-        return [{**line, "tokens_per_second": 0} for line in lines]
+        return [{**line, "tokens_per_second": 0, "peak_memory": 0} for line in lines]
 
     trainer, score = start("run"), Scorer._score_batch
     saved_before = set()
