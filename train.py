@@ -389,7 +389,7 @@ class Trainer:
             },
         )
         on_gpu = self.ranks.device.type == "cuda"
-        held = f", {memory / 1e9:.1f} GB" if on_gpu else ""  # a CPU's process has PyTorch in it, too
+        held = f", {memory / 1e9:.1f} GB" if on_gpu else ""  # a CPU's has PyTorch in it, too
         bar.set_postfix_str(
             f"loss {result.loss:.3f}, lr {result.learning_rate:.1e}, "
             f"norm {result.grad_norm:.2f}, {tokens_per_second:,.0f} tok/s, "
