@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -150,12 +150,16 @@ class StepLoader:
     """One rank's micro-batches, step by step; a thread prepares a step ahead of its use."""
 
     def __init__(
-        self, stream: TokenStream, shape: BatchShape, seed: int, rank: int, pin_memory: bool
+        self, stream: TokenStream, shape: BatchShape, seed: int, rank: int, device: torch.device
     ) -> None:
-        """`pin_memory` puts batches where a GPU can copy them from by itself."""
+        """Batches for a GPU are put where it can copy them from by itself.
+
+        A new thread's GPU is the first of the machine; pinning memory must not take room there.
+        """
         self.stream, self.shape, self.seed, self.rank = stream, shape, seed, rank
-        self.pin_memory = pin_memory
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.pin_memory = device.type == "cuda"
+        begin = partial(torch.cuda.set_device, device) if self.pin_memory else None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=begin)
         self.ahead: tuple[int, Future] | None = None  # the step being prepared
 
     def load(self, step: int) -> list[tuple[int, Tensor, Tensor]]:

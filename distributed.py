@@ -217,10 +217,10 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
         all_have_ended = True
         raise
     finally:
-        roll_call.close()
         if all_have_ended:
             LEFT.append(dist.group.WORLD)
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # may wait for a rank that fails yet: watched until then
+        roll_call.close()
 
 
 def _join(ranks: Ranks, timeout: timedelta) -> str:

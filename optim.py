@@ -10,6 +10,7 @@ from torch import Tensor
 
 from config import OptimSettings
 from distributed import Ranks
+from errors import UserError
 from model import GPT
 from muon import Muon
 
@@ -54,8 +55,14 @@ def muon_groups(model: GPT, settings: OptimSettings) -> list[dict[str, object]]:
 def make_optimizer(model: GPT, settings: OptimSettings, ranks: Ranks) -> torch.optim.Optimizer:
     """AdamW or Muon, as `settings.name` says. eps is 1e-8 (GPT-3 paper).
 
-    Fused: one pass over each parameter instead of a dozen.
+    Fused: one pass over each parameter instead of a dozen. Raises UserError on Apple's GPUs before
+    PyTorch 2.13, where that pass doesn't know which updates to leave out
+    (https://github.com/pytorch/pytorch/pull/186360).
     """
+    if ranks.device.type == "mps" and torch.__version__ < (2, 13):
+        raise UserError(
+            f"device mps: PyTorch {torch.__version__} is too old for it; use 2.13 or cpu"
+        )
     common = {
         "lr": settings.learning_rate,
         "betas": (settings.beta1, settings.beta2),

@@ -97,15 +97,12 @@ class Stepper:
         self.config, self.ranks, self.model = config, ranks, model
         self.shape, self.stream = shape, stream
         self.dtype = choose_dtype(config.train.dtype, ranks.device)
-        if config.train.skip_spikes and self.dtype == torch.float16:
-            raise UserError("train.skip_spikes doesn't go with float16: choose another train.dtype")
         if self.is_canonical and ranks.world_size > 1 and shape.accumulation.bit_count() > 1:
             raise UserError(
                 f"train.reduction = canonical: {shape.accumulation} micro-batches per process "
                 "are no power of two; change train.tokens_per_step or the number of processes"
             )
-        on_gpu = ranks.device.type == "cuda"
-        self.loader = StepLoader(stream, shape, config.train.seed, ranks.rank, pin_memory=on_gpu)
+        self.loader = StepLoader(stream, shape, config.train.seed, ranks.rank, ranks.device)
         self.optimizer = make_optimizer(model, config.optim, ranks)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.spikes = SpikeFilter(config.train.skip_spikes, ranks.device)
@@ -184,10 +181,11 @@ class Stepper:
     def rehearse(self, step: int) -> None:
         """Make an update that changes nothing, then run a micro-batch of a step.
 
-        It lets torch.compile compile all that a step needs, and memory run out, before the first.
-        And DDP, after its first backward pass, orders its buckets anew by the order in which
-        gradients came; had that happened in a real step, a resumed run would round differently from
-        one that was never stopped.
+        It lets torch.compile compile all that a step needs, and memory run out, before the first
+        (but for the copies that canonical sums take). And DDP, after its first backward pass,
+        orders its buckets anew by the order in which gradients came; had that happened in a real
+        step, a resumed run would round differently from one that was never stopped. It does so in
+        the next forward pass, so it gets two.
         """
         seed, rank, device = self.config.train.seed, self.ranks.rank, self.ranks.device
         for parameter in self.model.parameters():
@@ -196,19 +194,29 @@ class Stepper:
         self.optimizer.step()  # makes the optimizer's state
         if share := self.config.optim.average_share:
             update_average(self.optimizer, share, step + 1, skipped=self.optimizer.found_inf)
-        self.optimizer.zero_grad(set_to_none=True)
+        under_ddp = self.wrapped is not self.model
         _, inputs, targets = next(micro_batches(self.stream, self.shape, seed, step, rank))
         try:
-            loss = self.loss_of(inputs.to(device), targets.to(device))
-            if self.wrapped is not self.model:
-                self.ranks.arrive()  # DDP's backward pass waits for all the others
-            loss.backward()
+            for _ in range(1 + under_ddp):
+                if under_ddp or self.shape.accumulation == 1:  # else most find those of another
+                    self.optimizer.zero_grad(set_to_none=True)
+                loss = self.loss_of(inputs.to(device), targets.to(device))
+                if under_ddp:
+                    self.ranks.arrive()  # DDP's backward pass waits for all the others
+                loss.backward()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"torch.compile failed ({reason}): give --train.compile false to do without"
             ) from error
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Before the next step. What is in DDP's buckets stays there as zeros: without them, the
+        micro-batches before the last would add up in a second copy.
+        """
+        alone = self.wrapped is self.model
+        self.optimizer.zero_grad(set_to_none=alone or self.shape.accumulation == 1)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """This rank's micro-batches of a step, on the device."""
@@ -300,11 +308,10 @@ class Stepper:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         loss, asked = loss_and_stop.unbind()
         skip = ~(loss.isfinite() & grad_norm.isfinite()) | self.spikes.is_spike(grad_norm)
-        # AdamW skips its update where this is 1; the gradient scaler sets the same for float16.
-        self.optimizer.found_inf = skip.float()
-        self.scaler.step(self.optimizer)
+        self.optimizer.found_inf = skip.float()  # where it is 1, AdamW and Muon change nothing
+        self.optimizer.step()  # the scaler's own `step` would look at nothing but the gradients
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         return torch.stack((loss, grad_norm, skip.float(), asked))
 
 

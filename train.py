@@ -133,7 +133,8 @@ class Trainer:
         """
         scaler = self.stepper.scaler
         lowers = result.was_skipped and scaler.is_enabled() and scaler.get_scale() >= 1
-        if not result.was_skipped or (lowers and math.isfinite(result.loss)):
+        overflow = math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
+        if not result.was_skipped or (lowers and overflow):
             self.skipped = 0
             return False
         self.skipped += 1

@@ -166,7 +166,7 @@ def test_a_batch_shape_prints_the_whole_equation():
 
 def make_loader(shards, rank: int = 0, world_size: int = 2) -> StepLoader:
     shape = BatchShape(256, 32, 2, world_size)
-    return StepLoader(TokenStream(shards, "train"), shape, seed=5, rank=rank, pin_memory=False)
+    return StepLoader(TokenStream(shards, "train"), shape, 5, rank, torch.device("cpu"))
 
 
 def same_batches(got: list, expected: list) -> bool:
@@ -194,8 +194,18 @@ def test_batches_are_contiguous_so_that_a_gpu_can_fetch_them_from_pinned_memory(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu_batches_are_pinned(shards):
     stream, shape = TokenStream(shards, "train"), BatchShape(256, 32, 4, world_size=1)
-    for _, *tensors in StepLoader(stream, shape, 1, 0, pin_memory=True).load(0):
+    for _, *tensors in StepLoader(stream, shape, 1, 0, torch.device("cuda", 0)).load(0):
         assert all(tensor.is_pinned() and tensor.is_contiguous() for tensor in tensors)
+
+
+def test_the_loaders_thread_works_for_its_own_gpu(shards, monkeypatch):
+    chosen, pinned = threading.local(), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: vars(chosen).update(gpu=device))
+    pin = lambda tensor: pinned.append(getattr(chosen, "gpu", None)) or tensor  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    stream, shape = TokenStream(shards, "train"), BatchShape(256, 32, 4, world_size=1)
+    StepLoader(stream, shape, 1, 0, torch.device("cuda", 3)).load(0)
+    assert set(pinned) == {torch.device("cuda", 3)}
 
 
 def test_the_loader_prepares_the_next_step_while_this_one_is_used(shards, monkeypatch):

@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 from test_step import ALONE
+from torch.torch_version import TorchVersion
 
 from config import OptimSettings
+from distributed import Ranks
+from errors import UserError
 from model import GPT, GPTConfig
 from optim import (
     FALLS,
@@ -36,6 +39,13 @@ def test_matrices_and_embeddings_decay_biases_and_norms_do_not():
     assert {names[id(p)] for p in decayed["params"]} >= {"wte.weight", "wpe.weight"}
     together = [*decayed["params"], *undecayed["params"]]
     assert sorted(map(id, together)) == sorted(names)
+
+
+def test_an_apple_gpu_needs_a_pytorch_that_can_leave_updates_out(monkeypatch):
+    ranks, model = Ranks(torch.device("mps")), GPT(GPTConfig(vocab_size=300, n_layer=1, n_embd=12))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    with pytest.raises(UserError, match="device mps: PyTorch 2.12.1 is too old for it; use 2.13"):
+        make_optimizer(model, OptimSettings(), ranks)
 
 
 def test_a_step_equals_adamw_as_written_in_its_paper():

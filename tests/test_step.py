@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 
@@ -233,7 +235,8 @@ from step import Stepper
 config, folder = load_config(sys.argv[2:]), Path(sys.argv[1])
 ranks = Ranks(torch.device("cpu"))
 model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=4, n_head=2, n_embd=768))
-stepper = Stepper(config, ranks, model, BatchShape(512, 32, 16, 1), TokenStream(folder, "train"))
+shape = BatchShape(512, 32, config.train.micro_batch_size, 1)
+stepper = Stepper(config, ranks, model, shape, TokenStream(folder, "train"))
 stepper.rehearse(0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 for step in range(3):
@@ -242,9 +245,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_the_steps_take_no_more_memory_than_the_rehearsal(shards, tiny):
+@pytest.mark.parametrize("windows", [16, 4])
+def test_the_steps_take_no_more_memory_than_the_rehearsal(shards, tiny, windows):
     """28 million parameters: 0.11 GB each for weights, gradients and averages."""
     options = ["--optim.average_share", "0.1", "--train.device", "cpu"]
+    options += ["--train.micro_batch_size", str(windows)]
     command = [sys.executable, "-c", PEAKS, shards, tiny, *options]
 
     def growth() -> float:
@@ -254,6 +259,47 @@ def test_the_steps_take_no_more_memory_than_the_rehearsal(shards, tiny):
 
     # A copy of the weights would be 11 % each time; by chance a busy machine has taken 7.
     assert any(growth() < 1.05 for _ in range(3))
+
+
+def test_under_ddp_micro_batches_add_up_where_they_are_sent_from(configure, shards, monkeypatch):
+    """A second copy of the gradients would take another 4 bytes per parameter."""
+    config = configure("--train.micro_batch_size", 4)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = Ranks(torch.device("cpu"), world_size=2)
+        monkeypatch.setattr(Ranks, "sum", lambda ranks, tensor: tensor)
+        shape, stream = BatchShape(512, 32, 4, world_size=1), TokenStream(shards, "train")
+        stepper = Stepper(config, ranks, tiny_model(config), shape, stream)
+        stepper.rehearse(0)
+        seen, load = [], stepper._micro_batches
+
+        def micro_batches(step: int) -> Iterator:
+            for batch in load(step):
+                seen.append([p.grad.data_ptr() for p in stepper.model.parameters()])
+                yield batch
+
+        stepper._micro_batches = micro_batches
+        take(stepper, 2)
+        assert len(seen) == 8
+        assert all(places == seen[0] for places in seen)
+    finally:
+        LEFT.append(dist.group.WORLD)
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_loss_that_is_not_finite_leaves_the_weights_whatever_the_gradient(
+    configure, stepper_of, dtype, name
+):
+    stepper = stepper_of(configure("--train.dtype", dtype, "--optim.name", name))
+    loss_of = stepper.loss_of
+    stepper.loss_of = lambda *batch: loss_of(*batch) + torch.tensor(math.inf)
+    before = [parameter.clone() for parameter in stepper.model.parameters()]
+    result = stepper.take(0)
+    assert (result.loss, result.was_skipped) == (math.inf, True)
+    assert math.isfinite(result.grad_norm)
+    assert all(map(torch.equal, before, stepper.model.parameters()))
 
 
 class Waits(TorchDispatchMode):

@@ -23,6 +23,7 @@ import train
 from checkpoint import MODEL, newest_checkpoint, read_checkpoint
 from data import step_windows
 from distributed import Ranks
+from guard import WINDOW, SpikeMemory
 from metrics import Metrics
 from scoring import Estimate, Scorer, Validation
 from step import Stepper, StepResult
@@ -482,6 +483,16 @@ def test_losses_that_stay_not_finite_stop_the_run_and_never_reach_the_weights(co
     assert f"it saw windows {windows[:4]}" in str(error.value)
     (line,) = metrics_of(trainer.folder.path, "skip")
     assert line == {"kind": "skip", "step": 2, "loss": None, "grad_norm": None, "windows": windows}
+
+
+def test_a_spike_in_float16_is_told_and_is_no_overflow(configure):
+    settings = ("--train.dtype", "float16", "--train.skip_spikes", 6)
+    trainer = train.Trainer(configure(*settings), ALONE)
+    trainer.stepper.spikes.remember(SpikeMemory((0.01,) * WINDOW, WINDOW))
+    before = trainer.model.wte.weight.clone()
+    result = trainer.train_step()
+    assert trainer.count_skipped(result)
+    assert torch.equal(trainer.model.wte.weight, before)
 
 
 def test_gradients_in_float16_that_are_never_finite_stop_the_run(configure):
