@@ -160,7 +160,7 @@ class Checkpoint:
             shape = () if kind == "step" else shapes.get(name)
             if name not in shapes or (tensor.shape, tensor.dtype) != (shape, torch.float32):
                 raise UserError(f"{self.path / OPTIMIZER} doesn't fit the model: {key}")
-            state[index[name]][kind] = tensor
+            state[index[name]][kind] = tensor.clone()  # no view of a file that may go
         is_averaged = any(OTHER in kept for kept in state.values())
         for group in optimizer.state_dict()["param_groups"]:
             kinds = {"momentum"} if "matrices" in group else {"step", "exp_avg", "exp_avg_sq"}

@@ -104,7 +104,7 @@ from tasks import Questions, load_questions
 from tokenizer import token_byte_lengths
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
-TIMEOUT = 600  # seconds that ranks wait for one another
+TIMEOUT = 7200  # seconds that ranks wait for one another: one may be downloading a model
 Told = tuple[list[str], dict[str, object]]  # lines for the terminal, a record for --output
 
 
@@ -200,7 +200,7 @@ def look_up(
         return partial(measure_loss, stream, arguments.tokens, scorer, document_mask)
     stride = choose_stride(arguments, scorer.model.config.block_size)
     questions = scorer.ranks.in_turn(lambda: load_questions(name, arguments.file))
-    questions.check_lengths(scorer)
+    replace(questions, rows=questions.rows[: arguments.limit]).check_lengths(scorer)
     return partial(run_task, questions, arguments.limit, stride, scorer)
 
 

@@ -194,8 +194,11 @@ class RollCall:
                 if failed:
                     raise UserError(failed) from error
             with suppress(RuntimeError):
-                self.store.set("failed", f"rank {self.rank} on {socket.gethostname()}")
+                self._tell_failure()
             raise
+
+    def _tell_failure(self) -> None:
+        self.store.set("failed", f"rank {self.rank} on {socket.gethostname()}")
 
     def _failed(self) -> str | None:
         """Who has failed, if somebody has said so. Raises RuntimeError if the store is gone."""
@@ -267,5 +270,7 @@ class RollCall:
             is_over = time.monotonic() - heard_at > FAILURE_SECONDS
             if complaint := failed if is_over else self.complaint():
                 here = f"[rank {self.rank} on {socket.gethostname()}]"
+                if not failed and complaint != STORE_IS_GONE:  # who comes late is to see it here
+                    self._answer(self._tell_failure)
                 print(f"\nerror: {here} {complaint}", file=sys.stderr, flush=True)
                 os._exit(1)

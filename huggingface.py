@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -160,9 +159,10 @@ def cached(name: str) -> Path:
             final.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=final.parent) as folder:
                 from_hf(files, Path(folder, "new"))
-                shutil.rmtree(final, ignore_errors=True)
                 Path(folder, "new").replace(final)
         except OSError as error:
+            if is_there(final / META):  # another process was quicker
+                return final
             raise UserError(
                 f"can't keep {name} in {cache}: {one_line(error)}; XDG_CACHE_HOME may name another "
                 "folder to keep it in"

@@ -512,7 +512,7 @@ def next_probabilities(
     logits = logits - logits.amax(dim=-1, keepdim=True)  # the likeliest: 0
     logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
     probabilities = logits.softmax(dim=-1)  # (B, V)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)  # 2 × (B, V)
         before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones reach together
         before[:, 0] = -1.0  # the likeliest stays, however small p is

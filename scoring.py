@@ -113,20 +113,14 @@ class Validation:
     """What a model makes of a text."""
 
     estimate: Estimate  # nats per token
+    bits_per_byte: Estimate | None  # of UTF-8; None if the vocabulary is not at hand
     tokens: int
-    text_bytes: int | None  # None if the vocabulary is not at hand
+    text_bytes: int | None
 
     @property
     def loss(self) -> float:
         """Nats per token."""
         return self.estimate.value
-
-    @property
-    def bits_per_byte(self) -> Estimate | None:
-        """Bits that the text takes, per byte of UTF-8, if the vocabulary is at hand."""
-        if not self.text_bytes:
-            return None
-        return self.estimate.scaled(self.tokens / math.log(2) / self.text_bytes)
 
 
 def validate(
@@ -159,8 +153,11 @@ def validate(
         if byte_lengths is not None:
             rows[:, 2] = torch.from_numpy(byte_lengths[targets.numpy()].sum(axis=1))
     nats, tokens, text_bytes = ranks.merge(table).unbind(dim=1)
-    estimate = Estimate.of(nats.tolist(), tokens.tolist())
-    return Validation(estimate, int(tokens.sum()), int(text_bytes.sum()) or None)
+    estimate, bits_per_byte = Estimate.of(nats.tolist(), tokens.tolist()), None
+    if text_bytes.any():
+        nats_per_byte = Estimate.of(nats.tolist(), text_bytes.tolist())
+        bits_per_byte = nats_per_byte.scaled(1 / math.log(2))
+    return Validation(estimate, bits_per_byte, int(tokens.sum()), int(text_bytes.sum()) or None)
 
 
 def window_losses(model: GPT, document_mask: bool, inputs: Tensor, targets: Tensor) -> Tensor:

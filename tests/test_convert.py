@@ -16,7 +16,8 @@ from conftest import TEXT, as_nobody, run
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 
-from checkpoint import META, MODEL, find_checkpoint
+import huggingface
+from checkpoint import META, MODEL, find_checkpoint, newest_checkpoint
 from convert import main, parse_arguments
 from errors import UserError
 from huggingface import (
@@ -693,6 +694,24 @@ def test_a_damaged_conversion_in_the_cache_is_named_with_its_folder(hub, on_hub)
     assert f"delete the folder {kept.parent}: gpt2 is converted again then" in error
     shutil.rmtree(kept.parent)
     assert sampled(on_hub, hub).status == 0
+
+
+def test_of_two_that_convert_the_same_model_both_have_it(tmp_path, monkeypatch, trained):
+    """The other is done while this one is still at it, and already reads what it made."""
+    files = tmp_path / "models--owner--name" / "snapshots" / "commit"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface, "download", lambda name: files)
+    final = tmp_path / "cache" / "gpt2-from-scratch" / "models--owner--name" / "commit"
+
+    def from_hf(folder: Path, out: Path) -> None:
+        for made in (final, out):
+            shutil.copytree(newest_checkpoint(trained / "checkpoints").path, made)
+        (final / "theirs").touch()
+
+    monkeypatch.setattr(huggingface, "from_hf", from_hf)
+    assert huggingface.cached("owner/name") == final
+    assert (final / "theirs").exists()
+    assert [*final.parent.iterdir()] == [final]
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(hub, on_hub, tmp_path, monkeypatch):

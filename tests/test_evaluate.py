@@ -147,10 +147,14 @@ def test_ranks_find_together_what_one_finds_alone(call, name, tmp_path):
 def test_a_limit_asks_the_first_questions_only(call, tmp_path):
     lines = (ITEMS / "lambada.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "two.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    long = json.dumps({"text": "a b" + "c?" * 500}) + "\n"  # not asked for, so nobody minds
+    (tmp_path / "more.jsonl").write_text("".join(lines[:2]) + long, encoding="utf-8")
     limited, of_two = (tmp_path / f"{name}.json" for name in ("limited", "of_two"))
     told = call("evaluate", *asked("lambada", "--limit", 2, "--output", limited)).out
     assert f"lambada         the first 2 of 8 of {ITEMS / 'lambada.jsonl'}\n" in told
     call("evaluate", *asked("lambada", "--file", tmp_path / "two.jsonl", "--output", of_two))
+    more = call("evaluate", *asked("lambada", "--file", tmp_path / "more.jsonl", "--limit", 2))
+    assert "the first 2 of 3" in more.out
     ours, theirs = (json.loads(path.read_text())["results"][0] for path in (limited, of_two))
     assert (ours["count"], ours["limit"]) == (2, 2) and "limit" not in theirs
     assert ours["metrics"] == theirs["metrics"]

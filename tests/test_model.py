@@ -609,6 +609,11 @@ def test_temperature_zero_takes_the_likeliest():
     assert choose_next(logits, temperature=0).tolist() == [1, 0]
 
 
+def test_a_top_p_of_1_leaves_every_token_in():
+    logits = 4 * torch.randn(1, 50_257, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(next_probabilities(logits, 1.0, top_p=1.0), next_probabilities(logits, 1.0))
+
+
 @pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"top_p": 1e-50}])
 def test_the_smallest_temperature_and_top_p_take_the_likeliest(options):
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import load_windows
 from distributed import Ranks
 from errors import UserError
 from model import GPT, GPTConfig
-from scoring import Estimate, Request, Scorer, evaluating, log_probabilities
+from scoring import Estimate, Request, Scorer, evaluating, log_probabilities, validate
+from shards import TokenStream
 from tokenizer import make_encoding
 
 ALONE = Ranks(torch.device("cpu"))
@@ -132,6 +134,23 @@ def test_the_error_of_a_ratio_is_what_drawing_again_gives():
         chosen = draw.integers(400, size=400)
         again.append(sums[chosen].sum() / counts[chosen].sum())
     assert Estimate.of(sums, counts).error == pytest.approx(np.std(again), rel=0.1)
+
+
+def test_the_error_of_bits_per_byte_knows_that_windows_differ_in_bytes(shards):
+    """Left out in turn (the jackknife), the windows tell it without a formula."""
+    stream, draw = TokenStream(shards, "train"), np.random.default_rng(0)
+    byte_lengths = draw.integers(1, 30, size=stream.vocab_size)
+    losses = torch.from_numpy(draw.normal(3.0, 0.1, size=64))
+    count = iter(losses)
+    loss_of = lambda inputs, targets: torch.stack([next(count) for _ in inputs])  # noqa: E731
+    found = validate(loss_of, stream, 16, 4, 64 * 16, ALONE, byte_lengths)
+    _, targets = load_windows(stream, range(64), 16)
+    sizes = byte_lengths[targets.numpy()].sum(axis=1)
+    nats = 16 * losses.numpy() / math.log(2)
+    assert found.bits_per_byte.value == pytest.approx(nats.sum() / sizes.sum())
+    left = (nats.sum() - nats) / (sizes.sum() - sizes)
+    jackknife = math.sqrt(63 / 64 * ((left - left.mean()) ** 2).sum())
+    assert found.bits_per_byte.error == pytest.approx(jackknife, rel=0.05)
 
 
 def test_estimates_are_told_with_the_digits_that_mean_something():
