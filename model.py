@@ -125,6 +125,18 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In its weights' precision, as autocast has it on GPUs. (…, C) -> (…, C).
+
+    PyTorch's kernel for CPUs would sum the gradients of gain and bias over all tokens in bfloat16,
+    if that is what comes in: beyond a thousand or so, most would be rounded away.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (…, C) -> (…, C)."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream x. (B, T, C) -> (B, T, C).
 
@@ -135,9 +147,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Mask = None) -> Tensor:
@@ -330,7 +342,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = LayerNorm(config.n_embd)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
