@@ -96,7 +96,9 @@ class TrainSettings:
 
     out: str = setting("", "run folder; empty = out/<name of the config file>")
     init_from: str = setting("", "checkpoint to begin with, to fine-tune it; empty = from scratch")
-    resume: bool = setting(True, "go on from the newest complete checkpoint in the run folder")
+    resume: bool = setting(
+        True, "go on from the newest complete checkpoint in out; false = refuse an out that has one"
+    )
     tokens_per_step: int = setting(524_288, "tokens per optimizer step, over all GPUs", minimum=1)
     micro_batch_size: int = setting(16, "windows that one GPU takes at once", minimum=1)
     max_steps: int = setting(19_073, "optimizer steps in the whole run", minimum=1)

@@ -28,7 +28,7 @@ from config import TASK_NAMES, LogSettings, make_config, task_names
 from errors import Parser, UserError, positive, run_script
 from files import check_can_write, output_file
 
-TOKENS = LogSettings.eval_tokens  # as many as in training
+TOKENS = LogSettings.eval_tokens  # as training has it by default
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
