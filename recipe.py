@@ -229,14 +229,14 @@ def do(
             return
         try:
             run = train(*training, arguments)
+            with lock:
+                found.runs += (run,)
+                found.save(arguments.out / FOUND)
         except UserError:
             failed.set()
             raise
-        with lock:
-            found.runs += (run,)
-            found.save(arguments.out / FOUND)
-            told = f"{run.candidate}, rate {run.rate:g}, seed {run.seed}: {run.last:.4f}"
-            print(told, file=sys.stderr, flush=True)
+        told = f"{run.candidate}, rate {run.rate:g}, seed {run.seed}: {run.last:.4f}"
+        print(told, file=sys.stderr, flush=True)
 
     missing = [training for training in trainings if not found.run(*training)]
     pool = ThreadPoolExecutor(arguments.jobs)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import OptimSettings, TrainSettings, read_toml
 from errors import UserError
-from files import write_atomically
+from files import disk_errors, write_atomically
 from records import as_record, read_json
 from reports import print_table
 
@@ -91,11 +91,13 @@ class Found:
         return min(tried, key=lambda run: run.last).rate
 
     def save(self, path: Path) -> None:
-        """Write the file: a line for each run."""
+        """Write the file: a line for each run. Raises UserError if the disk is full."""
         content = asdict(self)
         runs = ",\n  ".join(map(json.dumps, content.pop("runs")))
         text = json.dumps(content, indent=1).removesuffix("\n}")
-        write_atomically(path, f'{text},\n "runs": [\n  {runs}\n ]\n}}\n')
+        way_out = "; make room, then the same command trains what is missing"
+        with disk_errors(f"can't write {path}", way_out):
+            write_atomically(path, f'{text},\n "runs": [\n  {runs}\n ]\n}}\n')
 
 
 def load_found(path: Path) -> Found:

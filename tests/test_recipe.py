@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -238,13 +239,20 @@ def test_a_rate_that_ruins_the_weights_is_a_finding_and_ends_nothing(begin, tmp_
     assert kept.best_rate("nanogpt") == 0.001
 
 
-def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch):
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch, disk_is_full):
     """Not even by the thread that is free for it before the main one has heard."""
     begun = []
 
     def train(name: str, rate: float, seed: int, arguments: object) -> Run:
         begun.append(rate)
+        if disk_is_full:
+            return Run(name, rate, seed, (20, 40), (5.0, 4.0), *ON)
         raise UserError("a training failed")
+
+    def refuse(*_: object) -> None:
+        if begun:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def hear_late(futures: list) -> Iterator:
         time.sleep(0.5)
@@ -255,7 +263,10 @@ def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch):
     rates = tuple(float(rate) for rate in range(1, 12))
     quick = replace(recipe.CANDIDATES["nanogpt"], rates=rates)
     monkeypatch.setitem(recipe.CANDIDATES, "nanogpt", quick)
-    with pytest.raises(UserError, match="a training failed"):
+    if disk_is_full:
+        monkeypatch.setattr("trials.write_atomically", refuse)
+    full = "can't write .*found.json: No space left on device; make room"
+    with pytest.raises(UserError, match=full if disk_is_full else "a training failed"):
         recipe.main(begin("--jobs", 1))
     assert begun == [1.0]
 
