@@ -9,8 +9,8 @@
     python bench.py table out/bench        what files like those of --output tell
 
 A peer is a checkout or a package that you have already. It runs beside this repository in the same
-run, in a process of its own (contestants.py), and they take turns: what else happens on the machine
-then slows all of them. What it comes to: reports.py.
+run, in a process of its own (benchmarks/contestants.py), and they take turns: what else happens on
+the machine then slows all of them. What it comes to: benchmarks/turns.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import os
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, positive, run_script
+from common.errors import Parser, UserError, positive, run_script
 
 PEERS = {  # by task: the file that is taken from a checkout; None: a package that is installed
     "train": {"nanogpt": "model.py", "build-nanogpt": "train_gpt2.py", "transformers": None},
     "generate": {"nanogpt": "model.py", "transformers": None},
     "tokenize": {"build-nanogpt": "fineweb.py"},
 }
+ROOT = Path(__file__).parent
 MOST_TOKENS = 10_000_000  # at once; more fit into no machine
 
 
@@ -46,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def add_task(name: str, meaning: str) -> Parser:
         task = tasks.add_parser(name, help=meaning, description=meaning)
         add = task.add_argument
-        task.set_defaults(config=Path(__file__).parent / "configs" / "gpt2_124m.toml")
+        task.set_defaults(config=ROOT / "configs" / "gpt2_124m.toml")
         if name != "tokenize":  # which has no model
             add("--config", type=Path, help="the model, and its optimizer (configs/gpt2_124m.toml)")
         add("--output", type=Path, metavar="FILE.json", help="write all that was found")
@@ -104,16 +105,9 @@ from importlib.util import find_spec
 
 import torch
 
-from config import Config, load_config
-from data import BatchShape
-from device import choose_device
-from files import check_can_write, output_file
-from model import GPT, GPTConfig
-from plan import estimated_memory
-from reports import (
+from benchmarks.scaling import Cluster, step_time
+from benchmarks.turns import (
     PARTS,
-    circumstances,
-    commit,
     generation_results,
     median,
     milliseconds,
@@ -123,23 +117,27 @@ from reports import (
     table,
     times,
     training_results,
-    write_report,
 )
-from scaling import Cluster, step_time
+from common.device import choose_device
+from common.files import check_can_write, output_file
+from common.reports import circumstances, commit, write_report
+from config import Config, load_config
+from data import BatchShape
+from model import GPT, GPTConfig
+from training.plan import estimated_memory
 
 # Taking turns
 
 
 class Contestant:
-    """A process of contestants.py, which measures when it is asked to."""
+    """A process of benchmarks/contestants.py, which measures when it is asked to."""
 
     def __init__(self, settings: dict) -> None:
         """Start it; its imports run while others start."""
         self.name, self.settings = settings["name"], settings
-        script = Path(__file__).parent / "contestants.py"
-        self.process = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        words = [sys.executable, "-m", "benchmarks.contestants"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(words, cwd=ROOT, text=True, **pipes)
 
     def prepare(self) -> dict:
         """Wait until it is ready; returns what it says of the machine. Raises UserError as ask."""

@@ -31,14 +31,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from errors import UserError
-from files import disk_errors, file_sha256, is_there, own_file, sync, write_atomically
-from guard import SpikeMemory
+from common.errors import UserError
+from common.files import disk_errors, file_sha256, is_there, own_file, sync, write_atomically
+from common.records import as_record, read_json
 from model import GPT, GPTConfig
 from optim import OTHER
-from records import as_record, read_json
 from shards import VOCABULARY, TokenizerRecord, find_encoding, tokenizer_of
 from tokenizer import gpt2_encoding
+from training.guard import SpikeMemory
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"

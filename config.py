@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from errors import Parser, UserError, did_you_mean
-from records import NAMES
+from common.errors import Parser, UserError, did_you_mean
+from common.records import NAMES
 
 TASK_NAMES = ("hellaswag", "lambada", "wikitext2", "wikitext103")  # tasks.py asks them
 

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, run_script
+from common.errors import Parser, UserError, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,8 +39,8 @@ import os
 import shlex
 
 from checkpoint import META, MODEL, checkpoints_in, save_tensors
-from device import memory_errors
-from files import is_there
+from common.device import memory_errors
+from common.files import is_there
 from huggingface import (
     CONFIG,
     EXPECTED,

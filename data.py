@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from common.errors import UserError
 from config import Config
-from errors import UserError
 from shards import TokenStream
 
 

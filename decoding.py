@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from device import Moment
+from common.device import Moment
 
 if TYPE_CHECKING:
     from model import GPT, KVCache

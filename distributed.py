@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from device import choose_device
-from errors import Stopped, UserError, one_line
-from guard import RollCall
+from common.device import choose_device
+from common.errors import Stopped, UserError, one_line
+from training.guard import RollCall
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch < 2.13
 

@@ -24,9 +24,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.errors import Parser, UserError, positive, run_script
+from common.files import check_can_write, output_file
 from config import TASK_NAMES, LogSettings, make_config, task_names
-from errors import Parser, UserError, positive, run_script
-from files import check_can_write, output_file
 
 TOKENS = LogSettings.eval_tokens  # as training has it by default
 
@@ -94,10 +94,10 @@ import tiktoken
 import torch
 
 from checkpoint import Checkpoint
-from device import device_name, memory_errors
+from common.device import device_name, memory_errors
+from common.reports import write_report
 from distributed import Ranks, process_group
 from huggingface import find_model
-from reports import write_report
 from scoring import Estimate, Scorer, evaluating, validate, window_losses
 from shards import TokenStream
 from tasks import Questions, load_questions

@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, save_tensors, write_meta
-from errors import UserError, one_line, reason_of
-from files import is_there
-from hub import check_gated, hub_errors
+from common.errors import UserError, one_line, reason_of
+from common.files import is_there
+from common.hub import check_gated, hub_errors
+from common.records import read_json
 from model import GPT, GPTConfig
-from records import read_json
 from shards import VOCABULARY, TokenizerRecord
 from tokenizer import (
     END_OF_TEXT,

@@ -14,7 +14,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from device import choose_dtype
+from common.device import choose_dtype
 from distributed import Ranks
 
 MOMENTUM = 0.95  # Jordan's

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from config import OptimSettings
 from distributed import Ranks
-from errors import UserError
 from model import GPT
 from muon import Muon
 

@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from errors import Expendable, Parser, UserError, positive, reason_of, run_script
+from common.errors import Expendable, Parser, UserError, positive, reason_of, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -102,8 +102,10 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-import pretokenized
-from files import locked, write_atomically
+from common.files import locked, write_atomically
+from preparation import pretokenized
+from preparation.sources import Batch, Source, batches, estimated_tokens, find_source
+from preparation.writing import Progress, ShardWriter, check_same, read_progress
 from shards import (
     MANIFEST,
     PROGRESS,
@@ -114,7 +116,6 @@ from shards import (
     check_contents,
     read_manifest,
 )
-from sources import Batch, Source, batches, estimated_tokens, find_source
 from tokenizer import (
     gpt2_encoding,
     load_vocabulary,
@@ -124,7 +125,6 @@ from tokenizer import (
     train_bpe,
     vocabulary_sha256,
 )
-from writing import Progress, ShardWriter, check_same, read_progress
 
 BLOCK_TOKENS = 1 << 20  # what a worker sends at once
 BLOCKS_AHEAD = 8  # blocks that wait in memory for each worker

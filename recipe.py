@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from errors import Parser, positive, run_script
+from common.errors import Parser, positive, run_script
 
 ROOT = Path(__file__).parent
 FOUND = "found.json"
@@ -51,16 +51,25 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.trials import (
+    BASELINE,
+    SEEDS,
+    Candidate,
+    Found,
+    Run,
+    Settings,
+    load_found,
+    print_rows,
+)
+from common.device import choose_device, device_name
+from common.errors import UserError
+from common.files import check_can_write, disk_errors
+from common.reports import circumstances, commit, hardware
 from config import make_config, read_toml
 from data import BatchShape
-from device import choose_device, device_name
 from distributed import Ranks
-from errors import UserError
-from files import check_can_write, disk_errors
-from reports import circumstances, commit, hardware
 from shards import TokenStream
 from step import make_stepper
-from trials import BASELINE, SEEDS, Candidate, Found, Run, Settings, load_found, print_rows
 
 ADAMW = Candidate(
     "AdamW as nanoGPT has it, cosine to a tenth",

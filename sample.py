@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, positive, run_script
+from common.errors import Parser, UserError, positive, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,8 +77,8 @@ from functools import partial
 import tiktoken
 import torch
 
+from common.device import choose_device, choose_dtype, memory_errors
 from decoding import pack_weights
-from device import choose_device, choose_dtype, memory_errors
 from huggingface import find_model
 from model import GPT
 from tokenizer import encode_long

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import UserError
 from data import load_windows, within_documents
 from distributed import Ranks
-from errors import UserError
 from model import GPT
 from shards import TokenStream
 from tokenizer import encode_long

@@ -22,9 +22,9 @@ from tokenize import TokenError
 import numpy as np
 import tiktoken
 
-from errors import UserError
-from files import disk_errors, file_sha256, is_there, own_file
-from records import as_record, read_json
+from common.errors import UserError
+from common.files import disk_errors, file_sha256, is_there, own_file
+from common.records import as_record, read_json
 from tokenizer import GPT2_SHA256, GPT2_VOCAB_SIZE, gpt2_encoding, load_vocabulary
 
 SHARD_MAGIC = 20240520

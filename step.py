@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpoint, ScalerMemory
+from common.device import Moment, choose_dtype, keep_freed_memory
+from common.errors import UserError
 from config import Config
 from data import BatchShape, StepLoader, micro_batches, within_documents
-from device import Moment, choose_dtype, keep_freed_memory
 from distributed import Ranks, TreeSum
-from errors import UserError
-from guard import SpikeFilter, SpikeMemory
 from model import GPT, Documents, GPTConfig
 from optim import drop_average, learning_rate_at, make_optimizer, swap_average, update_average
 from shards import TokenStream
+from training.guard import SpikeFilter, SpikeMemory
 
 DROPOUT, SAMPLE = 0, 1  # what a random draw is for
 LOSS, GRAD_NORM, SKIPPED, STOP = range(4)  # the places of a step's numbers in their tensor

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, reason_of
-from hub import hub_errors
-from records import NAMES
+from common.errors import UserError, reason_of
+from common.hub import hub_errors
+from common.records import NAMES
 from scoring import Estimate, Request, Scorer
 from tokenizer import encode_long
 

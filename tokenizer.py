@@ -24,8 +24,8 @@ import numpy as np
 import regex  # the standard library's re has no \p{L}; tiktoken brings this package with it
 import tiktoken
 
-from errors import UserError
-from files import write_atomically
+from common.errors import UserError
+from common.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import sys
 
+from common.errors import Expendable, Stopped, UserError, run_script
 from config import Config, load_config
-from errors import Expendable, Stopped, UserError, run_script
 
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     CONFIG = load_config()
@@ -29,20 +29,20 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import Meta
+from common.device import memory_errors, peak_memory
+from common.records import strict
 from data import BatchShape, step_windows
-from device import memory_errors, peak_memory
 from distributed import Ranks, process_group
-from examiner import Examiner
-from guard import StopRequest
 from huggingface import find_model
-from metrics import Metrics, Speed, kinds_told, say
-from plan import plan
-from records import strict
-from resume import check_can_begin_with, check_can_go_on, origin_of
-from run_folder import RunFolder
 from scoring import BrokenOff, Validation
 from shards import TokenStream, check_contents, tokenizer_of
 from step import StepResult, make_stepper
+from training.examiner import Examiner
+from training.guard import StopRequest
+from training.metrics import Metrics, Speed, kinds_told, say
+from training.plan import plan
+from training.resume import check_can_begin_with, check_can_go_on, origin_of
+from training.run_folder import RunFolder
 
 
 class Trainer:

@@ -35,6 +35,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = (".", "common", "preparation", "training", "benchmarks")
+SOURCES = {  # module -> file
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path.name != "__init__.py"
+}
 CORPUS = ROOT.parent / "shared" / "data" / "corpus"  # real text; tests that use it skip without it
 
 
@@ -112,7 +119,7 @@ def call(capfd):
     """Call a script's main in this process, as its command line would: call("sample", "--help")."""
 
     def call_script(name: str, *arguments: object) -> Result:
-        from errors import run_script
+        from common.errors import run_script
 
         script = importlib.import_module(name)
         names = ("train", "load_config") if name == "train" else ("main", "parse_arguments")

@@ -17,8 +17,8 @@ import torch
 
 import step
 import train
+from common.errors import UserError, run_script
 from config import load_config
-from errors import UserError, run_script
 from step import Stepper, StepResult
 
 FAULT, AT = os.environ["FAULT"], [int(step) for step in os.environ["AT"].split(",")]

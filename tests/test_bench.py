@@ -22,14 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench
-import contestants
-import peers
-import reports
+from benchmarks import contestants, peers
+from benchmarks.scaling import Cluster, StepTime, step_time
+from benchmarks.turns import PARTS, generation_results, ratio, ratios, training_results
+from common import reports
+from common.errors import UserError
 from config import Config, load_config
 from data import BatchShape
 from distributed import Ranks
-from errors import UserError
-from scaling import Cluster, StepTime, step_time
 from shards import TokenStream
 
 MODEL = """
@@ -115,9 +115,9 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
     slow = report["results"]["nanogpt"]
     assert slow["seconds"]["forward"] >= 3
     assert slow["tokens_per_second"] <= 2 * 32 / 3
-    assert slow["times_as_fast"] == reports.ratio(report["turns"], "nanogpt", "step_seconds")
+    assert slow["times_as_fast"] == ratio(report["turns"], "nanogpt", "step_seconds")
     for measured in report["turns"]["ours"]:
-        parts = sum(measured[f"{part}_seconds"] for part in reports.PARTS)
+        parts = sum(measured[f"{part}_seconds"] for part in PARTS)
         assert parts == pytest.approx(measured["step_seconds"], rel=0.1)
     lines = result.out.splitlines()
     assert lines[0].split()[:3] == ["tokens/s", "of", "product"]
@@ -528,7 +528,7 @@ def test_a_step_is_told_in_tokens_shares_and_times():
     other = {"step_seconds": 4.0, "forward_seconds": 1.0, "peak_memory": 40}
     turns = {"ours": [ours, slower, ours], "nanogpt": [other] * 3}
     machine = {"peak_flops": 20_000.0, "flops_per_token": 5}
-    found = reports.training_results(turns, machine, tokens=800)
+    found = training_results(turns, machine, tokens=800)
     empty = {"backward": None, "optimizer": None}
     assert found == {
         "ours": {
@@ -552,14 +552,14 @@ def test_a_step_is_told_in_tokens_shares_and_times():
             "memory_ratio": 0.75,
         },
     }
-    unknown = reports.training_results(turns, machine | {"peak_flops": None}, tokens=800)
+    unknown = training_results(turns, machine | {"peak_flops": None}, tokens=800)
     assert unknown["ours"]["mfu"] is None
 
 
 def test_generation_is_told_in_tokens_of_all_texts_together():
     ours = {"prefill_seconds": 2.0, "token_seconds": 0.5}
     turns = {"ours": [ours], "nanogpt": [{"prefill_seconds": 3.0, "token_seconds": 4.0}]}
-    found = reports.generation_results(turns, B=16, T=10)
+    found = generation_results(turns, B=16, T=10)
     assert found["ours"] == {
         "prefill_tokens_per_second": 80,
         "prefill_times_as_fast": 1,
@@ -569,7 +569,7 @@ def test_generation_is_told_in_tokens_of_all_texts_together():
     assert found["nanogpt"]["prefill_times_as_fast"] == 1.5
     assert found["nanogpt"]["decode_times_as_fast"] == 8
     turns = {name: [turn[0] | {"undisturbed_token_seconds": 0.25}] for name, turn in turns.items()}
-    found = reports.generation_results(turns, B=16, T=10)
+    found = generation_results(turns, B=16, T=10)
     assert found["ours"]["undisturbed_tokens_per_second"] == 64
     assert found["nanogpt"]["undisturbed_times_as_fast"] == 1
 
@@ -616,8 +616,8 @@ def test_ratios_are_medians_of_the_rounds_ratios():
     ours = [{"s": 1.0}, {"s": 10.0}, {"s": 2.0}]
     theirs = [{"s": 2.0}, {"s": 30.0}, {"s": 2.0}]
     turns = {"ours": ours, "other": theirs}
-    assert reports.ratio(turns, "other", "s") == 2.0
-    assert reports.ratios(turns, "other", "s") == [2.0, 3.0, 1.0]
+    assert ratio(turns, "other", "s") == 2.0
+    assert ratios(turns, "other", "s") == [2.0, 3.0, 1.0]
 
 
 def test_all_files_of_a_folder_come_into_one_table(call, tmp_path):

@@ -34,8 +34,8 @@ from checkpoint import (
     remove_old,
     save_checkpoint,
 )
+from common.errors import UserError
 from config import OptimSettings
-from errors import UserError
 from model import GPT, GPTConfig
 from optim import make_optimizer
 from shards import TokenizerRecord

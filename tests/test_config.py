@@ -7,12 +7,12 @@ import tomllib
 from dataclasses import asdict, fields
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, SOURCES, run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from config import ELSEWHERE, SECTIONS, Config, LogSettings, TrainSettings, load_config, make_config
-from errors import UserError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -164,7 +164,7 @@ def test_help_and_typos_are_answered_before_torch_is_imported():
 
 
 def test_every_setting_is_read_somewhere():
-    source = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py")
+    source = "".join(path.read_text() for name, path in SOURCES.items() if name != "config")
     for cls in SECTIONS.values():
         for item in fields(cls):
             assert f".{item.name}" in source or cls.__name__ == "ModelSettings", item.name

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import huggingface
 from checkpoint import META, MODEL, find_checkpoint, newest_checkpoint
+from common.errors import UserError
 from convert import main, parse_arguments
-from errors import UserError
 from huggingface import (
     byte_characters,
     is_hub_name,

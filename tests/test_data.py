@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
+from common.errors import UserError
 from data import (
     BatchShape,
     StepLoader,
@@ -23,7 +24,6 @@ from data import (
     step_windows,
     within_documents,
 )
-from errors import UserError
 from shards import TokenStream, shard_header
 
 

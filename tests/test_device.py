@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from device import Moment, choose_device, memory_errors, peak_memory
+from common.device import Moment, choose_device, memory_errors, peak_memory
+from common.errors import UserError
 from distributed import Ranks
-from errors import UserError
-from metrics import Speed
 from step import StepResult
+from training.metrics import Speed
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_gpu_that_is_not_there_is_told_with_advice(monkeypatch, count, advice)
 PAGE_FAULTS = """
 import resource, sys
 import torch
-from device import keep_freed_memory
+from common.device import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -84,7 +84,7 @@ def test_memory_that_is_freed_is_used_again_without_asking_the_system():
 
 PEAK_MEMORY = """
 import torch
-from device import peak_memory
+from common.device import peak_memory
 
 print(peak_memory(torch.device("cpu")))
 torch.ones(500_000_000)
@@ -131,8 +131,8 @@ def clock(request, monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     on_cpu = request.param == "cpu"
     reading = SimpleNamespace(perf_counter=lambda: clock.now if on_cpu else clock.cpu)
-    monkeypatch.setattr("device.time", reading)
-    monkeypatch.setattr("metrics.peak_flops", lambda device: 1000.0)
+    monkeypatch.setattr("common.device.time", reading)
+    monkeypatch.setattr("training.metrics.peak_flops", lambda device: 1000.0)
     return clock
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore, Store
 
 import distributed
+from common.errors import Stopped, UserError
 from distributed import TreeSum, name_attempt, process_group
-from errors import Stopped, UserError
-from guard import RollCall
+from training.guard import RollCall
 
 
 @given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 1000))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Result, ranks, run, torchrun, without_key_biases
+from conftest import ROOT, SOURCES, Result, ranks, run, torchrun, without_key_biases
 from safetensors.torch import load_file
 
 SAME = ("loss", "learning_rate", "grad_norm", "tokens")  # of a metrics line; speed may differ
@@ -161,10 +161,9 @@ def test_from_text_to_generated_text_through_the_real_commands(tmp_path, tiny):
 
 
 def test_no_module_does_anything_when_it_is_imported():
-    names = [path.stem for path in ROOT.glob("*.py")]
     code = (
         "import torch; before = torch.get_rng_state(), torch.get_num_threads();"
-        f"import {', '.join(names)};"
+        f"import {', '.join(SOURCES)};"
         "assert torch.equal(torch.get_rng_state(), before[0]);"
         "assert torch.get_num_threads() == before[1];"
         "assert not torch.distributed.is_initialized()"
@@ -207,22 +206,24 @@ def test_on_a_gpu_float32_equals_the_cpu(runs, tiny, shards, tmp_path):
 
 
 def imports() -> dict[str, set[str]]:
-    """{source file: those of ours that it imports anywhere}, by their names without .py."""
-    paths, found = {path.stem: path for path in ROOT.glob("*.py")}, {}
-    for name, path in paths.items():
+    """{module: those of ours that it imports anywhere}."""
+    found = {}
+    for name, path in SOURCES.items():
         nodes = [*ast.walk(ast.parse(path.read_text()))]
         named = {
             alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
         }
-        named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        found[name] = named & paths.keys()
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] = named & SOURCES.keys()
     return found
 
 
 def test_a_module_never_imports_a_script():
     imported = imports()
     scripts = {
-        name for name in imported if '__name__ == "__main__"' in (ROOT / f"{name}.py").read_text()
+        name for name, path in SOURCES.items() if '__name__ == "__main__"' in path.read_text()
     }
     assert {"convert", "evaluate", "train"} <= scripts
     for name in imported.keys() - scripts:

@@ -9,11 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-from errors import Parser
+from common.errors import Parser
 
 SCRIPT = """
 import sys
-from errors import Parser, run_script
+from common.errors import Parser, run_script
 
 def main(arguments):
     print("told", file=sys.stderr)
@@ -71,7 +71,7 @@ def test_help_that_nobody_reads_is_no_complaint(redirections):
     ],
 )
 def test_what_is_left_to_be_written_to_a_full_disk_changes_no_message(deed, status, told):
-    code = "import sys\nfrom errors import UserError, run_script\ndef main():\n"
+    code = "import sys\nfrom common.errors import UserError, run_script\ndef main():\n"
     code += f"    print('before')\n    {deed}\nsys.exit(run_script(main))"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:

@@ -1,4 +1,4 @@
-"""examiner.py: what a run asks of its model now and then."""
+"""What a run asks of its model now and then."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from soak import (
 from test_checkpoint import rewrite_meta
 from torch.testing import assert_close
 
-from guard import STORE_IS_GONE
+from training.guard import STORE_IS_GONE
 
 # And with an average of the weights, which changes places with them to be evaluated or saved.
 CANONICAL = ("--train.reduction", "canonical", "--optim.average_share", "0.1")

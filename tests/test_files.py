@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from errors import UserError
-from files import check_can_write, locked, sync, write_atomically
+from common.errors import UserError
+from common.files import check_can_write, locked, sync, write_atomically
 
 
 def test_a_lock_that_finds_no_room_on_the_disk_is_one_line(tmp_path):
@@ -92,7 +92,9 @@ def test_a_lock_that_cannot_be_given_back_hides_no_error(tmp_path, monkeypatch):
             return super().truncate(size)
 
     gone = False
-    monkeypatch.setattr("files.open", lambda file, *_, **__: Lost(file, "rb+"), raising=False)
+    monkeypatch.setattr(
+        "common.files.open", lambda file, *_, **__: Lost(file, "rb+"), raising=False
+    )
     with pytest.raises(UserError, match="^the disk has gone$"), locked(tmp_path):
         gone = True
         raise UserError("the disk has gone")
@@ -100,7 +102,7 @@ def test_a_lock_that_cannot_be_given_back_hides_no_error(tmp_path, monkeypatch):
 
 def test_a_lock_keeps_other_processes_out_until_its_owner_is_gone(tmp_path):
     code = (
-        "import sys, pathlib, files\n"
+        "import sys, pathlib\nfrom common import files\n"
         f"with files.locked(pathlib.Path({str(tmp_path)!r})):\n"
         "    print('locked', flush=True); sys.stdin.read()"
     )

@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT
 from torch.distributed import DistNetworkError, HashStore
 
-from errors import Stopped, UserError
-from guard import ECHO_SECONDS, STORE_IS_GONE, WINDOW, RollCall, SpikeFilter, StopRequest
+from common.errors import Stopped, UserError
+from training.guard import ECHO_SECONDS, STORE_IS_GONE, WINDOW, RollCall, SpikeFilter, StopRequest
 
 
 def normal_norms(count: int) -> list[float]:
@@ -63,7 +63,7 @@ def asked_to_stop(request):
     """(a process that was sent a signal and has noticed, the signal)."""
     number = getattr(signal, request.param)
     code = (
-        "import hashlib, time, guard\n"
+        "import hashlib, time\nfrom training import guard\n"
         "with guard.StopRequest() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.number: time.sleep(0.01)\n"
@@ -177,7 +177,7 @@ def test_a_store_that_does_not_answer_is_told_too(monkeypatch):
             time.sleep(20)
             return super().get(key)
 
-    monkeypatch.setattr("guard.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("training.guard.ANSWER_SECONDS", 0.1)
     first, _ = roll_calls(MuteStore())
     time.sleep(0.1)
     asked = time.monotonic()
@@ -208,7 +208,7 @@ def test_a_rank_that_cannot_reach_another_names_the_one_that_failed(error):
 WAITING = """
 import time
 from torch.distributed import HashStore
-import guard
+from training import guard
 
 guard.FAILURE_SECONDS = 0.5
 first, second = (guard.RollCall(HashStore(), rank, 2, timeout_seconds=60) for rank in range(2))
@@ -237,7 +237,7 @@ def test_a_rank_that_waits_for_one_that_failed_does_not_wait_for_long():
 HOST = """
 import time
 from torch.distributed import TCPStore
-from guard import RollCall
+from training.guard import RollCall
 
 store = TCPStore("127.0.0.1", 0, is_master=True)
 call = RollCall(store, 0, 2, timeout_seconds=60)
@@ -249,7 +249,7 @@ time.sleep(2)
 GUEST = """
 import sys, time
 from torch.distributed import TCPStore
-import guard
+from training import guard
 
 guard.FAILURE_SECONDS = 4
 store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)

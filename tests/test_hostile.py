@@ -35,15 +35,15 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from common.errors import UserError
+from common.records import as_record
 from config import make_config, read_toml
-from errors import UserError
-from metrics import Metrics
 from model import GPT
 from optim import OTHER, update_average
-from records import as_record
+from preparation.writing import read_progress
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, open_shard
 from tokenizer import load_vocabulary
-from writing import read_progress
+from training.metrics import Metrics
 
 SECRET = "the neighbour's diary"
 

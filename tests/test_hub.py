@@ -1,4 +1,4 @@
-"""hub.py: what the Hub doesn't give is told in one line, and the package waits until it is needed.
+"""What the Hub doesn't give is told in one line, and its package waits until it is needed.
 
 With a Hub that answers: tests/test_convert.py, tests/test_sources.py, tests/test_tasks.py.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 from conftest import run
 
-from errors import UserError
-from hub import hub_errors
+from common.errors import UserError
+from common.hub import hub_errors
 
 
 def test_an_error_of_the_hub_is_told_with_its_reason_and_the_way_out():
@@ -34,5 +34,5 @@ def test_another_error_is_left_as_it_is_unless_it_is_asked_for():
 
 
 def test_the_package_is_imported_only_after_an_error():
-    code = "import sys, hub\nwith hub.hub_errors('', ''): pass\n"
+    code = "import sys\nfrom common import hub\nwith hub.hub_errors('', ''): pass\n"
     assert run("-c", code + "sys.exit('huggingface_hub' in sys.modules)").status == 0

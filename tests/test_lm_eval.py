@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from checkpoint import find_checkpoint
+from common.device import choose_device
+from common.reports import circumstances
 from convert import to_hf
-from device import choose_device
 from distributed import Ranks
 from model import GPT
-from reports import circumstances
 from scoring import Scorer, evaluating
 from tasks import hellaswag_choices, lambada_requests, load_questions
 from visuals import KEPT, ROOT

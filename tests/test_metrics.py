@@ -1,4 +1,4 @@
-"""metrics.py: metrics.jsonl, TensorBoard, Weights & Biases, and the speed that they tell."""
+"""metrics.jsonl, TensorBoard, Weights & Biases, and the speed that they tell."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import torch
 from conftest import metrics_of
 
 import train
+from common.errors import UserError
 from distributed import Ranks
-from errors import UserError
-from metrics import Metrics
 from step import Stepper
+from training.metrics import Metrics
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -71,7 +71,7 @@ def test_speed_is_that_of_steps_whenever_they_are_looked_at_and_whatever_comes_b
 
         return call
 
-    monkeypatch.setattr("device.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("common.device.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(Stepper, "update", passes(1, Stepper.update))
     monkeypatch.setattr(train.Trainer, "count_skipped", passes(0.3, train.Trainer.count_skipped))
     monkeypatch.setattr(train.Trainer, "validate", passes(100, train.Trainer.validate))

@@ -9,9 +9,9 @@ import torch
 from test_step import ALONE
 from torch.torch_version import TorchVersion
 
+from common.errors import UserError
 from config import OptimSettings
 from distributed import Ranks
-from errors import UserError
 from model import GPT, GPTConfig
 from optim import (
     FALLS,

@@ -1,4 +1,4 @@
-"""plan.py: what is told before the first step, and the estimate of memory."""
+"""What is told before the first step, and the estimate of memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import train
 from distributed import Ranks
 from model import GPT, GPTConfig
 from optim import learning_rate_at
-from plan import estimated_memory, plan
+from training.plan import estimated_memory, plan
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -49,13 +49,15 @@ def test_a_learning_rate_that_has_no_time_to_rise_or_fall_is_told(configure, fal
 
 
 def test_much_memory_is_told_in_plain_digits(configure, monkeypatch):
-    monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 123e9)
+    monkeypatch.setattr("training.plan.estimated_memory", lambda *some, **named: 123e9)
     trainer = train.Trainer(configure(), ALONE)
     assert "memory      about 120 GB" in plan(trainer.stepper, trainer.tokenizer)
 
 
 def test_the_plan_counts_the_averages(configure, monkeypatch):
-    monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 4e9 + 1e9 * some[-1])
+    monkeypatch.setattr(
+        "training.plan.estimated_memory", lambda *some, **named: 4e9 + 1e9 * some[-1]
+    )
     for share, told in ((0.0, "about 4 GB"), (0.1, "about 5 GB")):
         trainer = train.Trainer(configure("--optim.average_share", share), ALONE)
         assert told in plan(trainer.stepper, trainer.tokenizer)
@@ -63,7 +65,7 @@ def test_the_plan_counts_the_averages(configure, monkeypatch):
 
 def test_the_plan_counts_the_copies_of_sums_in_a_fixed_order(configure, monkeypatch):
     """8 micro-batches: 4 copies of the gradient at most. 3.9 of them were seen in 38 M numbers."""
-    monkeypatch.setattr("plan.estimated_memory", lambda *some, **named: 4e9)
+    monkeypatch.setattr("training.plan.estimated_memory", lambda *some, **named: 4e9)
     monkeypatch.setattr(GPT, "num_parameters", lambda _: 250_000_000)
     for reduction, told in (("ddp", "about 4 GB"), ("canonical", "about 8 GB")):
         trainer = train.Trainer(configure("--train.reduction", reduction), ALONE)

@@ -25,11 +25,11 @@ from conftest import ROOT, TEXT, run
 from test_tokenizer import AWKWARD
 
 import prepare_fineweb
-from errors import UserError
-from files import locked
+from common.errors import UserError
+from common.files import locked
+from preparation.sources import batches, find_source
 from prepare_fineweb import encode_batch, training_texts
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, read_manifest
-from sources import batches, find_source
 from tokenizer import (
     gpt2_encoding,
     make_encoding,

@@ -12,11 +12,11 @@ import pytest
 from conftest import run
 from fake_hub import FakeHub
 
-import pretokenized
-from errors import UserError
-from pretokenized import Published, choose, download
+from common.errors import UserError
+from preparation import pretokenized
+from preparation.pretokenized import Published, choose, download
+from preparation.writing import Progress
 from shards import GPT2, MANIFEST, PROGRESS, TokenStream, read_manifest, shard_header
-from writing import Progress
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 TOKENS = np.arange(1000, dtype="<u2")

@@ -17,16 +17,16 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ROOT, Result, run
+from conftest import ROOT, SOURCES, Result, run
 from test_pretokenized import published
 from test_tasks import hellaswag_hub
 
+from benchmarks.trials import Found, Row, load_found, rows_of, shares
+from benchmarks.turns import ratios
 from config import Config, load_config
 from model import GPT, GPTConfig
-from plan import estimated_memory
-from reports import ratios
 from tokenizer import gpt2_encoding
-from trials import Found, Row, load_found, rows_of, shares
+from training.plan import estimated_memory
 from visuals import KEPT, diagrams
 from visuals.story import attention_rows, chapters, load_story
 
@@ -432,7 +432,7 @@ def test_every_figure_is_shown_with_a_text_in_its_place():
 
 def test_docstrings_that_name_a_section_name_one_that_exists():
     named = []
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("visuals/*.py")):
+    for path in (*SOURCES.values(), *ROOT.glob("visuals/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 text = " ".join((ast.get_docstring(node) or "").split())
@@ -444,7 +444,7 @@ def test_docstrings_that_name_a_section_name_one_that_exists():
 def names_of_the_code() -> set[str]:
     """What the modules define, as `name` and `Class.name`."""
     names = set()
-    for path in ROOT.glob("*.py"):
+    for path in SOURCES.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                 names.add(node.name)
@@ -477,8 +477,10 @@ def test_every_name_in_the_text_is_one_of_the_code():
 
 
 def test_every_source_file_is_listed_and_every_reference_defined():
-    for path in ROOT.glob("*.py"):
-        assert f"[`{path.name}`]({path.name})" in README
+    table = README[README.index("\n## What is where\n") : README.index("\n## Speed\n")]
+    for path in SOURCES.values():
+        name = path.name if path.parent == ROOT else f"{path.parent.name}/"
+        assert f"[`{name}`]({name.rstrip('/')})" in table
     names = set(re.findall(r"\]\[(\w+)\]", PROSE))
     assert names == set(re.findall(r"^\[(\w+)\]: https://", README, re.MULTILINE))
 

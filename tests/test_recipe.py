@@ -19,10 +19,10 @@ import torch
 from conftest import ROOT
 
 import recipe
+from benchmarks.trials import Run
+from common.errors import UserError
+from common.reports import commit
 from config import Config, make_config, read_toml
-from errors import UserError
-from reports import commit
-from trials import Run
 
 ON = ("a CPU", "2.13.0", "0123abc")
 
@@ -264,7 +264,7 @@ def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch, disk_is
     quick = replace(recipe.CANDIDATES["nanogpt"], rates=rates)
     monkeypatch.setitem(recipe.CANDIDATES, "nanogpt", quick)
     if disk_is_full:
-        monkeypatch.setattr("trials.write_atomically", refuse)
+        monkeypatch.setattr("benchmarks.trials.write_atomically", refuse)
     full = "can't write .*found.json: No space left on device; make room"
     with pytest.raises(UserError, match=full if disk_is_full else "a training failed"):
         recipe.main(begin("--jobs", 1))

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 import train
 from checkpoint import MODEL, OPTIMIZER, newest_checkpoint, read_checkpoint
+from common.errors import Stopped, UserError
 from config import Config
 from distributed import Ranks
-from errors import Stopped, UserError
-from resume import check_same_run, check_schedule
+from training.resume import check_same_run, check_schedule
 
 ALONE = Ranks(torch.device("cpu"))
 

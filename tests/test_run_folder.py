@@ -1,4 +1,4 @@
-"""run_folder.py: what a run keeps, who may write there, and what if it can't be written."""
+"""What a run keeps, who may write in its folder, and what if it can't be written."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from data import load_windows
 from distributed import Ranks
-from errors import UserError
 from model import GPT, GPTConfig
 from scoring import Estimate, Request, Scorer, evaluating, log_probabilities, validate
 from shards import TokenStream

@@ -16,8 +16,9 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from data import load_windows
-from errors import UserError
+from preparation.writing import ShardWriter
 from shards import (
     MANIFEST,
     PROGRESS,
@@ -34,7 +35,6 @@ from shards import (
     tokenizer_of,
 )
 from tokenizer import GPT2_SHA256
-from writing import ShardWriter
 
 RECORD = TokenizerRecord("gpt2", 50_257, GPT2_SHA256)
 
@@ -104,7 +104,7 @@ def test_a_missing_shard_is_refused_by_name(tmp_path, name):
 OPENED = """
 import resource, sys
 from pathlib import Path
-from errors import UserError
+from common.errors import UserError
 from shards import TokenStream
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))

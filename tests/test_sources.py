@@ -16,10 +16,10 @@ import pytest
 from conftest import as_nobody, run
 from fake_hub import FakeHub
 
-import sources
-from errors import UserError
+from common.errors import UserError
+from preparation import sources
+from preparation.sources import batches, estimated_tokens, find_source
 from shards import MANIFEST, PROGRESS, TokenStream, encoding_of, read_manifest
-from sources import batches, estimated_tokens, find_source
 
 TEXTS = ["The first.\n", "zweiter Text, größer — 日本語 🙂", "", "fourth\r\nwith\tall  kinds \n\n"]
 
@@ -459,7 +459,7 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, on_hub):
         "fineweb": "HuggingFaceFW/fineweb",
     }
     code = (
-        "from sources import *\n"
+        "from preparation.sources import *\n"
         f"for name in {list(names)!r}:\n"
         "    try:\n"
         "        source = find_source(name)\n"
@@ -505,7 +505,7 @@ def test_a_hub_that_dies_while_it_is_read_is_one_line(hub, on_hub, tmp_path):
     code = (
         "import sys, time\n"
         "time.sleep = lambda seconds: None  # between tries: 20 s in all\n"
-        "from errors import run_script\n"
+        "from common.errors import run_script\n"
         "from prepare_fineweb import main, parse_arguments\n"
         f"sys.exit(run_script(main, parse_arguments(['--out', '{tmp_path / 'out'}'])))\n"
     )

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 import tasks
 from checkpoint import find_checkpoint
+from common.errors import UserError
 from config import TASK_NAMES
 from distributed import Ranks
-from errors import UserError
 from model import GPT
 from scoring import Scorer
 from visuals import KEPT

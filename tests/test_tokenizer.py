@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
-from errors import UserError
+from common.errors import UserError
 from tokenizer import (
     END_OF_TEXT,
     GPT2_SHA256,

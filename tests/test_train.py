@@ -18,16 +18,16 @@ from conftest import ROOT, Result, exchange_shard, files_of, metrics_of
 from safetensors.torch import load_file
 from test_checkpoint import rewrite_meta
 
-import examiner
 import train
 from checkpoint import MODEL, newest_checkpoint, read_checkpoint
 from data import step_windows
 from distributed import Ranks
-from guard import WINDOW, SpikeMemory
-from metrics import Metrics
 from scoring import Estimate, Scorer, Validation
 from step import Stepper, StepResult
 from tasks import load_questions
+from training import examiner
+from training.guard import WINDOW, SpikeMemory
+from training.metrics import Metrics
 
 ALONE = Ranks(torch.device("cpu"))
 

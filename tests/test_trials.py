@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from trials import Candidate, Found, Run, print_rows, rows_of, shares, steps_to
+from benchmarks.trials import Candidate, Found, Run, print_rows, rows_of, shares, steps_to
 
 STEPS, ON = (10, 20, 30), ("a CPU", "2.13.0", "0123abc")
 

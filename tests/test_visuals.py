@@ -15,8 +15,8 @@ from conftest import ROOT
 from PIL import Image, ImageChops
 
 from checkpoint import MODEL, find_checkpoint, save_tensors, write_meta
+from common.errors import UserError
 from config import load_config
-from errors import UserError
 from model import GPT, GPTConfig
 from shards import VOCABULARY, TokenizerRecord, TokenStream
 from tokenizer import make_encoding, save_vocabulary

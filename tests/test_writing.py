@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from preparation.writing import ShardWriter
 from shards import check_contents, open_shard
-from writing import ShardWriter
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,7 +17,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from errors import Parser, run_script
+from common.errors import Parser, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,8 +31,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     ARGUMENTS = parse_arguments()
 
-from files import check_can_write, output_file
-from reports import circumstances, write_report
+from common.files import check_can_write, output_file
+from common.reports import circumstances, write_report
 from shards import TokenStream, encoding_of, tokenizer_of
 
 LONGEST = 5  # tokens of context

@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, run_script
+from common.errors import Parser, UserError, run_script
 
 FOLDER = Path(__file__).parent
 RECORD = FOLDER / "figures.json"

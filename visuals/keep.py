@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError, run_script
+from common.errors import Parser, UserError, run_script
 from visuals import KEPT
 
 

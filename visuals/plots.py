@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from PIL import Image
 
+from benchmarks.trials import load_found, rows_of
 from checkpoint import find_checkpoint
+from common.errors import UserError
 from config import load_config
-from errors import UserError
 from model import choose_next, next_probabilities
 from optim import learning_rate_at
-from trials import load_found, rows_of
 from visuals import CONFIG, ROOT
 from visuals.canvas import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED, sheet, visible
 from visuals.story import Story, attention_rows, likeliest, load_story

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import Parser, UserError, run_script
+from common.errors import Parser, UserError, run_script
 from visuals import KEPT
 
 TEXT, NEXT = "Return a list of the", " same"

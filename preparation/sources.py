@@ -28,8 +28,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from errors import UserError
-from hub import hub_errors
+from common.errors import UserError
+from common.hub import hub_errors
 from tokenizer import PIECE_CHARACTERS, well_formed
 
 HUB_NAMES = {

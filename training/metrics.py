@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from common.device import Moment, peak_flops
+from common.errors import UserError, one_line
+from common.files import disk_errors, write_atomically
+from common.records import strict
 from config import Config
-from device import Moment, peak_flops
 from distributed import Ranks
-from errors import UserError, one_line
-from files import disk_errors, write_atomically
-from records import strict
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from errors import UserError
+from common.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of settings in glibc's malloc.h
 

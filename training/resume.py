@@ -18,9 +18,9 @@ from checkpoint import (
     read_checkpoint,
     step_name,
 )
+from common.errors import UserError
 from config import Config, OptimSettings, make_config, toml_value
 from distributed import Ranks
-from errors import UserError
 from optim import last_at_peak, learning_rate_at
 from shards import MANIFEST
 

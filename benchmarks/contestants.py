@@ -1,9 +1,8 @@
 """What bench.py measures: a training step, generation, the loader, preparing, starting.
 
-Each contestant runs in a process of its own, started by bench.py as `python contestants.py`. It
-reads one line of JSON (its name, its task and the settings), gets ready, answers with a line about
-the machine, and then measures once for every further line that it reads. So bench.py can let
-contestants take turns.
+Each contestant runs in a process of its own, started by bench.py. It reads one line of JSON (its
+name, its task and the settings), gets ready, answers with a line about the machine, and then
+measures once for every further line that it reads. So bench.py can let contestants take turns.
 """
 
 from __future__ import annotations
@@ -24,12 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import peers
+from benchmarks import peers
 from checkpoint import Meta, save_checkpoint
-from config import make_config
-from data import BatchShape, micro_batches
-from decoding import pack_weights
-from device import (
+from common.device import (
     Moment,
     choose_device,
     choose_dtype,
@@ -38,13 +34,17 @@ from device import (
     peak_flops,
     peak_memory,
 )
+from common.errors import UserError, run_script
+from common.files import file_sha256
+from config import make_config
+from data import BatchShape, micro_batches
+from decoding import pack_weights
 from distributed import Ranks
-from errors import UserError, run_script
-from files import file_sha256
 from model import GPT, GPTConfig
 from shards import GPT2, TokenStream, shard_header
 from step import make_stepper
 
+ROOT = Path(__file__).parent.parent
 Measure = Callable[[], dict[str, float]]  # a turn: the numbers by name
 
 
@@ -305,7 +305,7 @@ def run(command: list[object], **options: object) -> None:
 
 def our_preparing(settings: dict) -> Callable[[], float]:
     """prepare_fineweb.py, with so many workers, on the folder of the files."""
-    script = Path(__file__).parent / "prepare_fineweb.py"
+    script = ROOT / "prepare_fineweb.py"
 
     def measure() -> float:
         with tempfile.TemporaryDirectory(prefix="bench_") as out:
@@ -341,7 +341,7 @@ def measure_start(settings: dict, *_: object) -> Measure:
     def seconds(*words: object) -> float:
         began = time.perf_counter()
         command = [sys.executable, *map(str, words)]
-        run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
+        run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         return time.perf_counter() - began
 
     one_token = ("--checkpoint", folder, "--max-new-tokens", 1, "--jsonl", "--device", "cpu")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from errors import UserError, one_line
+from common.errors import UserError, one_line
 
 LOCK = "lock"  # a file that names the process at work in its folder
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
-from files import file_sha256, is_there, write_atomically
-from records import as_record, read_json
+from common.errors import UserError
+from common.files import file_sha256, is_there, write_atomically
+from common.records import as_record, read_json
 from shards import PROGRESS, ShardRecord, TokenizerRecord, shard_header
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from errors import Stopped, UserError
+from common.errors import Stopped, UserError
 
 Answer = TypeVar("Answer")
 

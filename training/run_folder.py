@@ -25,15 +25,15 @@ from checkpoint import (
     step_name,
     step_of,
 )
+from common.errors import UserError
+from common.files import disk_errors, file_sha256, locked, sync, write_atomically
 from config import Config
 from distributed import Ranks
-from errors import UserError
-from files import disk_errors, file_sha256, locked, sync, write_atomically
-from metrics import METRICS, Metrics, writing
 from model import GPT
 from optim import last_at_peak
-from resume import agree_on_checkpoint
 from shards import VOCABULARY, TokenizerRecord
+from training.metrics import METRICS, Metrics, writing
+from training.resume import agree_on_checkpoint
 
 
 class RunFolder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from device import device_name
+from common.device import device_name
 from model import GPT, HeadLoss
 from shards import TokenizerRecord
 from step import Stepper

@@ -1,4 +1,4 @@
-"""What bench.py's measurements come to: medians and ratios, tables, and the files that keep them.
+"""What the turns of bench.py's contestants come to: medians, ratios, tables.
 
 A turn is what a contestant measured at once. A ratio is of seconds, the other's to ours, round by
 round: what slows the machine for a while slows both.
@@ -6,18 +6,11 @@ round: what slows the machine for a while slows both.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from errors import UserError, one_line
-from files import disk_errors, output_file, write_atomically
-from records import read_json, strict
+from common.errors import UserError, one_line
+from common.records import read_json
 
 PARTS = ("data", "forward", "backward", "optimizer")
 Turn = dict[str, float]  # what a contestant measured in one turn
@@ -104,63 +97,6 @@ def percent(value: float | None, digits: int) -> str:
 def milliseconds(seconds: float | None) -> str:
     """Seconds for the table."""
     return "n/a" if seconds is None else f"{seconds * 1e3:,.1f}"
-
-
-# Files
-
-
-def hardware() -> str:
-    """The processor and its cores, as Linux tells; a GPU's name stands under "machine"."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
-    return f"{os.cpu_count()} × {name}, {platform.system()} {platform.machine()}"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter to speed."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "tiktoken", "numpy", "datasets", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit(folder: Path) -> str | None:
-    """HEAD's short hash, with "+" if a tracked file outside results/ differs; None if unknown."""
-    git = ("git", "--git-dir=.git")  # of this folder, not of one that it was unpacked in
-    options = {"cwd": folder, "capture_output": True, "text": True, "check": False}
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
-    except OSError:  # there is no git
-        return None
-    if head.returncode:
-        return None
-    paths = (".", ":!results")
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths], **options).returncode
-    return head.stdout.strip() + ("+" if changed else "")
-
-
-def circumstances(command: str) -> dict[str, object]:
-    """What a file of results/ tells of how, when and where its numbers were found."""
-    return {
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(Path(__file__).parent),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-
-
-def write_report(path: Path, report: dict) -> None:
-    """Write what --output keeps as JSON; a number that isn't finite is null there.
-
-    Raises UserError if the disk is full, or gone.
-    """
-    with disk_errors(f"can't write {path}"):
-        write_atomically(output_file(path), json.dumps(strict(report), indent=1) + "\n")
 
 
 # By task: the speed that is told of a result, and the seconds of a turn that a ratio compares.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from errors import UserError, one_line
+from common.errors import UserError, one_line
 
 
 @contextmanager

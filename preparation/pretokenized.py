@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UserError
-from files import file_sha256, locked, write_atomically
-from hub import hub_errors
+from common.errors import UserError
+from common.files import file_sha256, locked, write_atomically
+from common.hub import hub_errors
+from preparation.writing import Progress, check_same, read_progress
 from shards import (
     GPT2,
     HEADER_BYTES,
@@ -26,7 +27,6 @@ from shards import (
     read_manifest,
 )
 from tokenizer import GPT2_VOCAB_SIZE
-from writing import Progress, check_same, read_progress
 
 SHARD_NAME = re.compile(r"\w*(train|val)_\d+\.bin")
 

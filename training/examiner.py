@@ -13,15 +13,15 @@ from pathlib import Path
 import tiktoken
 import torch
 
+from common.errors import UserError
 from config import Config, task_names
-from errors import UserError
-from metrics import say
 from model import GPT
 from scoring import Estimate, Scorer, Validation, evaluating, validate
 from shards import VOCABULARY, TokenStream, encoding_of
 from step import SAMPLE, Stepper, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
+from training.metrics import say
 
 SAMPLE_TOKENS = 100  # length of a sample
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 
 PADDED_VOCABULARY = 50_304  # what nanoGPT and build-nanogpt train with, for the sake of speed
 

@@ -8,11 +8,11 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from benchmarks.turns import print_table
+from common.errors import UserError
+from common.files import disk_errors, write_atomically
+from common.records import as_record, read_json
 from config import OptimSettings, TrainSettings, read_toml
-from errors import UserError
-from files import disk_errors, write_atomically
-from records import as_record, read_json
-from reports import print_table
 
 SEEDS = (1, 2, 3)
 BASELINE = "nanogpt"  # the candidate that all others are compared with

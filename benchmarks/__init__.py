@@ -1,0 +1,1 @@
+"""What bench.py and recipe.py measure, and what it comes to."""

@@ -1,0 +1,1 @@
+"""What a run has around its loop (train.py): plan, folder, metrics, evaluations, guards."""
