@@ -153,14 +153,16 @@ class Checkpoint:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         index = {name: number for number, name in enumerate(order)}
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        parameters = dict(model.named_parameters())
         state: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(order))}
         for key, tensor in _read_tensors(self.path / OPTIMIZER).items():
             name, _, kind = key.rpartition("/")
-            shape = () if kind == "step" else shapes.get(name)
-            if name not in shapes or (tensor.shape, tensor.dtype) != (shape, torch.float32):
+            parameter = parameters.get(name)
+            shape = () if kind == "step" or parameter is None else parameter.shape
+            if parameter is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
                 raise UserError(f"{self.path / OPTIMIZER} doesn't fit the model: {key}")
-            state[index[name]][kind] = tensor.clone()  # no view of a file that may go
+            # A copy, where it belongs: no view of a file that may go.
+            state[index[name]][kind] = tensor.to(parameter.device, copy=True)
         is_averaged = any(OTHER in kept for kept in state.values())
         for group in optimizer.state_dict()["param_groups"]:
             kinds = {"momentum"} if "matrices" in group else {"step", "exp_avg", "exp_avg_sq"}

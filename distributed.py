@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -175,15 +176,19 @@ class Ranks:
 def _from_torchrun(name: str, default: int, allowed: range) -> int:
     """A number that torchrun tells in the environment. Raises UserError for one that can't be."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or int(text) not in allowed:
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) not in allowed:
         most = allowed[-1]
         raise UserError(f"{name} is {text!r:.40}, expected a number from {allowed[0]} to {most}")
     return int(text)
 
 
 @contextmanager
-def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
+def process_group(
+    device_name: str, timeout_seconds: int, joining_seconds: int | None = None
+) -> Iterator[Ranks]:
     """Join the processes that torchrun started, and leave them when all have come to their end.
+
+    They wait for one another for `timeout_seconds`, at the start for `joining_seconds` if given.
 
     NCCL's leaving waits for all ranks. Where one has failed, the process's end has to do
     (`run_script`). And gloo's group, when it is freed, waits for its thread, which may be waiting
@@ -206,7 +211,7 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     )
     if device.type == "mps":
         raise UserError("device mps: several processes can't share it; use cpu or one process")
-    attempt = _join(ranks, timedelta(seconds=timeout_seconds + GRACE))
+    attempt = _join(ranks, (joining_seconds or timeout_seconds) + GRACE, timeout_seconds + GRACE)
     roll_call = _begin_roll_call(ranks, attempt, timeout_seconds)
     all_have_ended = False
     try:
@@ -219,28 +224,32 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     finally:
         if all_have_ended:
             LEFT.append(dist.group.WORLD)
-            dist.destroy_process_group()  # may wait for a rank that fails yet: watched until then
+            try:
+                dist.destroy_process_group()  # may wait for a rank that fails yet: still watched
+            finally:
+                roll_call.close()
         roll_call.close()
 
 
-def _join(ranks: Ranks, timeout: timedelta) -> str:
+def _join(ranks: Ranks, joining_seconds: int, timeout_seconds: int) -> str:
     """Find the other processes and form a group with them; returns the name of this attempt.
 
     Raises UserError if somebody doesn't come in time.
     """
+    joining = timedelta(seconds=joining_seconds)
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store, *_ = next(dist.rendezvous("env://", timeout=joining))
     except (dist.DistError, ValueError) as error:  # the latter: a variable is missing
         raise UserError(f"can't meet the other processes: {one_line(error)}") from error
-    store.set_timeout(timeout)
-    attempt = name_attempt(store, ranks.rank, ranks.world_size, timeout.total_seconds())
+    store.set_timeout(joining)
+    attempt = name_attempt(store, ranks.rank, ranks.world_size, joining_seconds)
     on_gpu = ranks.device.type == "cuda"
     dist.init_process_group(
         backend="nccl" if on_gpu else "gloo",
         store=dist.PrefixStore(attempt, store),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_seconds),
         device_id=ranks.device if on_gpu else None,
     )
     return attempt

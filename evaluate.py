@@ -105,6 +105,7 @@ from tokenizer import token_byte_lengths
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
 TIMEOUT = 7200  # seconds that ranks wait for one another: one may be downloading a model
+JOINING = 600  # and at the start
 Told = tuple[list[str], dict[str, object]]  # lines for the terminal, a record for --output
 
 
@@ -255,7 +256,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
 @memory_errors("take a smaller model, or --device cpu if that has more memory")
 def main(arguments: argparse.Namespace) -> None:
     """Evaluate, alone or with the other processes that torchrun started."""
-    with process_group(arguments.device, TIMEOUT) as ranks:
+    with process_group(arguments.device, TIMEOUT, JOINING) as ranks:
         evaluate(arguments, ranks)
 
 

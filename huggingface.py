@@ -163,6 +163,8 @@ def cached(name: str) -> Path:
         except OSError as error:
             if is_there(final / META):  # another process was quicker
                 return final
+            if is_there(final):
+                raise UserError(f"{final} lacks its {META}: delete that folder") from error
             raise UserError(
                 f"can't keep {name} in {cache}: {one_line(error)}; XDG_CACHE_HOME may name another "
                 "folder to keep it in"

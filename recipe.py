@@ -155,7 +155,9 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
         (folder / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
     command = [sys.executable, ROOT / "train.py", folder / "recipe.toml", "--train.out", folder]
     threads = max(1, os.cpu_count() // arguments.jobs)
-    with (folder / "log.txt").open("a") as log:
+    with disk_errors(f"can't write {folder}"):
+        log = (folder / "log.txt").open("a")
+    with log:
         status = subprocess.run(
             command,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -167,7 +169,8 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
         raise UserError(f"a training failed; {folder / 'log.txt'} says why")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     told = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
-    shutil.rmtree(folder / "checkpoints")
+    with disk_errors(f"can't remove {folder / 'checkpoints'}"):
+        shutil.rmtree(folder / "checkpoints")
     return Run(name, rate, seed, *zip(*told), machine(), torch.__version__, commit(ROOT))
 
 
@@ -245,7 +248,8 @@ def do(
             failed.set()
             raise
         told = f"{run.candidate}, rate {run.rate:g}, seed {run.seed}: {run.last:.4f}"
-        print(told, file=sys.stderr, flush=True)
+        with lock:
+            print(told, file=sys.stderr, flush=True)
 
     missing = [training for training in trainings if not found.run(*training)]
     pool = ThreadPoolExecutor(arguments.jobs)

@@ -179,13 +179,13 @@ class Stepper:
         return self.wrapped.no_sync()
 
     def rehearse(self, step: int) -> None:
-        """Make an update that changes nothing, then run a micro-batch of a step.
+        """Make an update that changes nothing, then run a micro-batch of a step; under DDP, twice.
 
         It lets torch.compile compile all that a step needs, and memory run out, before the first
-        (but for the copies that canonical sums take). And DDP, after its first backward pass,
-        orders its buckets anew by the order in which gradients came; had that happened in a real
-        step, a resumed run would round differently from one that was never stopped. It does so in
-        the next forward pass, so it gets two.
+        (but for the copies that canonical sums take). And DDP, in its second forward pass, orders
+        its buckets anew by the order in which gradients came in the first backward pass; had that
+        happened in a real step, a resumed run would round differently from one that was never
+        stopped.
         """
         seed, rank, device = self.config.train.seed, self.ranks.rank, self.ranks.device
         for parameter in self.model.parameters():
@@ -198,7 +198,8 @@ class Stepper:
         _, inputs, targets = next(micro_batches(self.stream, self.shape, seed, step, rank))
         try:
             for _ in range(1 + under_ddp):
-                if under_ddp or self.shape.accumulation == 1:  # else most find those of another
+                # Else all micro-batches but a step's first find gradients there, which take room.
+                if under_ddp or self.shape.accumulation == 1:
                     self.optimizer.zero_grad(set_to_none=True)
                 loss = self.loss_of(inputs.to(device), targets.to(device))
                 if under_ddp:

@@ -63,9 +63,10 @@ def step_time(
     """What a step takes on the cluster; None if it can't share the step's windows out evenly.
 
     `tokens_per_second` is one GPU's, and is taken to be the same for smaller micro-batches, which
-    flatters large clusters. Half of a micro-batch's time is its backward pass, as measured, for
-    HeadLoss makes its gradients in the forward pass. The gradients of the embeddings,
-    `last_parameters`, are ready at its very end: nothing hides their sending.
+    flatters large clusters. Half of a micro-batch's time is its backward pass, as measured
+    (results/bench_h200_document_mask.json): HeadLoss makes its gradients in the forward pass. The
+    gradients of the embeddings, `last_parameters`, are ready at its very end: nothing hides their
+    sending.
     """
     share, rest = divmod(windows_per_step, cluster.gpus)
     if share == 0 or rest:

@@ -91,11 +91,11 @@ class Found:
         return min(tried, key=lambda run: run.last).rate
 
     def save(self, path: Path) -> None:
-        """Write the file: a line for each run. Raises UserError if the disk is full."""
+        """Write the file: a line for each run. Raises UserError if it can't be written."""
         content = asdict(self)
         runs = ",\n  ".join(map(json.dumps, content.pop("runs")))
         text = json.dumps(content, indent=1).removesuffix("\n}")
-        way_out = "; make room, then the same command trains what is missing"
+        way_out = "; make room or mend the disk, then the same command trains what is missing"
         with disk_errors(f"can't write {path}", way_out):
             write_atomically(path, f'{text},\n "runs": [\n  {runs}\n ]\n}}\n')
 

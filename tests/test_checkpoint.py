@@ -95,6 +95,18 @@ def test_a_resumed_model_and_optimizer_go_on_bit_for_bit(tmp_path, name):
         assert torch.equal(ours, theirs), name
 
 
+def test_what_an_optimizer_remembers_goes_where_its_model_is_and_nowhere_else(tmp_path):
+    """On a machine of eight GPUs the host has no room for eight copies."""
+    path = save_checkpoint(tmp_path, META_1, *trained())
+    model = GPT(SMALL).to("meta")
+    optimizer, given = make_optimizer(model, OptimSettings(), ALONE), []
+    optimizer.load_state_dict = given.append
+    read_checkpoint(path).load_optimizer(model, optimizer)
+    tensors = [tensor for kept in given[0]["state"].values() for tensor in kept.values()]
+    assert len(tensors) == 3 * len([*model.parameters()])
+    assert all(tensor.is_meta for tensor in tensors)
+
+
 def test_a_model_is_made_without_drawing_weights(tmp_path):
     model, optimizer = trained()
     path = save_checkpoint(tmp_path, META_1, model, optimizer)

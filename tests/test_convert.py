@@ -692,6 +692,8 @@ def test_a_damaged_conversion_in_the_cache_is_named_with_its_folder(hub, on_hub)
     error = sampled(on_hub, hub).error()
     assert f"{MODEL} is damaged" in error
     assert f"delete the folder {kept.parent}: gpt2 is converted again then" in error
+    (kept.parent / META).unlink()
+    assert f"{kept.parent} lacks its {META}: delete that folder" in sampled(on_hub, hub).error()
     shutil.rmtree(kept.parent)
     assert sampled(on_hub, hub).status == 0
 

@@ -152,7 +152,12 @@ def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(monkeypatch, en
     roll_call = RollCall(store, 0, 2, timeout_seconds=60)
     monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(store,)]))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda **_: None)
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: done.append("left"))
+
+    def leave() -> None:
+        done.append("left")
+        assert not roll_call.closed.is_set()  # it may have to wait for one that fails yet
+
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", leave)
     monkeypatch.setattr(distributed, "name_attempt", lambda *_: "attempt")
     monkeypatch.setattr(distributed, "_begin_roll_call", lambda *_: roll_call)
     with pytest.raises(type(ending)) if ending else nullcontext():

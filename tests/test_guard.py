@@ -234,6 +234,25 @@ def test_a_rank_that_waits_for_one_that_failed_does_not_wait_for_long():
     assert time.monotonic() - began < 40
 
 
+LATE = """
+import os, time
+from torch.distributed import HashStore
+from training import guard
+
+first, _ = (guard.RollCall(store, rank, 2, 0.5) for store in [HashStore()] for rank in range(2))
+guard.os._exit = lambda status: (print(first.store.check(["failed"]), flush=True), os.abort())
+first.arrive()
+first.watch()
+time.sleep(60)
+"""
+
+
+def test_who_ends_because_another_is_late_has_said_so_where_that_one_sees_it():
+    result = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "True\n"
+    assert "kept the others waiting" in result.stderr
+
+
 HOST = """
 import time
 from torch.distributed import TCPStore

@@ -239,6 +239,13 @@ def test_a_rate_that_ruins_the_weights_is_a_finding_and_ends_nothing(begin, tmp_
     assert kept.best_rate("nanogpt") == 0.001
 
 
+def test_a_log_that_cannot_be_written_is_one_line(begin, tmp_path):
+    arguments = begin()
+    (arguments.out / "nanogpt_0.001_1" / "log.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match="can't write .*nanogpt_0.001_1: Is a directory"):
+        recipe.train("nanogpt", 1e-3, 1, arguments)
+
+
 @pytest.mark.parametrize("disk_is_full", [False, True])
 def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch, disk_is_full):
     """Not even by the thread that is free for it before the main one has heard."""

@@ -116,6 +116,7 @@ def test_with_a_document_mask_the_loss_is_that_of_documents_read_one_by_one(
     assert stepper.take(0).loss == pytest.approx(nats / 512, rel=1e-6)
 
 
+@torch._dynamo.config.patch(optimize_ddp=True)
 def test_under_ddp_a_compiled_block_stays_one_graph_and_computes_the_same(
     configure, shards, monkeypatch
 ):
@@ -123,7 +124,6 @@ def test_under_ddp_a_compiled_block_stays_one_graph_and_computes_the_same(
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     ranks = Ranks(torch.device("cpu"), world_size=2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -222,9 +222,10 @@ def test_the_rehearsal_takes_the_memory_of_a_step_and_leaves_no_trace(configure,
 
 
 PEAKS = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
+from common.device import peak_memory
 from config import load_config
 from data import BatchShape
 from distributed import Ranks
@@ -238,10 +239,10 @@ model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=4, n_head=2, n_embd
 shape = BatchShape(512, 32, config.train.micro_batch_size, 1)
 stepper = Stepper(config, ranks, model, shape, TokenStream(folder, "train"))
 stepper.rehearse(0)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory(ranks.device))
 for step in range(3):
     assert stepper.take(step).loss > 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory(ranks.device))
 """
 
 

@@ -234,8 +234,8 @@ class RollCall:
         if not missing or self.arrived is not arrived:  # the others were late, but have come
             return None
         return (
-            f"{', '.join(missing)} kept the others waiting for {waited:.0f} s "
-            "(train.timeout_seconds): see to it, then give the same command again"
+            f"{', '.join(missing)} kept the others waiting for {waited:.0f} s (in training, "
+            "train.timeout_seconds): see to it, then give the same command again"
         )
 
     def _told(self) -> list[list[str]]:
