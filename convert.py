@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import Parser, UserError, run_script
+from common.errors import Parser, UserError, folder_name, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     ours = ways.add_parser("to-hf", help="make a folder for transformers")
     ours.add_argument("source", help="a checkpoint or run folder, such as out/demo")
     for way in (theirs, ours):
-        way.add_argument("--out", type=Path, required=True, help="folder to write")
+        way.add_argument("--out", type=folder_name, required=True, help="folder to write")
     return parser.parse_args(arguments)
 
 

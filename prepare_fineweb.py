@@ -20,7 +20,15 @@ import os
 import sys
 from pathlib import Path
 
-from common.errors import Expendable, Parser, UserError, positive, reason_of, run_script
+from common.errors import (
+    Expendable,
+    Parser,
+    UserError,
+    folder_name,
+    positive,
+    reason_of,
+    run_script,
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +57,7 @@ def add_what(parser: argparse.ArgumentParser) -> None:
         ".parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md or .rst; or python-docs, the "
         "documentation inside this Python",
     )
-    add("--out", required=True, type=Path, help="the folder for the shards")
+    add("--out", required=True, type=folder_name, help="the folder for the shards")
     add(
         "--tokenizer",
         default="gpt2",
@@ -89,12 +97,14 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
 import itertools
 import multiprocessing
 import queue
+import re
 import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing, redirect_stderr, suppress
+from contextlib import closing, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -102,9 +112,16 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from common.files import locked, write_atomically
+from common.files import disk_errors, locked, write_atomically
 from preparation import pretokenized
-from preparation.sources import Batch, Source, batches, estimated_tokens, find_source
+from preparation.sources import (
+    Batch,
+    Source,
+    batches,
+    check_unchanged,
+    estimated_tokens,
+    find_source,
+)
 from preparation.writing import Progress, ShardWriter, check_same, read_progress
 from shards import (
     MANIFEST,
@@ -114,6 +131,8 @@ from shards import (
     ShardRecord,
     TokenizerRecord,
     check_contents,
+    find_encoding,
+    holds_shards,
     read_manifest,
 )
 from tokenizer import (
@@ -199,9 +218,8 @@ def encoded(
     """The source's tokens in order, from batch `first` on: (batch's number, uint16 array)."""
     context = multiprocessing.get_context("spawn")
     processes, streams = [], []
-    # Workers inherit that Ctrl-C is ignored: it is for this process, which then ends them.
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for worker in range(workers):
+
+    def start(worker: int) -> None:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
             target=work, args=(source, vocabulary, first + worker, workers, theirs), daemon=True
@@ -210,8 +228,12 @@ def encoded(
         theirs.close()  # so that a dead worker is the end of the pipe
         processes.append(process)
         streams.append(prefetch(messages(ours, process), BLOCKS_AHEAD))
-    signal.signal(signal.SIGINT, on_interrupt)
+
     try:
+        told, way_out = f"can't start {workers} worker processes", ": use fewer --workers"
+        with interrupts_put_off(), disk_errors(told, way_out):
+            for worker in range(workers):
+                start(worker)
         for number, stream in enumerate(itertools.cycle(streams), first):
             for message in stream:
                 if message == END_OF_SOURCE:
@@ -223,6 +245,29 @@ def encoded(
         for process in processes:
             process.terminate()
             process.join()
+
+
+@contextmanager
+def interrupts_put_off() -> Iterator[None]:
+    """Ctrl-C is for this process, which then ends its workers: those that are started inside never
+    hear of it, and this one hears of it at the end.
+    """
+    heard: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if handler != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    blocks = hasattr(signal, "pthread_sigmask")  # Windows has no such thing
+    if blocks:  # for this thread, and so for what it starts
+        resource_tracker.ensure_running()  # a process of multiprocessing's; its start lets them in
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
@@ -257,8 +302,8 @@ def asked_tokenizer(name: str) -> str:
         return name
     if not name.startswith("bpe:"):
         return "SHA-256 " + vocabulary_sha256(load_vocabulary(Path(name)))
-    if not name[4:].isdecimal():
-        raise UserError(f"--tokenizer {name}: expected a number, as in bpe:4096")
+    if not re.fullmatch("[0-9]{1,9}", name[4:]):
+        raise UserError(f"--tokenizer {name:.40}: expected a number, as in bpe:4096")
     return f"bpe:{int(name[4:])}"
 
 
@@ -300,8 +345,8 @@ def check_disk(folder: Path, tokens: int) -> None:
     free = shutil.disk_usage(folder).free
     if 2 * tokens > free:
         raise UserError(
-            f"{tokens:,} tokens need about {2 * tokens / 1e9:.1f} GB, {folder} has "
-            f"{free / 1e9:.1f} GB free: make room, or prepare less with --max-tokens"
+            f"{tokens:,} tokens need about {2 * tokens / 1e6:,.0f} MB, {folder} has "
+            f"{free / 1e6:,.0f} MB free: make room, or prepare less with --max-tokens"
         )
 
 
@@ -331,6 +376,7 @@ def write_shards(
                 tokens, used = tokens[len(part) :], used + len(part)
                 if writer.room == 0:
                     writer.finish()
+                    check_unchanged(source)
                     done = replace(progress, shards=tuple(writer.records), batch=batch, skip=used)
                     done.save(folder)
             if writer.written + writer.pending >= limit:
@@ -361,6 +407,7 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
         if manifest:
             check_same(manifest.settings, settings, f"{folder} holds finished shards")
             check_contents(folder, manifest.shards, manifest.tokenizer.vocab_size)
+            find_encoding(folder, manifest.tokenizer)  # is it still there?
         else:
             progress = continued(folder, settings) or begun(source, settings, arguments)
             manifest = finish(source, progress, arguments)
@@ -384,7 +431,7 @@ def continued(folder: Path, settings: dict[str, object]) -> Progress | None:
 def begun(source: Source, settings: dict[str, object], arguments: argparse.Namespace) -> Progress:
     """A fresh run's progress. From here on the folder is marked as unfinished."""
     folder = arguments.out
-    if any(folder.glob("*.bin")) and not (folder / PROGRESS).exists():
+    if holds_shards(folder) and not (folder / PROGRESS).exists():
         raise UserError(f"{folder} holds shards of another origin: choose another --out")
     encoding = choose_encoding(arguments.tokenizer, source, arguments.val_tokens)
     sha256 = save_vocabulary(encoding, folder / VOCABULARY)
@@ -403,10 +450,13 @@ def finish(source: Source, progress: Progress, arguments: argparse.Namespace) ->
     expected = estimated_tokens(source, arguments.max_tokens or sys.maxsize)
     check_disk(folder, expected - sum(shard.tokens for shard in progress.shards))
     shards = write_shards(source, progress, arguments, expected)
+    check_unchanged(source)
     if not any(shard.split == "train" for shard in shards):
         replace(progress, shards=(), batch=0, skip=0).save(folder)
         for shard in shards:
             (folder / shard.file).unlink()
+        if not shards:
+            raise UserError(f"--source {source.name} has no text in it")
         raise UserError(
             f"the source has only {sum(shard.tokens for shard in shards):,} tokens, and "
             f"--val-tokens {arguments.val_tokens:,} leaves none to train on: give a smaller one"
@@ -438,7 +488,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_and_tell(arguments: argparse.Namespace) -> None:
-    taken = 0 if arguments.pretokenized else arguments.val_tokens
+    is_fetched = arguments.pretokenized is not None
+    if is_fetched and not arguments.pretokenized:
+        raise UserError("--pretokenized is empty: leave its name out, or give an owner/dataset")
+    taken = 0 if is_fetched else arguments.val_tokens
     if arguments.max_tokens and arguments.max_tokens <= taken:
         raise UserError(
             f"--max-tokens {arguments.max_tokens:,} leaves none to train on, because the first "
@@ -447,7 +500,7 @@ def _prepare_and_tell(arguments: argparse.Namespace) -> None:
     if arguments.shard_tokens >= 2**31:
         raise UserError(f"--shard-tokens {arguments.shard_tokens:,}: a shard holds less than 2^31")
     try:
-        manifest = (fetch if arguments.pretokenized else prepare)(arguments)
+        manifest = (fetch if is_fetched else prepare)(arguments)
     except OSError as error:
         raise UserError(f"can't write to {arguments.out}: {reason_of(error)}") from error
     print(

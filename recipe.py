@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from common.errors import Parser, positive, run_script
+from common.errors import Parser, folder_name, positive, run_script
 
 ROOT = Path(__file__).parent
 FOUND = "found.json"
@@ -28,7 +28,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Compare ways of training, by many small trainings.")
     add = parser.add_argument
     add("--config", type=Path, default=ROOT / "configs" / "recipe.toml", help="model and batches")
-    add("--out", type=Path, help=f"folder for the runs and {FOUND} (out/<name of the config>)")
+    add(
+        "--out",
+        type=folder_name,
+        help=f"folder for the runs and {FOUND} (out/<name of the config>)",
+    )
     add("--jobs", type=positive, default=1, help="trainings at a time, sharing the cores (1)")
     add("--only", nargs="+", metavar="NAME", help="some of the candidates (all)")
     parsed = parser.parse_args(arguments)

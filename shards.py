@@ -36,6 +36,7 @@ MANIFEST_VERSION = 1
 PROGRESS = "progress.json"  # in the place of a manifest while prepare_fineweb.py is at work
 VOCABULARY = "tokenizer.tiktoken"
 SPLITS = ("train", "val")
+ENDS = 1 << 15  # tokens at each end of a shard that it is known by where no manifest has its hash
 # What NumPy raises for a header that isn't one: it evaluates it as a Python literal, and if that
 # fails takes it for Python 2 and reads it with `tokenize`.
 NPY_ERRORS = (ValueError, TypeError, OverflowError, IndexError, SyntaxError, RecursionError)
@@ -99,6 +100,11 @@ def _open_npy(path: Path) -> np.ndarray:
     return tokens
 
 
+def holds_shards(folder: Path) -> bool:
+    """Whether there are files in a folder that could be shards."""
+    return any(path.suffix in (".bin", ".npy") for path in folder.glob("*"))
+
+
 # The manifest
 
 
@@ -159,7 +165,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         content.pop("totals", None)  # for people: they follow from the rest
         return as_record(Manifest, content)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a manifest: {error}") from error
+        raise UserError(
+            f"{path} is not a manifest: {error}; delete the folder and prepare it again"
+        ) from error
 
 
 def check_contents(folder: Path, shards: Iterable[ShardRecord], vocab_size: int) -> None:
@@ -239,7 +247,7 @@ class TokenStream:
             self.records, self.shards = [], _found_shards(folder, split)
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.vocab_size = tokenizer_of(folder).vocab_size
-        hashes = [record.sha256 for record in self.records]
+        hashes = [record.sha256 for record in self.records] or [*map(_ends_hash, self.shards)]
         content = repr(([len(shard) for shard in self.shards], hashes))
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()  # other data, another one
 
@@ -277,6 +285,12 @@ class TokenStream:
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _ends_hash(shard: np.ndarray) -> str:
+    """Of the first and the last tokens of a shard: others of the same length have other ones."""
+    ends = np.concatenate((shard[:ENDS], shard[-ENDS:]))
+    return hashlib.sha256(ends.tobytes()).hexdigest()
 
 
 def _let_many_files_be_open() -> None:

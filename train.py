@@ -35,7 +35,7 @@ from data import BatchShape, step_windows
 from distributed import Ranks, process_group
 from huggingface import find_model
 from scoring import BrokenOff, Validation
-from shards import TokenStream, check_contents, tokenizer_of
+from shards import GPT2, TokenStream, check_contents, encoding_of, tokenizer_of
 from step import StepResult, make_stepper
 from training.examiner import Examiner
 from training.guard import StopRequest
@@ -81,6 +81,8 @@ class Trainer:
             self.val_stream.num_windows(self.config.model.block_size)  # too short? not later
             records = records + self.val_stream.records
         self.tokenizer = tokenizer_of(folder)
+        if self.tokenizer != GPT2:
+            encoding_of(folder)  # gone, or another? Nobody could read what the model writes
         mine = records[self.ranks.local_rank :: self.ranks.local_world_size]
         check_contents(folder, mine, self.tokenizer.vocab_size)
 
@@ -225,6 +227,7 @@ class Trainer:
         """From the present step to the last, unless there is nothing left to do."""
         config, first, missing = self.config, self.ranks.is_first, self._missing_evaluations()
         if self.step >= config.train.max_steps and not missing:
+            self._check_weights()
             if first:
                 more = "" if config.optim.decay_steps else "raise that to go on, or "
                 say(

@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
@@ -160,6 +161,13 @@ def positive(text: str) -> int:
     return number
 
 
+def folder_name(text: str) -> Path:
+    """An argparse type: a folder's name. What an unset variable leaves would be the present one."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder, got nothing")
+    return Path(text)
+
+
 def run_script(main: Callable[..., None], *arguments: object) -> int:
     """Call `main(*arguments)` and return the exit status: 0, 2 after a UserError, 128 + a signal.
 
@@ -181,10 +189,15 @@ def run_script(main: Callable[..., None], *arguments: object) -> int:
 
 def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: str) -> int:
     try:
-        if signal.getsignal(signal.SIGINT) is _end_at_once:
+        is_ours = signal.getsignal(signal.SIGINT) is _end_at_once
+        if is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        main(*arguments)
-        sys.stdout.flush()
+        try:
+            main(*arguments)
+            sys.stdout.flush()
+        finally:  # from here on there is nothing to put in order
+            if is_ours:
+                signal.signal(signal.SIGINT, _end_at_once)
     except UserError as error:
         print(f"error: {where}{printable(str(error))}", file=Expendable(sys.stderr))
         return 2

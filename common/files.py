@@ -10,7 +10,7 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -135,15 +135,18 @@ def _partial(path: Path) -> Path:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], bool]]:
     """Keep other processes that ask for the same lock out of `folder`; its owner is named there.
+
+    What is given out tells whether the folder of this name is still the same: it may be moved or
+    removed, and another run may begin there.
 
     The system lifts the lock when the process ends, however it ends. Windows has none of the kind,
     and some network file systems don't either: there it is up to the user. Raises UserError if
     another process holds it, or if the folder can't be written to.
     """
     if os.name != "posix":
-        yield
+        yield lambda: True
         return
     import fcntl
 
@@ -163,8 +166,15 @@ def locked(folder: Path) -> Iterator[None]:
         with disk_errors(told):  # a file stays behind: removing it could let two others in at once
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+        def is_same() -> bool:
+            try:
+                return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
+            except OSError:
+                return False
+
         try:
-            yield
+            yield is_same
         finally:
             with suppress(OSError):  # of a disk that has gone; whoever wrote there has said so
                 file.truncate(0)

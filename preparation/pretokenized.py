@@ -23,6 +23,7 @@ from shards import (
     Manifest,
     ShardRecord,
     check_contents,
+    holds_shards,
     open_shard,
     read_manifest,
 )
@@ -57,7 +58,7 @@ def fetch(
     settings = {"pretokenized": repository, "max_tokens": max_tokens}
     if earlier:
         check_same(earlier.settings, settings, f"{folder} was begun")
-    elif any(folder.glob("*.bin")):
+    elif holds_shards(folder):
         raise UserError(f"{folder} holds shards of another origin: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

@@ -28,7 +28,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.hub import hub_errors
 from tokenizer import PIECE_CHARACTERS, well_formed
 
@@ -38,6 +38,7 @@ HUB_NAMES = {
 }
 HUB_PREFIX = "hf://"
 PYTHON_DOCS = "python-docs"
+LOCAL = "files "  # how the revision of files on this disk begins
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 KINDS = ((".parquet",), LINE_SUFFIXES, TEXT_SUFFIXES)
@@ -65,8 +66,11 @@ class Source:
 
             # Uncached: reading ahead would fetch what other workers read, so nearly all twice.
             return pa.PythonFile(HfFileSystem().open(file, "rb", cache_type="none"), mode="r")
-        compressed = file.endswith((".gz", ".zst"))
-        return pa.input_stream(file) if compressed else pa.OSFile(file)
+        if not file.endswith((".gz", ".zst")):
+            return pa.OSFile(file)
+        if not os.path.getsize(file):  # to pyarrow that is no text; to gzip and zstd, half a file
+            raise UserError(f"can't read {file}: it is empty, not even compressed")
+        return pa.input_stream(file)
 
 
 def find_source(name: str, revision: str | None = None) -> Source:
@@ -83,15 +87,14 @@ def find_source(name: str, revision: str | None = None) -> Source:
         return hub_source(name, HUB_NAMES[name], revision)
     try:
         files = local_files(name)
-        stats = [file.stat() for file in files]
+        revision = local_revision(files) if files else revision
     except OSError as error:
         where = error.filename or name
         raise UserError(f"--source {name}: can't read {where}: {error.strerror}") from error
     if files:
-        state = [(str(file), one.st_size, one.st_mtime_ns) for file, one in zip(files, stats)]
-        revision = "files " + hashlib.sha256(repr(state).encode()).hexdigest()[:16]
         return Source(name, tuple(map(str, files)), revision)
-    if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name)
+    if is_hub_name and not name.endswith(SUFFIXES) and not Path(name).exists():
         return hub_source(name, name, revision)
     found = "there is nothing of this name"
     if Path(name).exists():
@@ -100,6 +103,25 @@ def find_source(name: str, revision: str | None = None) -> Source:
         f"--source {name}: {found}; expected fineweb-edu, fineweb, {PYTHON_DOCS}, a dataset on the "
         f"Hub (owner/name), or files ending in {' '.join(SUFFIXES)}"
     )
+
+
+def local_revision(files: Iterable[Path | str]) -> str:
+    """A hash of the files' names, sizes and times. Raises OSError for one that can't be found."""
+    stats = [(str(file), os.stat(file)) for file in files]
+    state = [(file, one.st_size, one.st_mtime_ns) for file, one in stats]
+    return LOCAL + hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def check_unchanged(source: Source) -> None:
+    """Raises UserError if local files aren't those any more that were found at the beginning."""
+    if not source.revision.startswith(LOCAL):
+        return
+    with named_errors(source.name):
+        if local_revision(source.files) != source.revision:
+            raise UserError(
+                f"--source {source.name}: its files were changed while they were read; choose "
+                "another --out, or delete that folder, and start again"
+            )
 
 
 def local_files(name: str) -> list[Path]:
@@ -112,7 +134,8 @@ def local_files(name: str) -> list[Path]:
     path = Path(name)
     if not path.is_dir():
         found = [path] if path.is_file() else map(Path, glob.glob(name, recursive=True))
-        return sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
+        known = (file for file in found if file.name.endswith(SUFFIXES))
+        return sorted(file for file in known if stat.S_ISREG(file.stat().st_mode))
     found = sorted(_files_under(path))
     kinds = ([file for file in found if file.name.endswith(kind)] for kind in KINDS)
     chosen, *others = [*filter(None, kinds)] or [[]]
@@ -253,7 +276,8 @@ def line_documents(file: str, first: int, lines: list[bytes]) -> Iterator[Docume
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
-                    f'{file}, line {number}: expected an object such as {{"text": "…"}}'
+                    f'{file}, line {number}: expected an object such as {{"text": "…"}} '
+                    f"({type(error).__name__}: {one_line(error):.100})"
                 ) from error
             yield document(text, f"{file}, line {number}")
 

@@ -123,7 +123,10 @@ def check_same(then: dict[str, object], now: dict[str, object], what: str) -> No
     """Raises UserError if a folder was begun with other settings or another source."""
     for key, value in now.items():
         if then.get(key) != value:
+            before, after = str(then.get(key)), str(value)
+            same = len(os.path.commonprefix((before, after)))
+            begin = same - 20 if same > 40 else 0  # where a reader sees the difference
             raise UserError(
-                f"{what} with another {key}: {str(then.get(key))[:60]!r} then, "
-                f"{str(value)[:60]!r} now; choose another --out or delete that folder"
+                f"{what} with another {key}: {before[begin : begin + 60]!r} then, "
+                f"{after[begin : begin + 60]!r} now; choose another --out or delete that folder"
             )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import pytest
 from conftest import ROOT
@@ -89,6 +92,29 @@ def test_what_is_left_to_be_written_to_a_full_disk_changes_no_message(deed, stat
     else:
         assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
         assert done.returncode == status
+
+
+ENDING = """
+import sys, threading, time
+from common.errors import Parser, UserError, run_script
+
+def main(arguments):
+    threading.Thread(target=time.sleep, args=(60,)).start()  # which the interpreter waits for
+    raise UserError("bad")
+
+sys.exit(run_script(main, Parser().parse_args()))
+"""
+
+
+def test_ctrl_c_while_a_script_ends_is_no_traceback():
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heard}
+    with subprocess.Popen([sys.executable, "-c", ENDING], **options) as process:
+        assert process.stderr.readline() == "error: bad\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ import prepare_fineweb
 from common.errors import UserError
 from common.files import locked
 from preparation.sources import batches, find_source
-from prepare_fineweb import encode_batch, training_texts
+from prepare_fineweb import encode_batch, interrupts_put_off, training_texts
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, read_manifest
 from tokenizer import (
     gpt2_encoding,
@@ -255,6 +255,26 @@ def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whol
 
 
 @needs_proc
+def test_ctrl_c_while_workers_start_is_heard_when_all_have_and_not_by_them():
+    """A worker that heard of it would end with a traceback; lost, the run would go on."""
+    code = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)"
+    started = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_put_off():
+            os.kill(os.getpid(), signal.SIGINT)
+            started.append(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert "SIGINT" in started[0]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_more_workers_than_the_system_allows_are_one_line(tmp_path, texts):
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
+    code += f"; sys.argv[0] = {SCRIPT!r}; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    words = ("--source", texts, "--out", tmp_path / "out", "--tokenizer", "bpe:260")
+    result = run("-c", code, *words, "--val-tokens", 500, "--workers", 30)
+    assert "can't start 30 worker processes: Too many open files: use fewer" in result.error()
+
+
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(corpus, tmp_path):
     command = ["--source", corpus / "corpus-*.parquet", "--out", tmp_path / "out"]
     process = start(*command, "--val-tokens", 100_000, "--workers", 2, "--max-tokens", 5_000_000)
@@ -421,6 +441,12 @@ def test_a_finished_folder_whose_shard_was_damaged_is_refused(prepare, tmp_path)
     assert f"{path} has been damaged or changed" in prepare().error()
 
 
+def test_a_finished_folder_whose_vocabulary_is_gone_is_refused(prepare, tmp_path):
+    assert prepare().status == 0
+    (tmp_path / "out" / VOCABULARY).unlink()
+    assert f"can't read the vocabulary {tmp_path / 'out' / VOCABULARY}" in prepare().error()
+
+
 def interrupted(prepare, out: Path, monkeypatch) -> None:
     """An unfinished run with three shards."""
     with monkeypatch.context() as patch:
@@ -466,6 +492,37 @@ def test_a_source_that_changed_in_between_is_refused(prepare, texts, tmp_path, m
     interrupted(prepare, tmp_path / "out", monkeypatch)
     (texts / "11.txt").write_text("changed")
     assert "holds an unfinished run with another revision: 'files " in prepare().error()
+
+
+@pytest.mark.parametrize("shard", [1, 5])
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    prepare, texts, tmp_path, monkeypatch, shard
+):
+    """Of its files one may have been read, and another not yet. What was kept before is sound."""
+    finish = prepare_fineweb.ShardWriter.finish
+
+    def change(writer):
+        if len(writer.records) == shard:
+            (texts / "11.txt").write_text("changed")
+        finish(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_fineweb.ShardWriter, "finish", change)
+        assert f"--source {texts}: its files were changed while they" in prepare().error()
+    assert shards_finished(tmp_path / "out") == shard
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_source_that_changes_at_the_very_end_is_refused(prepare, texts, tmp_path, monkeypatch):
+    def write(*arguments):
+        records = write_shards(*arguments)
+        (texts / "11.txt").unlink()
+        return records
+
+    write_shards = prepare_fineweb.write_shards
+    monkeypatch.setattr(prepare_fineweb, "write_shards", write)
+    assert f"can't read {texts}: " in prepare().error()
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_another_vocabulary_file_of_the_same_name_is_refused(prepare, tmp_path, monkeypatch):
@@ -517,11 +574,12 @@ def test_two_runs_into_the_same_folder_do_not_meet(prepare, tmp_path):
     assert prepare().status == 0
 
 
-def test_a_folder_with_somebody_elses_shards_is_left_alone(prepare, tmp_path):
+@pytest.mark.parametrize("name", ["train_000000.bin", "edufineweb_train_000001.npy"])
+def test_a_folder_with_somebody_elses_shards_is_left_alone(prepare, tmp_path, name):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train_000000.bin").write_text("mine")
+    (tmp_path / "out" / name).write_text("mine")
     assert f"{tmp_path / 'out'} holds shards of another origin" in prepare().error()
-    assert fingerprint(tmp_path / "out").keys() == {"train_000000.bin", "lock"}
+    assert fingerprint(tmp_path / "out").keys() == {name, "lock"}
 
 
 # Amounts
@@ -554,6 +612,12 @@ def test_validation_that_leaves_nothing_to_train_on_is_refused_and_can_be_mended
     assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "fresh")
 
 
+def test_a_source_without_text_is_refused(prepare, tmp_path):
+    (tmp_path / "none.jsonl").touch()
+    error = prepare(source=tmp_path / "none.jsonl").error()
+    assert f"--source {tmp_path / 'none.jsonl'} has no text in it" in error
+
+
 def test_max_tokens_that_leave_nothing_to_train_on_are_refused(prepare, tmp_path):
     assert "--max-tokens 500 leaves none to train on" in prepare("--max-tokens", 500).error()
     assert not (tmp_path / "out").exists()
@@ -563,7 +627,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(prepare, tmp_path
     usage = shutil._ntuple_diskusage(100, 90, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     error = prepare().error()
-    assert f"{tmp_path / 'out'} has 0.0 GB free: make room, or prepare less with --max-tok" in error
+    assert f"{tmp_path / 'out'} has 0 MB free: make room, or prepare less with --max-tok" in error
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
@@ -659,6 +723,7 @@ def test_gpt2s_own_vocabulary_as_a_file_gives_gpt2s_tokens(prepare, tmp_path):
     [
         ("bpe:many", "--tokenizer bpe:many: expected a number, as in bpe:4096"),
         ("bpe:", "--tokenizer bpe:: expected a number"),
+        ("bpe:" + 5000 * "9", "expected a number"),
         ("bpe:100", "a vocabulary of 100 tokens: expected 257"),
         ("bpe:70000", "a vocabulary of 70000 tokens: expected 257"),
         ("none.tiktoken", "can't read the vocabulary none.tiktoken: No such file"),
@@ -675,6 +740,8 @@ def test_a_tokenizer_that_is_not_to_be_had_is_refused(prepare, name, complaint):
     "options, complaint",
     [
         ([], "the following arguments are required: --out"),
+        (["--out", ""], "--out: expected the name of a folder, got nothing"),
+        (["--out", "x", "--pretokenized", ""], "--pretokenized is empty: leave its name out"),
         (["--out", "x", "--workers", "0"], "'0': expected a whole number above 0"),
         (["--out", "x", "--val-tokens", "-1"], "'-1': expected a whole number above 0"),
         (["--out", "x", "--max-tokens", "many"], "'many': expected a whole number above 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,24 @@ def test_two_runs_in_one_folder_do_not_meet(configure):
                 pass
     with second.folder.owned():
         pass
+
+
+@pytest.mark.parametrize("begun_anew", [False, True])
+def test_a_run_whose_folder_is_taken_away_ends_without_saving_elsewhere(configure, begun_anew):
+    first = train.Trainer(configure("--train.max_steps", 2), ALONE)
+    path = first.folder.path
+    with first.folder.owned():
+        first.folder.prepare(first.tokenizer, first.step)
+        first.save(None)
+        path.rename(path.with_name("moved"))
+        with ExitStack() as stack:
+            if begun_anew:
+                other = train.Trainer(configure("--train.max_steps", 2), ALONE)
+                stack.enter_context(other.folder.owned())
+                other.folder.prepare(other.tokenizer, other.step)
+            with pytest.raises(train.UserError, match="another folder than this run began in"):
+                first.save(None)
+    assert not [*path.glob("checkpoints/step*")]
 
 
 def test_an_unwritable_run_folder_is_one_line(call, tiny, shards, tmp_path):

@@ -20,6 +20,7 @@ from common.errors import UserError
 from data import load_windows
 from preparation.writing import ShardWriter
 from shards import (
+    ENDS,
     MANIFEST,
     PROGRESS,
     VOCABULARY,
@@ -175,6 +176,16 @@ def test_llmcs_published_shards_are_read_without_a_manifest(tmp_path):
     assert TokenStream(tmp_path, "train").read(0, 3).tolist() == [1, 2, 10]
     assert TokenStream(tmp_path, "val").read(0, 1).tolist() == [7]
     assert encoding_of(tmp_path).name == "gpt2"
+
+
+@pytest.mark.parametrize("at", [0, ENDS - 1, -1])
+def test_other_tokens_of_the_same_length_are_other_data_without_a_manifest_too(tmp_path, at):
+    tokens, found = np.zeros(5 * ENDS, np.uint16), []
+    for token in (0, 0, 1):
+        tokens[at] = token
+        write_shard(tmp_path / "fineweb_train_000001.bin", tokens)
+        found.append(TokenStream(tmp_path, "train").fingerprint)
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_folder_that_is_missing_or_empty_is_refused_by_name(tmp_path):

@@ -8,7 +8,7 @@ Explained in README, "Checkpoints".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class RunFolder:
         with ranks.together():
             self.at_start = checkpoints_in(self.checkpoints)
         self.damaged: set[Path] = set()
+        self.is_same: Callable[[], bool] = lambda: True  # from `owned` on: as when it was locked
 
     def newest(self) -> Checkpoint | None:
         """The checkpoint to go on from, the same on all machines; None if there is none.
@@ -83,7 +84,7 @@ class RunFolder:
                 if self.ranks.is_first:
                     with disk_errors(f"can't write to the run folder {self.path}"):
                         self.path.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(locked(self.path))
+                    self.is_same = stack.enter_context(locked(self.path))
                     self._check_still_newest()
             yield
 
@@ -122,6 +123,11 @@ class RunFolder:
         """
         with self.ranks.together():
             if self.ranks.is_first:
+                if not self.is_same():
+                    raise UserError(
+                        f"{self.path} is another folder than this run began in, or none: it was "
+                        "moved or removed; the same command goes on from what is there now"
+                    )
                 with writing(self.path / METRICS):
                     sync(self.path / METRICS)
                 path = save_checkpoint(self.checkpoints, meta, model, optimizer)
