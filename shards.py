@@ -36,6 +36,7 @@ MANIFEST_VERSION = 1
 PROGRESS = "progress.json"  # in the place of a manifest while prepare_fineweb.py is at work
 VOCABULARY = "tokenizer.tiktoken"
 SPLITS = ("train", "val")
+MOST_AT_ONCE = 1 << 28  # tokens; Linux reads no more than 2 GB in one call
 ENDS = 1 << 15  # tokens at each end of a shard that it is known by where no manifest has its hash
 # What NumPy raises for a header that isn't one: it evaluates it as a Python literal, and if that
 # fails takes it for Python 2 and reads it with `tokenize`.
@@ -60,10 +61,14 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
     except OSError as error:
-        told = f"can't read the shard {path}: {error.strerror}"
-        if error.errno == errno.EMFILE:
-            told += " (ulimit -n): allow more, or make larger shards"
-        raise UserError(told) from error
+        raise _no_shard(path, error) from error
+
+
+def _no_shard(path: Path, error: OSError) -> UserError:
+    told = f"can't read the shard {path}: {error.strerror}"
+    if error.errno == errno.EMFILE:
+        told += " (ulimit -n): allow more, or make larger shards"
+    return UserError(told)
 
 
 def _open_bin(path: Path) -> np.ndarray:
@@ -98,6 +103,47 @@ def _open_npy(path: Path) -> np.ndarray:
             f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected uint16 in one dimension"
         )
     return tokens
+
+
+class Shard:
+    """A shard to read here and there. It stays on the disk.
+
+    Its file isn't mapped into memory: where one that is mapped has been cut short, or a disk fails,
+    the system ends the process (SIGBUS), and nobody is told why.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError as `open_shard`."""
+        tokens = open_shard(path)
+        self.path, self.offset, self.tokens = path, tokens.offset, len(tokens)
+        try:
+            self.file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise _no_shard(path, error) from error
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """The tokens from `start` on, uint16: `count` of them or, near the end or if those are very
+        many, fewer, but not none. Raises UserError if the file isn't what it was.
+        """
+        wanted = min(count, self.tokens - start, MOST_AT_ONCE)
+        try:
+            content = self._content(self.offset + 2 * start, 2 * wanted)
+        except OSError as error:
+            raise _no_shard(self.path, error) from error
+        if len(content) < 2 * wanted:
+            raise UserError(f"{self.path} has been cut short: prepare or download it again")
+        return np.frombuffer(content, dtype="<u2")
+
+    def _content(self, at: int, count: int) -> bytes:
+        """So many bytes of the file, or as many as are left: without a place that threads share."""
+        if hasattr(os, "pread"):
+            return os.pread(self.file.fileno(), count, at)
+        with self.path.open("rb", buffering=0) as file:  # Windows
+            file.seek(at)
+            return file.read(count)
 
 
 def holds_shards(folder: Path) -> bool:
@@ -239,7 +285,7 @@ class TokenStream:
             )
         self.folder = folder
         self.split = split
-        _let_many_files_be_open()  # a shard that is mapped is one of them
+        _let_many_files_be_open()  # each shard's is
         if manifest := read_manifest(folder):
             self.records = [record for record in manifest.shards if record.split == split]
             self.shards = _listed_shards(folder, split, self.records)
@@ -274,23 +320,26 @@ class TokenStream:
 
     def file_at(self, token: int) -> Path:
         """The file that a token of the stream lies in."""
-        return Path(self.shards[self._shard_at(token)].filename)
+        return self.shards[self._shard_at(token)].path
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """The tokens [start, start + count) as uint16 array, across shard borders."""
-        parts, shard = [], self._shard_at(start)
+        """The tokens [start, start + count) as uint16 array, across shard borders.
+
+        Raises UserError as `Shard.read`.
+        """
+        parts = []
         while count > 0:
-            offset = start - self.starts[shard]
-            part = self.shards[shard][offset : offset + count]
+            shard = self._shard_at(start)
+            part = self.shards[shard].read(start - int(self.starts[shard]), count)
             parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
+            start, count = start + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _ends_hash(shard: np.ndarray) -> str:
+def _ends_hash(shard: Shard) -> str:
     """Of the first and the last tokens of a shard: others of the same length have other ones."""
-    ends = np.concatenate((shard[:ENDS], shard[-ENDS:]))
-    return hashlib.sha256(ends.tobytes()).hexdigest()
+    ends = (shard.read(start, ENDS).tobytes() for start in (0, max(0, len(shard) - ENDS)))
+    return hashlib.sha256(b"".join(ends)).hexdigest()
 
 
 def _let_many_files_be_open() -> None:
@@ -309,13 +358,13 @@ def _let_many_files_be_open() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _listed_shards(folder: Path, split: str, records: list[ShardRecord]) -> list[np.ndarray]:
+def _listed_shards(folder: Path, split: str, records: list[ShardRecord]) -> list[Shard]:
     """The split's shards in the manifest's order, each checked against its record there."""
     if not records:
         raise UserError(f"{folder / MANIFEST} lists no {split} shard")
     shards = []
     for record in records:
-        shard = open_shard(own_file(folder, record.file))
+        shard = Shard(own_file(folder, record.file))
         if len(shard) != record.tokens:
             raise UserError(
                 f"{folder / record.file} has {len(shard)} tokens, the manifest says {record.tokens}"
@@ -324,12 +373,12 @@ def _listed_shards(folder: Path, split: str, records: list[ShardRecord]) -> list
     return shards
 
 
-def _found_shards(folder: Path, split: str) -> list[np.ndarray]:
+def _found_shards(folder: Path, split: str) -> list[Shard]:
     """The split's shards in a folder without a manifest, in the order of their names."""
     for suffix in ("bin", "npy"):
         paths = sorted(path for path in folder.glob(f"*.{suffix}") if split in path.stem.split("_"))
         if paths:
-            return [open_shard(path) for path in paths]
+            return [Shard(path) for path in paths]
     raise UserError(
         f"{folder} holds no {split} shard: expected {split}_000000.bin or the like; "
         "make shards with prepare_fineweb.py"

@@ -269,7 +269,6 @@ def measure_loader(settings: dict, *_: object) -> Measure:
     T, B = settings["model"]["block_size"], settings["micro_batch_size"]
     folder = random_shard(20_000_000)  # just written, it is in the page cache
     stream = TokenStream(folder, "train")
-    stream.read(0, len(stream))  # opens and maps the shard
     atexit.register(shutil.rmtree, folder)
     shape = BatchShape(B * T, T, B, world_size=1)
     steps = iter(range(1 << 40))

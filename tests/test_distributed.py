@@ -111,6 +111,13 @@ def test_a_number_of_torchruns_that_cannot_be_is_one_line(monkeypatch, name, val
             pass
 
 
+def test_a_number_too_long_to_be_read_is_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", 5000 * "9")
+    with pytest.raises(UserError, match="^WORLD_SIZE is '9999999"):
+        with process_group("cpu", timeout_seconds=1):
+            pass
+
+
 def test_a_rank_without_a_world_is_alone(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with process_group("cpu", timeout_seconds=1) as ranks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shards as shards_module
 from common.errors import UserError
 from data import load_windows
 from preparation.writing import ShardWriter
@@ -347,6 +350,42 @@ def test_reading_across_shard_borders_gives_the_shards_put_together(tmp_path_fac
         used = windows * block_size
         assert inputs.flatten().tolist() == whole[:used].tolist()
         assert targets.flatten().tolist() == whole[1 : used + 1].tolist()
+
+
+@pytest.mark.parametrize("kind", ["bin", "npy"])
+@pytest.mark.parametrize("has_pread", [True, False])
+def test_a_shard_that_is_cut_short_while_it_is_open_is_named(
+    tmp_path, monkeypatch, kind, has_pread
+):
+    """Mapped into memory, it would end the process. Windows has no pread."""
+    if not has_pread:
+        monkeypatch.delattr(os, "pread")
+    path = tmp_path / f"train_000000.{kind}"
+    tokens = np.arange(5000, dtype=np.uint16)
+    write_shard(path, tokens) if kind == "bin" else np.save(path, tokens)
+    stream = TokenStream(tmp_path, "train")
+    assert stream.read(3000, 1000).tolist() == tokens[3000:4000].tolist()
+    os.truncate(path, 7000)
+    with pytest.raises(UserError, match=f"{path} has been cut short"):
+        stream.read(3000, 1000)
+    assert stream.read(0, 1000).tolist() == tokens[:1000].tolist()
+
+
+def test_a_disk_that_fails_while_a_shard_is_read_is_one_line(tmp_path, monkeypatch):
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write_shard(tmp_path / "train_000000.bin", range(10))
+    stream = TokenStream(tmp_path, "train")
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(UserError, match="can't read the shard .*train_000000.bin: Input/output"):
+        stream.read(0, 3)
+
+
+def test_very_many_tokens_come_in_several_reads(tmp_path, monkeypatch):
+    write_shard(tmp_path / "train_000000.bin", range(10))
+    monkeypatch.setattr(shards_module, "MOST_AT_ONCE", 3)
+    assert TokenStream(tmp_path, "train").read(1, 8).tolist() == [*range(1, 9)]
 
 
 def test_every_stretch_of_a_stream_is_what_it_is_in_the_whole(tmp_path):

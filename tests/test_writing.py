@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preparation.writing import ShardWriter
+from common.errors import UserError
+from preparation.writing import ShardWriter, check_same
 from shards import check_contents, open_shard
 
 
@@ -47,3 +49,9 @@ def test_a_planted_link_does_not_lead_a_shard_out_of_its_folder(tmp_path):
     (folder / "shard.partial").symlink_to(victim)
     ShardWriter(folder, 10, 0).close()
     assert victim.read_text() == "precious"
+
+
+def test_where_two_long_settings_differ_is_shown():
+    long = "a/rather/long/path/" * 10
+    with pytest.raises(UserError, match=f"'{long[-20:]}old' then, '{long[-20:]}new' now; choose"):
+        check_same({"source": long + "old"}, {"source": long + "new"}, "the folder was begun")
