@@ -163,11 +163,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def file(self, commit: str, path: str) -> None:
         content = self.hub.commits[commit].get(path)
-        if content is None:
+        if content is None or path in self.hub.missing:
             self.refuse(404, "EntryNotFound")
-            return
-        if path in self.hub.missing:
-            self.answer(500)
             return
         if self.hub.gated:
             self.refuse(self.hub.gated, "GatedRepo")
