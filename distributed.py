@@ -188,7 +188,8 @@ def process_group(
 ) -> Iterator[Ranks]:
     """Join the processes that torchrun started, and leave them when all have come to their end.
 
-    They wait for one another for `timeout_seconds`, at the start for `joining_seconds` if given.
+    They wait for one another for `timeout_seconds`; until they have found one another, for
+    `joining_seconds` if given.
 
     NCCL's leaving waits for all ranks. Where one has failed, the process's end has to do
     (`run_script`). And gloo's group, when it is freed, waits for its thread, which may be waiting
@@ -222,13 +223,12 @@ def process_group(
         all_have_ended = True
         raise
     finally:
-        if all_have_ended:
-            LEFT.append(dist.group.WORLD)
-            try:
+        try:
+            if all_have_ended:
+                LEFT.append(dist.group.WORLD)
                 dist.destroy_process_group()  # may wait for a rank that fails yet: still watched
-            finally:
-                roll_call.close()
-        roll_call.close()
+        finally:
+            roll_call.close()
 
 
 def _join(ranks: Ranks, joining_seconds: int, timeout_seconds: int) -> str:
@@ -236,22 +236,21 @@ def _join(ranks: Ranks, joining_seconds: int, timeout_seconds: int) -> str:
 
     Raises UserError if somebody doesn't come in time.
     """
-    joining = timedelta(seconds=joining_seconds)
+    joining, on_gpu = timedelta(seconds=joining_seconds), ranks.device.type == "cuda"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=joining))
+        store.set_timeout(joining)
+        attempt = name_attempt(store, ranks.rank, ranks.world_size, joining_seconds)
+        dist.init_process_group(
+            backend="nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore(attempt, store),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=ranks.device if on_gpu else None,
+        )
     except (dist.DistError, ValueError) as error:  # the latter: a variable is missing
         raise UserError(f"can't meet the other processes: {one_line(error)}") from error
-    store.set_timeout(joining)
-    attempt = name_attempt(store, ranks.rank, ranks.world_size, joining_seconds)
-    on_gpu = ranks.device.type == "cuda"
-    dist.init_process_group(
-        backend="nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore(attempt, store),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=ranks.device if on_gpu else None,
-    )
     return attempt
 
 

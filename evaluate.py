@@ -105,7 +105,7 @@ from tokenizer import token_byte_lengths
 
 XZ_LIMIT = 1 << 20  # bytes; xz -9e takes about a second for so many
 TIMEOUT = 7200  # seconds that ranks wait for one another: one may be downloading a model
-JOINING = 600  # and at the start
+JOINING = 600  # and until they have found one another
 Told = tuple[list[str], dict[str, object]]  # lines for the terminal, a record for --output
 
 

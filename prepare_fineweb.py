@@ -258,13 +258,13 @@ def interrupts_put_off() -> Iterator[None]:
         signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
     blocks = hasattr(signal, "pthread_sigmask")  # Windows has no such thing
     if blocks:  # for this thread, and so for what it starts
-        resource_tracker.ensure_running()  # a process of multiprocessing's; its start lets them in
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        resource_tracker.ensure_running()  # multiprocessing's; starting it would end the blocking
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         if blocks:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
     if heard:
         raise KeyboardInterrupt

@@ -157,10 +157,9 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
     with disk_errors(f"can't write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
+        log = (folder / "log.txt").open("a")
     command = [sys.executable, ROOT / "train.py", folder / "recipe.toml", "--train.out", folder]
     threads = max(1, os.cpu_count() // arguments.jobs)
-    with disk_errors(f"can't write {folder}"):
-        log = (folder / "log.txt").open("a")
     with log:
         status = subprocess.run(
             command,
@@ -252,7 +251,7 @@ def do(
             failed.set()
             raise
         told = f"{run.candidate}, rate {run.rate:g}, seed {run.seed}: {run.last:.4f}"
-        with lock:
+        with lock:  # or lines might run together
             print(told, file=sys.stderr, flush=True)
 
     missing = [training for training in trainings if not found.run(*training)]

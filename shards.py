@@ -36,7 +36,7 @@ MANIFEST_VERSION = 1
 PROGRESS = "progress.json"  # in the place of a manifest while prepare_fineweb.py is at work
 VOCABULARY = "tokenizer.tiktoken"
 SPLITS = ("train", "val")
-MOST_AT_ONCE = 1 << 28  # tokens; Linux reads no more than 2 GB in one call
+PIECE_TOKENS = 1 << 20  # in memory, of a shard that is read as a whole
 ENDS = 1 << 15  # tokens at each end of a shard that it is known by where no manifest has its hash
 # What NumPy raises for a header that isn't one: it evaluates it as a Python literal, and if that
 # fails takes it for Python 2 and reads it with `tokenize`.
@@ -108,8 +108,8 @@ def _open_npy(path: Path) -> np.ndarray:
 class Shard:
     """A shard to read here and there. It stays on the disk.
 
-    Its file isn't mapped into memory: where one that is mapped has been cut short, or a disk fails,
-    the system ends the process (SIGBUS), and nobody is told why.
+    Its file doesn't stay mapped into memory: where one that is mapped has been cut short, or a disk
+    fails, the system ends the process (SIGBUS), and nobody is told why.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,17 +125,27 @@ class Shard:
         return self.tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """The tokens from `start` on, uint16: `count` of them or, near the end or if those are very
-        many, fewer, but not none. Raises UserError if the file isn't what it was.
+        """The tokens from `start` on, uint16: `count` of them or, near the end, or if the system
+        gives no more at once, fewer; none only where there are none.
+
+        Raises UserError if the file isn't what it was, or can't be read.
         """
-        wanted = min(count, self.tokens - start, MOST_AT_ONCE)
+        wanted = 2 * min(count, self.tokens - start)
         try:
-            content = self._content(self.offset + 2 * start, 2 * wanted)
+            content = self._content(self.offset + 2 * start, wanted)
         except OSError as error:
             raise _no_shard(self.path, error) from error
-        if len(content) < 2 * wanted:
+        if len(content) < min(2, wanted):
             raise UserError(f"{self.path} has been cut short: prepare or download it again")
-        return np.frombuffer(content, dtype="<u2")
+        return np.frombuffer(content, dtype="<u2", count=len(content) // 2)
+
+    def largest_token(self) -> int:
+        """Of all, read piece by piece; 0 if there are none."""
+        largest, at = 0, 0
+        while at < len(self):
+            piece = self.read(at, PIECE_TOKENS)
+            largest, at = max(largest, int(piece.max())), at + len(piece)
+        return largest
 
     def _content(self, at: int, count: int) -> bytes:
         """So many bytes of the file, or as many as are left: without a place that threads share."""
@@ -210,9 +220,11 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise ValueError(f"it has version {version!r:.40}, this code reads {MANIFEST_VERSION}")
         content.pop("totals", None)  # for people: they follow from the rest
         return as_record(Manifest, content)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:
         raise UserError(
-            f"{path} is not a manifest: {error}; delete the folder and prepare it again"
+            f"{path} is not a manifest: {error}; prepare the data again in another folder"
         ) from error
 
 
@@ -229,7 +241,7 @@ def check_contents(folder: Path, shards: Iterable[ShardRecord], vocab_size: int)
                 f"{folder / record.file} has been damaged or changed since it was written (its "
                 "SHA-256 is another): delete the folder and prepare it again"
             )
-        largest = int(open_shard(folder / record.file).max(initial=0))
+        largest = Shard(folder / record.file).largest_token()
         if largest >= vocab_size:
             raise UserError(
                 f"{folder / record.file} has a token {largest}, its vocabulary only "
@@ -293,12 +305,22 @@ class TokenStream:
             self.records, self.shards = [], _found_shards(folder, split)
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.vocab_size = tokenizer_of(folder).vocab_size
-        hashes = [record.sha256 for record in self.records] or [*map(_ends_hash, self.shards)]
-        content = repr(([len(shard) for shard in self.shards], hashes))
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()  # other data, another one
+        self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def _fingerprint(self) -> str:
+        """Other data have another one. Without a manifest, those that differ in the lengths of
+        their shards or in what is near their ends; it comes after a "-".
+        """
+        hashes = [record.sha256 for record in self.records]
+        content = repr(([len(shard) for shard in self.shards], hashes)).encode()
+        ends = hashlib.sha256()
+        for shard in () if hashes else self.shards:
+            for start in (0, max(0, len(shard) - ENDS)):
+                ends.update(shard.read(start, ENDS))
+        return hashlib.sha256(content).hexdigest() + ("" if hashes else f"-{ends.hexdigest()}")
 
     def num_windows(self, block_size: int) -> int:
         """How many windows of `block_size` tokens, each with the token after it, there are.
@@ -334,12 +356,6 @@ class TokenStream:
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _ends_hash(shard: Shard) -> str:
-    """Of the first and the last tokens of a shard: others of the same length have other ones."""
-    ends = (shard.read(start, ENDS).tobytes() for start in (0, max(0, len(shard) - ENDS)))
-    return hashlib.sha256(b"".join(ends)).hexdigest()
 
 
 def _let_many_files_be_open() -> None:

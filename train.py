@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from checkpoint import Meta
 from common.device import memory_errors, peak_memory
+from common.files import is_there
 from common.records import strict
 from data import BatchShape, step_windows
 from distributed import Ranks, process_group
 from huggingface import find_model
 from scoring import BrokenOff, Validation
-from shards import GPT2, TokenStream, check_contents, encoding_of, tokenizer_of
+from shards import GPT2, VOCABULARY, TokenStream, check_contents, find_encoding, tokenizer_of
 from step import StepResult, make_stepper
 from training.examiner import Examiner
 from training.guard import StopRequest
@@ -81,8 +82,10 @@ class Trainer:
             self.val_stream.num_windows(self.config.model.block_size)  # too short? not later
             records = records + self.val_stream.records
         self.tokenizer = tokenizer_of(folder)
-        if self.tokenizer != GPT2:
-            encoding_of(folder)  # gone, or another? Nobody could read what the model writes
+        if self.tokenizer != GPT2:  # gone, or another? Nobody could read what the model writes
+            places = (folder, Path(self.config.train.out))
+            place = next((place for place in places if is_there(place / VOCABULARY)), folder)
+            find_encoding(place, self.tokenizer)
         mine = records[self.ranks.local_rank :: self.ranks.local_world_size]
         check_contents(folder, mine, self.tokenizer.vocab_size)
 

@@ -138,8 +138,8 @@ def _partial(path: Path) -> Path:
 def locked(folder: Path) -> Iterator[Callable[[], bool]]:
     """Keep other processes that ask for the same lock out of `folder`; its owner is named there.
 
-    What is given out tells whether the folder of this name is still the same: it may be moved or
-    removed, and another run may begin there.
+    What is given out tells whether the folder is still there, and still this process's: it may have
+    been moved or removed, and another process may have begun there since.
 
     The system lifts the lock when the process ends, however it ends. Windows has none of the kind,
     and some network file systems don't either: there it is up to the user. Raises UserError if
@@ -163,18 +163,21 @@ def locked(folder: Path) -> Iterator[Callable[[], bool]]:
             raise UserError(f"{owner} is writing to {folder}: wait until it is done") from error
         except OSError:
             pass  # a file system without locks
+        ours = f"process {os.getpid()} on {socket.gethostname()}".encode()
         with disk_errors(told):  # a file stays behind: removing it could let two others in at once
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.write(ours)
 
-        def is_same() -> bool:
+        def is_ours() -> bool:
             try:
-                return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
-            except OSError:
-                return False
+                return (folder / LOCK).read_bytes() == ours
+            except FileNotFoundError:
+                return folder.is_dir()  # only the lock was removed
+            except OSError:  # a disk that fails: who writes there is told better
+                return True
 
         try:
-            yield is_same
+            yield is_ours
         finally:
             with suppress(OSError):  # of a disk that has gone; whoever wrote there has said so
                 file.truncate(0)

@@ -21,10 +21,10 @@ from shards import (
     HEADER_BYTES,
     MANIFEST,
     Manifest,
+    Shard,
     ShardRecord,
     check_contents,
     holds_shards,
-    open_shard,
     read_manifest,
 )
 from tokenizer import GPT2_VOCAB_SIZE
@@ -133,14 +133,14 @@ def download(repository: str, commit: str, shard: Published, folder: Path) -> Sh
         hf_hub_download(
             repository, shard.file, repo_type="dataset", revision=commit, local_dir=folder
         )
-    tokens, sha256 = open_shard(path), file_sha256(path)
+    found, sha256 = Shard(path), file_sha256(path)
     if shard.sha256 not in (None, sha256):
         path.unlink()
         raise UserError(f"{path} was not what the Hub says it is: give the same command again")
-    largest = int(tokens.max(initial=0))
+    largest = found.largest_token()
     if largest >= GPT2_VOCAB_SIZE:
         raise UserError(
             f"{shard.file} of {repository} has a token {largest:,}, GPT-2's vocabulary only "
             f"{GPT2_VOCAB_SIZE:,}: choose another dataset, and another --out"
         )
-    return ShardRecord(shard.file, shard.split, len(tokens), sha256)
+    return ShardRecord(shard.file, shard.split, len(found), sha256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
@@ -134,6 +135,33 @@ def test_who_died_before_the_others_came_is_not_taken_for_the_one_that_comes(sto
     assert len(set(attempt(store, 3, {1: 0.3}))) == 1
 
 
+def test_whoever_waits_for_long_later_need_not_wait_for_long_at_the_start(monkeypatch, store):
+    """As evaluate.py, whose first rank may be downloading a model."""
+    waited = {}
+
+    def name(store: Store, rank: int, world_size: int, seconds: float) -> str:
+        waited["name"] = seconds
+        return "attempt"
+
+    def begin(**options: object) -> None:
+        waited["collectives"] = options["timeout"].total_seconds()
+        raise UserError("far enough")
+
+    def meet(*_: object, timeout: timedelta) -> Iterator:
+        waited["meet"] = timeout.total_seconds()
+        yield (store,)
+
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(distributed, "name_attempt", name)
+    monkeypatch.setattr(distributed.dist, "rendezvous", meet)
+    monkeypatch.setattr(distributed.dist, "init_process_group", begin)
+    monkeypatch.setattr(distributed, "GRACE", 1)
+    with pytest.raises(UserError, match="far enough"), process_group("cpu", 100, 10):
+        pass
+    assert waited == {"meet": 11, "name": 11, "collectives": 101}
+
+
 # Leaving
 
 
@@ -141,6 +169,7 @@ def test_who_died_before_the_others_came_is_not_taken_for_the_one_that_comes(sto
     ("ending", "leaves"),
     [
         (None, True),
+        (None, "fails"),
         (Stopped("stopped", 15), True),
         (UserError("bad"), False),
         (MemoryError(), False),
@@ -163,15 +192,18 @@ def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(monkeypatch, en
     def leave() -> None:
         done.append("left")
         assert not roll_call.closed.is_set()  # it may have to wait for one that fails yet
+        if leaves == "fails":
+            raise RuntimeError("can't leave")
 
     monkeypatch.setattr(distributed.dist, "destroy_process_group", leave)
     monkeypatch.setattr(distributed, "name_attempt", lambda *_: "attempt")
     monkeypatch.setattr(distributed, "_begin_roll_call", lambda *_: roll_call)
-    with pytest.raises(type(ending)) if ending else nullcontext():
+    failure = RuntimeError if leaves == "fails" else type(ending)
+    with pytest.raises(failure) if ending or leaves == "fails" else nullcontext():
         with process_group("cpu", timeout_seconds=60):
             if ending:
                 raise ending
-    assert done == ["left"] * leaves
-    assert distributed.LEFT == [group] * leaves
+    assert done == ["left"] * bool(leaves)
+    assert distributed.LEFT == [group] * bool(leaves)
     assert roll_call.closed.is_set()
     assert store.check(["failed"]) == (not leaves)

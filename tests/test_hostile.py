@@ -210,7 +210,7 @@ def test_what_a_link_out_of_the_folder_leads_to_is_not_told(data, secret, tmp_pa
 def test_a_manifest_that_is_a_link_to_nothing_is_not_taken_for_none(data):
     (data / MANIFEST).unlink()
     (data / MANIFEST).symlink_to("nothing")
-    with pytest.raises(UserError, match="manifest.json is not a manifest"):
+    with pytest.raises(UserError, match="can't read .*manifest.json: No such file"):
         TokenStream(data, "train")
 
 

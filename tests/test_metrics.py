@@ -108,6 +108,7 @@ def test_metrics_that_find_no_room_are_one_line(configure):
     with trainer.folder.owned():
         metrics = trainer.folder.prepare(trainer.tokenizer, trainer.step)
         metrics.path = Path("/dev/full")
+        metrics.file = metrics.path.open("a")
         with pytest.raises(train.UserError, match="can't write /dev/full: No space left on device"):
             metrics.write("train", 1, {"loss": 1.0})
 

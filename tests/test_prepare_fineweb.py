@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -254,17 +255,41 @@ def test_killed_and_interrupted_again_and_again_it_ends_with_the_same_bytes(whol
     assert fingerprint(out) == fingerprint(one)
 
 
-@needs_proc
 def test_ctrl_c_while_workers_start_is_heard_when_all_have_and_not_by_them():
     """A worker that heard of it would end with a traceback; lost, the run would go on."""
     code = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)"
-    started = []
+    started, done = [], threading.Event()
+    other = threading.Thread(target=done.wait)  # it takes the signal, which it doesn't block
+    other.start()
     with pytest.raises(KeyboardInterrupt):
         with interrupts_put_off():
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
             started.append(subprocess.check_output([sys.executable, "-c", code], text=True))
+    done.set()
     assert "SIGINT" in started[0]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+WORKER = """
+import multiprocessing, sys
+from pathlib import Path
+from prepare_fineweb import encoded, find_source
+
+stream = encoded(find_source(sys.argv[1]), Path(sys.argv[2]), 1, 0)
+next(stream)
+(worker,) = multiprocessing.active_children()
+print(Path(f"/proc/{worker.pid}/status").read_text())
+"""
+
+
+@needs_proc
+def test_a_worker_does_not_hear_of_ctrl_c(texts, tmp_path):
+    """In a fresh process: the first start of multiprocessing's is another than the later ones."""
+    save_vocabulary(make_encoding(train_bpe([TEXT], 300)), tmp_path / "vocabulary")
+    told = run("-c", WORKER, texts, tmp_path / "vocabulary")
+    blocked = int(re.search(r"SigBlk:\s*(\w+)", told.out)[1], 16)
+    assert blocked >> (signal.SIGINT - 1) & 1, told
 
 
 def test_more_workers_than_the_system_allows_are_one_line(tmp_path, texts):
@@ -275,6 +300,7 @@ def test_more_workers_than_the_system_allows_are_one_line(tmp_path, texts):
     assert "can't start 30 worker processes: Too many open files: use fewer" in result.error()
 
 
+@needs_proc
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(corpus, tmp_path):
     command = ["--source", corpus / "corpus-*.parquet", "--out", tmp_path / "out"]
     process = start(*command, "--val-tokens", 100_000, "--workers", 2, "--max-tokens", 5_000_000)

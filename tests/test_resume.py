@@ -12,12 +12,14 @@ import pytest
 import torch
 from conftest import exchange_shard, metrics_of
 from safetensors.torch import load_file
+from test_checkpoint import rewrite_meta
 
 import train
 from checkpoint import MODEL, OPTIMIZER, newest_checkpoint, read_checkpoint
 from common.errors import Stopped, UserError
 from config import Config
 from distributed import Ranks
+from shards import MANIFEST, VOCABULARY
 from training.resume import check_same_run, check_schedule
 
 ALONE = Ranks(torch.device("cpu"))
@@ -37,6 +39,34 @@ def test_data_of_another_vocabulary_is_one_line(call, tiny, trained, tmp_path):
     assert "has the vocabulary bpe-270 of 270 tokens" in result.error()
     result = call("evaluate", "--checkpoint", trained, "--data", tmp_path / "data")
     assert "has the vocabulary bpe-270 of 270 tokens" in result.error()
+
+
+def test_without_a_manifest_a_run_knows_its_shards_by_their_lengths_and_ends(
+    call, tiny, shards, tmp_path
+):
+    """Older code kept the lengths alone: its runs go on."""
+    data = shutil.copytree(shards, tmp_path / "data")
+    for name in (MANIFEST, VOCABULARY):
+        (data / name).unlink()
+    options = ("--data.dir", data, "--train.out", tmp_path / "run", "--train.checkpoint_every", 1)
+    assert call("train", tiny, *options, "--train.max_steps", 1).status == 0
+    path = tmp_path / "run" / "checkpoints" / "step_000001"
+    lengths = " ".join(one.partition("-")[0] for one in read_checkpoint(path).meta.data.split())
+    rewrite_meta(path, lambda meta: meta.update(data=lengths))
+    assert "going on after step 1" in call("train", tiny, *options, "--train.max_steps", 2).err
+    shard = data / "train_000000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2] + bytes(2))
+    told = call("train", tiny, *options, "--train.max_steps", 3).error()
+    assert f"was trained on other data than {data} holds now" in told
+
+
+def test_a_run_goes_on_with_its_own_vocabulary_if_need_be(call, tiny, trained, shards, tmp_path):
+    data, run = (shutil.copytree(a, tmp_path / a.name) for a in (shards, trained))
+    (data / VOCABULARY).unlink()
+    options = ("--data.dir", data, "--train.out", run, "--train.max_steps", 41)
+    assert "going on after step 40" in call("train", tiny, *options).err
+    assert (run / VOCABULARY).read_bytes() == (shards / VOCABULARY).read_bytes()
 
 
 @pytest.mark.parametrize(

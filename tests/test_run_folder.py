@@ -6,11 +6,12 @@ import errno
 import os
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import files_of
+from conftest import files_of, metrics_of
 
 import train
 from config import load_config
@@ -96,21 +97,36 @@ def test_two_runs_in_one_folder_do_not_meet(configure):
 
 
 @pytest.mark.parametrize("begun_anew", [False, True])
-def test_a_run_whose_folder_is_taken_away_ends_without_saving_elsewhere(configure, begun_anew):
+def test_a_run_whose_folder_is_taken_away_ends_without_saving_elsewhere(
+    configure, monkeypatch, begun_anew
+):
     first = train.Trainer(configure("--train.max_steps", 2), ALONE)
     path = first.folder.path
     with first.folder.owned():
-        first.folder.prepare(first.tokenizer, first.step)
+        metrics = first.folder.prepare(first.tokenizer, first.step)
         first.save(None)
         path.rename(path.with_name("moved"))
         with ExitStack() as stack:
             if begun_anew:
+                monkeypatch.setattr(os, "getpid", lambda: 1)
                 other = train.Trainer(configure("--train.max_steps", 2), ALONE)
                 stack.enter_context(other.folder.owned())
                 other.folder.prepare(other.tokenizer, other.step)
-            with pytest.raises(train.UserError, match="another folder than this run began in"):
-                first.save(None)
+            for write in (partial(first.save, None), partial(first.folder.add_losses, 0, {})):
+                with pytest.raises(train.UserError, match="isn't this run's folder any more"):
+                    write()
+            metrics.write("train", 1, {"loss": 7.0})
     assert not [*path.glob("checkpoints/step*")]
+    assert metrics_of(path.with_name("moved")) == [{"kind": "train", "step": 1, "loss": 7.0}]
+    assert not begun_anew or metrics_of(path) == []
+
+
+def test_a_run_whose_lock_is_removed_saves_all_the_same(configure):
+    trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
+    with trainer.folder.owned():
+        (trainer.folder.path / "lock").unlink()
+        trainer.run()
+    assert [*trainer.folder.path.glob("checkpoints/step_000002")]
 
 
 def test_an_unwritable_run_folder_is_one_line(call, tiny, shards, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import struct
@@ -18,7 +19,6 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import shards as shards_module
 from common.errors import UserError
 from data import load_windows
 from preparation.writing import ShardWriter
@@ -179,6 +179,13 @@ def test_llmcs_published_shards_are_read_without_a_manifest(tmp_path):
     assert TokenStream(tmp_path, "train").read(0, 3).tolist() == [1, 2, 10]
     assert TokenStream(tmp_path, "val").read(0, 1).tolist() == [7]
     assert encoding_of(tmp_path).name == "gpt2"
+
+
+def test_the_lengths_alone_are_what_a_fingerprint_without_a_manifest_begins_with(tmp_path):
+    """They are all that older code kept."""
+    write_shard(tmp_path / "fineweb_train_000001.bin", range(10))
+    old = hashlib.sha256(repr(([10], [])).encode()).hexdigest()
+    assert TokenStream(tmp_path, "train").fingerprint.partition("-")[:2] == (old, "-")
 
 
 @pytest.mark.parametrize("at", [0, ENDS - 1, -1])
@@ -382,10 +389,14 @@ def test_a_disk_that_fails_while_a_shard_is_read_is_one_line(tmp_path, monkeypat
         stream.read(0, 3)
 
 
-def test_very_many_tokens_come_in_several_reads(tmp_path, monkeypatch):
+def test_what_the_system_gives_in_small_pieces_is_put_together(tmp_path, monkeypatch):
+    """As Linux does where the next page can't be read, which only the next call tells."""
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, at: pread(file, min(count, 7), at))
     write_shard(tmp_path / "train_000000.bin", range(10))
-    monkeypatch.setattr(shards_module, "MOST_AT_ONCE", 3)
-    assert TokenStream(tmp_path, "train").read(1, 8).tolist() == [*range(1, 9)]
+    stream = TokenStream(tmp_path, "train")
+    assert stream.read(1, 8).tolist() == [*range(1, 9)]
+    assert stream.shards[0].largest_token() == 9
 
 
 def test_every_stretch_of_a_stream_is_what_it_is_in_the_whole(tmp_path):

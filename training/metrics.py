@@ -83,6 +83,7 @@ class Metrics:
         kept = [line for line in _lines_of(self.path) if start and _step_of(line) <= start]
         with writing(self.path):
             write_atomically(self.path, "".join(kept))
+            self.file = self.path.open("a", encoding="utf-8")  # this one, wherever it may be moved
         first = start + 1 if start else 0  # the first step that is told from here on
         self.viewers: dict[str, Viewer] = {}
         if config.log.tensorboard:
@@ -134,14 +135,16 @@ class Metrics:
         A number that isn't finite is null in the file. Raises UserError if the disk is full.
         """
         values = strict(values)
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        with writing(self.path):
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
         known = ((key, value) for key, value in values.items() if isinstance(value, (int, float)))
         numbers = {f"{kind}/{key}": value for key, value in known}
         self._tell_viewers(lambda log, close: log(numbers, step=step))
 
     def close(self) -> None:
         """Hand in what is still buffered."""
+        self.file.close()
         self._tell_viewers(lambda log, close: close())
 
     def _tell_viewers(self, tell: Callable[..., None]) -> None:

@@ -47,7 +47,7 @@ class RunFolder:
         with ranks.together():
             self.at_start = checkpoints_in(self.checkpoints)
         self.damaged: set[Path] = set()
-        self.is_same: Callable[[], bool] = lambda: True  # from `owned` on: as when it was locked
+        self.is_ours: Callable[[], bool] = lambda: True  # from `owned` on: `locked` tells
 
     def newest(self) -> Checkpoint | None:
         """The checkpoint to go on from, the same on all machines; None if there is none.
@@ -84,7 +84,7 @@ class RunFolder:
                 if self.ranks.is_first:
                     with disk_errors(f"can't write to the run folder {self.path}"):
                         self.path.mkdir(parents=True, exist_ok=True)
-                    self.is_same = stack.enter_context(locked(self.path))
+                    self.is_ours = stack.enter_context(locked(self.path))
                     self._check_still_newest()
             yield
 
@@ -123,16 +123,20 @@ class RunFolder:
         """
         with self.ranks.together():
             if self.ranks.is_first:
-                if not self.is_same():
-                    raise UserError(
-                        f"{self.path} is another folder than this run began in, or none: it was "
-                        "moved or removed; the same command goes on from what is there now"
-                    )
+                self._check_ours()
                 with writing(self.path / METRICS):
                     sync(self.path / METRICS)
                 path = save_checkpoint(self.checkpoints, meta, model, optimizer)
                 self.damaged.discard(path)
                 self._remove_old(path)
+
+    def _check_ours(self) -> None:
+        """Raises UserError if the folder is gone, or another run has begun there."""
+        if not self.is_ours():
+            raise UserError(
+                f"{self.path} isn't this run's folder any more: it was moved or removed; the same "
+                "command goes on from what is there now"
+            )
 
     def add_losses(self, step: int, losses: dict[str, float | None]) -> None:
         """Tell the checkpoint of a step of a validation that came after it was saved.
@@ -141,6 +145,7 @@ class RunFolder:
         """
         with self.ranks.together():
             if self.ranks.is_first:
+                self._check_ours()
                 path = self.checkpoints / step_name(step)
                 add_losses(path, **losses)
                 self._remove_old(path)
