@@ -246,6 +246,16 @@ def test_a_log_that_cannot_be_written_is_one_line(begin, tmp_path):
         recipe.train("nanogpt", 1e-3, 1, arguments)
 
 
+def test_checkpoints_that_cannot_be_removed_are_one_line(begin, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    arguments = begin()
+    monkeypatch.setattr(recipe.shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match="can't remove .*checkpoints: Input/output error"):
+        recipe.train("nanogpt", 1e-3, 1, arguments)
+
+
 @pytest.mark.parametrize("disk_is_full", [False, True])
 def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch, disk_is_full):
     """Not even by the thread that is free for it before the main one has heard."""

@@ -397,6 +397,8 @@ def test_what_the_system_gives_in_small_pieces_is_put_together(tmp_path, monkeyp
     stream = TokenStream(tmp_path, "train")
     assert stream.read(1, 8).tolist() == [*range(1, 9)]
     assert stream.shards[0].largest_token() == 9
+    monkeypatch.undo()
+    assert stream.fingerprint == TokenStream(tmp_path, "train").fingerprint
 
 
 def test_every_stretch_of_a_stream_is_what_it_is_in_the_whole(tmp_path):
