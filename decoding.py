@@ -3,23 +3,27 @@
 Nothing here is needed to understand how text grows (`GPT.generate` in model.py). On a CPU a step is
 as fast as the weights can be read, so they are laid out for reading. On a GPU it is as fast as its
 200 small kernels can be started, so they are recorded and started as one, and it isn't kept waiting
-for whoever looks at the tokens.
+for whoever looks at the tokens. Those of gpu_kernels.py are fewer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from subprocess import CalledProcessError
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from common.device import Moment
+from common.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from model import GPT, KVCache
 
+MOST_FUSED = 3200  # B · C, up to which kernels of our own are faster than PyTorch's
 ROWS = 16  # the batch that weights are laid out for; smaller and larger ones are fast with it too
 
 
@@ -65,15 +69,47 @@ def pack_weights(model: GPT) -> None:
     model.logits = PackedLinear(model.wte.weight, None).forward
 
 
-class RecordedDecoding:
-    """A decoding step as a CUDA graph: some 200 small kernels, recorded once, started as one.
+def compile_decoding(model: GPT) -> None:
+    """`GPT.compile_decoding`, where it can be done. Raises UserError where not, with the reason."""
+    if not model.wte.weight.is_cuda:
+        raise UserError(f"--compile is for NVIDIA GPUs, this is {model.wte.weight.device.type}")
+    try:
+        model.compile_decoding()
+    except (ImportError, RuntimeError, OSError, CalledProcessError) as error:
+        raise UserError(f"--compile: Triton failed: {one_line(error)}") from error
 
-    Starting each of them from Python takes longer than it runs. One graph serves as long as the
-    cache's `reach` stays the same.
+
+class Kept:
+    """Something that takes long to make, for whoever comes next and needs the same."""
+
+    def __init__(self) -> None:
+        self.key: Hashable = None
+        self.thing: object = None
+
+    @contextmanager
+    def ready(self, key: Hashable, make: Callable[[], object]) -> Iterator[object]:
+        """What was last made, if it was for this key, else what `make` makes; inside, for one."""
+        found, thing = self.key, self.thing
+        self.key = self.thing = None
+        if found != key:
+            del thing  # its memory may be needed
+            thing = make()
+        try:
+            yield thing
+        finally:
+            self.key, self.thing = key, thing
+
+
+class RecordedDecoding:
+    """A decoding step as a CUDA graph: its many small kernels, recorded once, started as one.
+
+    Starting each of them from Python takes longer than it runs. Of PyTorch's kernels, a graph
+    serves as long as the cache's `reach` stays the same; of our own, as long as the cache does.
     """
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        self.model = model
+    def __init__(self, model: GPT, cache: KVCache, step: Callable | None = None) -> None:
+        """`step` is what computes `model.next_logits` for one token, if not that itself."""
+        self.step, self.by_reach = step or model.next_logits, step is None
         batch_size = len(cache.layers[0].keys)
         self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=cache.position.device)
         self.recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -81,21 +117,22 @@ class RecordedDecoding:
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
         """The logits (B, V) after ids (B, 1); the next call overwrites them."""
         self.ids.copy_(ids)
-        if cache.reach not in self.recordings:
-            self.recordings[cache.reach] = self._record(cache)
-        graph, logits = self.recordings[cache.reach]
+        reach = cache.reach if self.by_reach else 0
+        if reach not in self.recordings:
+            self.recordings[reach] = self._record(cache)
+        graph, logits = self.recordings[reach]
         graph.replay()  # moves cache.position on as well
         cache.length += 1
         return logits
 
     def _record(self, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         length = cache.length
-        self.model.next_logits(self.ids, cache)  # libraries set themselves up in a first call
+        self.step(self.ids, cache)  # libraries set themselves up in a first call
         cache.go_back(length)
         graph = torch.cuda.CUDAGraph()
         # What other threads do meanwhile, such as the data loader's, doesn't concern the graph.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self.model.next_logits(self.ids, cache)
+            logits = self.step(self.ids, cache)
         cache.length = length  # nothing has run yet
         return graph, logits
 

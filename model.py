@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from decoding import RecordedDecoding, one_ahead
+from decoding import MOST_FUSED, Kept, RecordedDecoding, one_ahead
 
 Mask = Tensor | BlockMask | None  # who sees whom; None: each sees itself and all before it
 Documents = tuple[Mask, Tensor] | None  # mask and positions: data.within_documents
@@ -338,6 +340,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.logits_to_gradient: Callable[[Tensor, Tensor, int], Tensor] = logits_to_gradient
+        self.fused_step: Callable[[GPT, KVCache], Callable] | None = None  # `compile_decoding`
+        self.kept_decoding = Kept()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -421,7 +425,25 @@ class GPT(nn.Module):
         """
         for block in self.h:
             block.compile(fullgraph=True, dynamic=False)
-        self.logits_to_gradient = torch.compile(logits_to_gradient, fullgraph=True, dynamic=False)
+        if self.wte.weight.is_cuda and find_spec("triton"):
+            from gpu_kernels import logits_to_gradient as compiled
+        else:
+            compiled = torch.compile(logits_to_gradient, fullgraph=True, dynamic=False)
+        self.logits_to_gradient = compiled
+
+    def compile_decoding(self) -> None:
+        """Let Triton make few kernels of a decoding step, for `generate` to use on an NVIDIA GPU.
+
+        For a few texts at once, with the 124M four. It takes a second, or five where it is done for
+        the first time. Raises ImportError without Triton, and whatever keeps Triton from working.
+        """
+        from gpu_kernels import FusedStep
+
+        weight = self.wte.weight
+        cache = KVCache(self.config, 1, self.config.block_size, weight.device, weight.dtype)
+        with torch.inference_mode():
+            FusedStep(self, cache)(torch.zeros(1, 1, dtype=torch.long, device=weight.device), cache)
+        self.fused_step = FusedStep
 
     def num_parameters(self) -> int:
         """All of them, positions included, tied ones once."""
@@ -459,33 +481,54 @@ class GPT(nn.Module):
         goes on with the later half of it: positions are learned one by one, so that a window that
         slides by one token would have to be computed afresh for every token.
         """
-        block_size = self.config.block_size
+        block_size, on_gpu = self.config.block_size, self.wte.weight.is_cuda
         window = ids[:, -block_size:]  # (B, ≤ block_size)
+        with self._decoding(len(ids), window.size(1) + max_new_tokens) as (cache, decode):
+            cache.go_back(0)  # it may have served before
+            logits = self.next_logits(window, cache)  # (B, V)
+            for count in range(max_new_tokens):
+                # NaN is the largest of numbers, too. To look each time would keep a GPU waiting.
+                if (count == 0 or not on_gpu) and not logits.amax().isfinite():
+                    kind = str(self.wte.weight.dtype).removeprefix("torch.")
+                    raise FloatingPointError(
+                        f"logits aren't finite: weights are spoilt, or too large for {kind}"
+                    )
+                next_ids = choose_next(logits, temperature, top_k, top_p, generator)  # (B)
+                yield next_ids
+                if count == max_new_tokens - 1:
+                    return
+                window = torch.cat((window, next_ids[:, None]), dim=1)
+                if cache.length < block_size:
+                    logits = decode(next_ids[:, None], cache)  # (B, V)
+                else:
+                    cache.go_back(0)
+                    window = window[:, -max(1, block_size // 2) :]
+                    logits = self.next_logits(window, cache)  # (B, V)
+
+    def _decoding(
+        self, batch_size: int, tokens: int
+    ) -> AbstractContextManager[tuple[KVCache, Callable]]:
+        """A cache for so many tokens, and what computes `next_logits` of one more with it.
+
+        What kernels of our own need is kept for the next texts, as long as they are as many, and
+        the weights stay where they are.
+        """
         weight, dtype = self.wte.weight, self.wte.weight.dtype
         if weight.device.type == "cpu":  # which attends faster in float32, and no worse
             dtype = torch.promote_types(dtype, torch.float32)
-        tokens = window.size(1) + max_new_tokens
-        cache = KVCache(self.config, len(ids), tokens, weight.device, dtype)
-        decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
-        logits = self.next_logits(window, cache)  # (B, V)
-        for count in range(max_new_tokens):
-            # NaN is the largest of numbers, too. To look each time would keep a GPU waiting.
-            if (count == 0 or not weight.is_cuda) and not logits.amax().isfinite():
-                kind = str(weight.dtype).removeprefix("torch.")
-                raise FloatingPointError(
-                    f"logits aren't finite: weights are spoilt, or too large for {kind}"
-                )
-            next_ids = choose_next(logits, temperature, top_k, top_p, generator)  # (B)
-            yield next_ids
-            if count == max_new_tokens - 1:
-                return
-            window = torch.cat((window, next_ids[:, None]), dim=1)
-            if cache.length < block_size:
-                logits = decode(next_ids[:, None], cache)  # (B, V)
-            else:
-                cache.go_back(0)
-                window = window[:, -max(1, block_size // 2) :]
-                logits = self.next_logits(window, cache)  # (B, V)
+        is_small = batch_size * self.config.n_embd <= MOST_FUSED
+        if self.fused_step is None or not weight.is_cuda or not is_small:
+            cache = KVCache(self.config, batch_size, tokens, weight.device, dtype)
+            decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
+            return nullcontext((cache, decode))
+
+        def make() -> tuple[KVCache, Callable]:
+            room = self.config.block_size  # for whatever comes next
+            cache = KVCache(self.config, batch_size, room, weight.device, dtype)
+            return cache, RecordedDecoding(self, cache, self.fused_step(self, cache))
+
+        places = (parameter.data_ptr() for parameter in self.parameters())
+        return self.kept_decoding.ready((batch_size, dtype, *places), make)
 
     def next_logits(self, ids: Tensor, cache: KVCache) -> Tensor:
         """The logits of the token that comes after ids (B, T), which follow the cached: (B, V)."""

@@ -33,6 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=_seed, help="the same seed gives the same text (random)")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    add("--compile", action="store_true", help="start later, be faster then: on an NVIDIA GPU")
     add("--jsonl", action="store_true", help="one JSON object per sample, nothing else")
     return parser.parse_args(arguments)
 
@@ -78,7 +79,7 @@ import tiktoken
 import torch
 
 from common.device import choose_device, choose_dtype, memory_errors
-from decoding import pack_weights
+from decoding import compile_decoding, pack_weights
 from huggingface import find_model
 from model import GPT
 from tokenizer import encode_long
@@ -262,6 +263,8 @@ def main(arguments: argparse.Namespace) -> None:
     model = checkpoint.make_model()
     model.to(device=device, dtype=dtype)
     pack_weights(model)
+    if arguments.compile:
+        compile_decoding(model)
     generator = torch.Generator(device)
     seed = generator.seed() if arguments.seed is None else arguments.seed
     print(

@@ -38,7 +38,7 @@ from common.errors import UserError, run_script
 from common.files import file_sha256
 from config import make_config
 from data import BatchShape, micro_batches
-from decoding import pack_weights
+from decoding import compile_decoding, pack_weights
 from distributed import Ranks
 from model import GPT, GPTConfig
 from shards import GPT2, TokenStream, shard_header
@@ -246,9 +246,11 @@ def measure_generation(settings: dict, device: torch.device, dtype: torch.dtype)
 def our_generation(
     settings: dict, device: torch.device, dtype: torch.dtype, tick: Callable[[], None]
 ) -> Callable[[Tensor, int], None]:
-    """GPT.generate, greedy, on packed weights and token by token as sample.py takes them."""
+    """GPT.generate, greedy, made ready and taken token by token as sample.py does it."""
     model = GPT(GPTConfig(**settings["model"])).to(device=device, dtype=dtype).eval()
     pack_weights(model)
+    if settings["compile"]:
+        compile_decoding(model)
 
     def generate(ids: Tensor, count: int) -> None:
         for next_ids in model.generate(ids, count, temperature=0):

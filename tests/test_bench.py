@@ -416,6 +416,7 @@ SETTINGS = {
     "batch_size": 2,
     "prompt_tokens": 5,
     "new_tokens": 3,
+    "compile": False,
 }
 CPU = torch.device("cpu")
 
@@ -452,6 +453,15 @@ def test_the_others_train_on_as_large_a_batch_in_the_same_precision_and_compiled
     contestants.their_step(settings, CPU, dtype)(contestants.Stopwatch(CPU))
     assert seen == [(not compiled, (2, 32), (2, 32), dtype)]
     assert torch.get_float32_matmul_precision() == before  # products as exact as ours
+
+
+def test_ours_decodes_compiled_if_asked_to(monkeypatch):
+    told = []
+    monkeypatch.setattr(contestants, "compile_decoding", lambda model: told.append(type(model)))
+    for compiled in (False, True):
+        settings = SETTINGS | {"compile": compiled}
+        contestants.our_generation(settings, CPU, torch.float32, lambda: None)
+    assert told == [contestants.GPT]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 from collections.abc import Iterator
+from subprocess import CalledProcessError
 
 import pytest
 import torch
 from test_model import SMALL, greedy_without_cache, make_model, random_ids
 
 import model as model_module
-from decoding import PackedLinear, one_ahead, pack_weights
+from common.errors import UserError
+from decoding import Kept, PackedLinear, compile_decoding, one_ahead, pack_weights
 from model import GPT, GPTConfig, KVCache
 
 
@@ -73,6 +76,55 @@ def test_what_cannot_be_packed_stays_as_it_is(reason, monkeypatch):
     ids = random_ids(SMALL, 2, 7)
     with torch.no_grad():
         assert torch.equal(model(ids), before(ids))
+
+
+def test_decoding_is_compiled_for_gpus_alone():
+    with pytest.raises(UserError, match="--compile is for NVIDIA GPUs, this is cpu"):
+        compile_decoding(make_model())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("No module named 'triton'"),
+        RuntimeError("Failed to find C compiler.\nPlease specify via CC"),
+        CalledProcessError(1, "cc"),
+    ],
+)
+def test_why_decoding_cannot_be_compiled_is_told(error):
+    class Model:
+        wte = Namespace(weight=Namespace(is_cuda=True))
+
+        def compile_decoding(self) -> None:
+            raise error
+
+    with pytest.raises(UserError, match=f"--compile: Triton failed: {str(error).splitlines()[0]}"):
+        compile_decoding(Model())
+
+
+def test_what_was_made_last_serves_whoever_needs_the_same_and_one_at_a_time():
+    kept, made = Kept(), []
+
+    def make() -> int:
+        assert kept.thing is None  # its memory may be needed
+        made.append(len(made))
+        return made[-1]
+
+    def use(key: str, expected: int) -> None:
+        with kept.ready(key, make) as thing:
+            assert thing == expected
+
+    use("a", 0)
+    use("a", 0)
+    use("b", 1)
+    use("a", 2)
+    with kept.ready("a", make) as first, kept.ready("a", make) as second:
+        assert (first, second) == (2, 3)
+    use("a", 2)  # whichever was left last
+    with pytest.raises(KeyboardInterrupt), kept.ready("a", make):
+        raise KeyboardInterrupt
+    use("a", 2)
+    assert made == [0, 1, 2, 3]
 
 
 @pytest.mark.gpu

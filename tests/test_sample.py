@@ -146,6 +146,18 @@ def test_the_weights_are_packed(call, trained, monkeypatch):
     assert packed == [GPT]
 
 
+def test_decoding_is_compiled_if_asked_for_after_the_weights_are_where_they_stay(
+    call, trained, monkeypatch
+):
+    compiled = []
+    monkeypatch.setattr("sample.compile_decoding", lambda model: compiled.append(model.wte.weight))
+    options = ("--checkpoint", trained, "--max-new-tokens", 1, "--dtype", "bfloat16")
+    assert call("sample", *options).status == 0
+    assert not compiled
+    assert call("sample", *options, "--compile").status == 0
+    assert [weight.dtype for weight in compiled] == [torch.bfloat16]
+
+
 def test_a_seed_gives_the_same_text_again_and_no_seed_gives_another(call, trained):
     arguments = ("sample", "--checkpoint", trained, "--prompt", "T", "--temperature", 1.5)
     first, again = (call(*arguments, "--seed", 3).out for _ in range(2))
