@@ -35,7 +35,10 @@ def check_step(
     device: str,
     sharpness: float = 1.0,
 ) -> None:
-    """Three steps after so many tokens: as near to float64 as the plain ones, and stored alike."""
+    """Three steps after so many tokens: as near to float64 as the plain ones, and stored alike.
+
+    Compared are medians: where two keys fit about equally well, errors are ten times as large.
+    """
     from gpu_kernels import FusedStep
 
     model = make_model(config, scale=3.0).to(device, dtype)
@@ -55,13 +58,17 @@ def check_step(
         for tensor in vars(fused).values():  # nothing may be read before it is written
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 tensor.fill_(torch.nan)
+        errors = []  # of both, one row for each text and step
         for count in range(length, length + 3):
-            steps = zip((fused, model.next_logits), caches)
-            ours, plain = (step(ids[:, count : count + 1], cache).double() for step, cache in steps)
-            logits = exact(ids[:, : count + 1])[:, -1]
-            error, allowed = ((found - logits).abs().mean() for found in (ours, plain))
-            assert error <= 2 * allowed, (config, dtype, batch, count)
-            assert logits.abs().mean() > 20 * error
+            exact_logits = exact(ids[:, : count + 1])[:, -1]
+            found = [
+                step(ids[:, count : count + 1], cache).double()
+                for step, cache in zip((fused, model.next_logits), caches)
+            ]
+            errors.append(torch.stack([(one - exact_logits).abs().mean(dim=1) for one in found]))
+    error, allowed = torch.cat(errors, dim=1).median(dim=1).values
+    assert error <= 2 * allowed
+    assert exact_logits.abs().mean() > 20 * error
     ours, plain = caches
     assert ours.length == plain.length == ours.position.item() == length + 3
     for layer, expected in zip(ours.layers, plain.layers):
