@@ -778,7 +778,8 @@ def gpu_run_prose() -> list[str]:
         f"[{run['seconds']['of its steps and validations']} seconds](h200_124m.json) of steps and "
         f"validations, and ended with a loss of {end:.2f}. Its steps of {batch:,} tokens made "
         f"{rate:,} tokens per second, {slower} fewer than AdamW's above. If what Muon adds to a "
-        f"step is the same however large the step is, it would add {small} to one of 524,288 tokens.",
+        f"step is the same however large the step is, it would add {small} to one of 524,288 "
+        "tokens.",
         "Of the 52 tests that need a GPU, 51 passed there, six of them shortly before commit "
         "f60b6b3. The other had compared single errors, which are far from alike; it compares "
         "medians since, and has not run there again.",
