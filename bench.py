@@ -72,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=1, help="texts side by side (1)")
     add("--prompt-tokens", type=positive, default=16, help="length of the prompt (16)")
     add("--new-tokens", type=positive, help="tokens to generate (32, on a GPU 256; fewer to fit)")
-    add("--no-compile", action="store_true", help="on a GPU: sample.py without --compile")
+    add("--no-compile", action="store_true", help="on a GPU: as sample.py without --compile")
     add("--peer-dtype", choices=("bfloat16", "float16", "float32"), help="of the others (ours)")
     add_task("data", "the loader alone, on random tokens in the page cache")
     add = add_task("tokenize", "prepare_fineweb.py against bare tiktoken").add_argument
@@ -124,6 +124,7 @@ from common.files import check_can_write, output_file
 from common.reports import circumstances, commit, write_report
 from config import Config, load_config
 from data import BatchShape
+from decoding import most_fused
 from model import GPT, GPTConfig
 from training.plan import estimated_memory
 
@@ -316,7 +317,8 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
     check_fits("--batch-size", B, T + new)
     settings = settings_of(arguments, config)
     settings |= {"batch_size": B, "prompt_tokens": T, "new_tokens": new}
-    settings["compile"] = on_gpu and not arguments.no_compile
+    is_few = B <= most_fused(config.model.n_embd)
+    settings["compile"] = on_gpu and is_few and not arguments.no_compile
     names = {"ours": "", **read_peers(arguments)}
     machine, turns = take_turns(names, settings, arguments.rounds)
     results = generation_results(turns, B, T)

@@ -1,4 +1,4 @@
-"""Faster generation: the same tokens, by a step that suits the hardware.
+"""Faster generation: the same, but for rounding, by a step that suits the hardware.
 
 Nothing here is needed to understand how text grows (`GPT.generate` in model.py). On a CPU a step is
 as fast as the weights can be read, so they are laid out for reading. On a GPU it is as fast as its
@@ -23,7 +23,6 @@ from common.errors import UserError, one_line
 if TYPE_CHECKING:
     from model import GPT, KVCache
 
-MOST_FUSED = 3200  # B · C, up to which kernels of our own are faster than PyTorch's
 ROWS = 16  # the batch that weights are laid out for; smaller and larger ones are fast with it too
 
 
@@ -69,14 +68,36 @@ def pack_weights(model: GPT) -> None:
     model.logits = PackedLinear(model.wte.weight, None).forward
 
 
+def most_fused(n_embd: int) -> int:
+    """How many texts at once our own kernels are faster with: measured, h200_decoding.json."""
+    return 3200 // n_embd
+
+
 def compile_decoding(model: GPT) -> None:
-    """`GPT.compile_decoding`, where it can be done. Raises UserError where not, with the reason."""
-    if not model.wte.weight.is_cuda:
-        raise UserError(f"--compile is for NVIDIA GPUs, this is {model.wte.weight.device.type}")
+    """Let Triton make few kernels of a decoding step, for `generate` to use on an NVIDIA GPU.
+
+    For up to `most_fused` texts at once, and without dropout. It takes a second, or five where it
+    is done for the first time. Raises UserError where it can't be done.
+    """
+    device = model.wte.weight.device
+    if device.type != "cuda":
+        raise UserError(f"compiled decoding is for NVIDIA GPUs, this is {device.type}")
     try:
-        model.compile_decoding()
-    except (ImportError, RuntimeError, OSError, CalledProcessError) as error:
-        raise UserError(f"--compile: Triton failed: {one_line(error)}") from error
+        from triton.errors import TritonError
+
+        from gpu_kernels import FusedStep
+    except ImportError as error:
+        raise UserError(f"compiled decoding needs Triton: {one_line(error)}") from error
+    model.fused_step = FusedStep
+    try:
+        with torch.inference_mode(), model.decoding(1, 1) as (cache, decode):
+            cache.go_back(0)
+            decode(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
+    except (TritonError, RuntimeError, OSError, CalledProcessError) as error:
+        model.fused_step = None
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"compiled decoding failed in Triton: {one_line(error)}") from error
 
 
 class Kept:
@@ -85,6 +106,10 @@ class Kept:
     def __init__(self) -> None:
         self.key: Hashable = None
         self.thing: object = None
+
+    def __reduce__(self) -> tuple:
+        """A copy is empty: CUDA graphs can't be copied."""
+        return Kept, ()
 
     @contextmanager
     def ready(self, key: Hashable, make: Callable[[], object]) -> Iterator[object]:

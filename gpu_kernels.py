@@ -10,16 +10,18 @@ In a kernel, tensors are the addresses of their first numbers. It runs as many p
 float32, whatever the weights are. Arguments in capitals are known to the compiler; sizes of what a
 program holds at once are powers of two, and wider than what is there, which a mask says.
 
-A kernel starts when the one before it has ended. With EARLY it starts when that one has started,
-fetches what doesn't depend on it, and waits only then: NVIDIA's programmatic dependent launch, from
-Hopper on (CUDA C++ Programming Guide). So nothing may stand before `gdc_wait` that reads what
-another kernel of the step writes. Source of the pattern of `attend`, in which the last program to
-end puts all their results together: threadFenceReduction in NVIDIA's CUDA samples.
+A kernel starts when the one before it has ended. With EARLY it starts when all programs of that
+one have started, fetches what doesn't depend on it, and waits only then: NVIDIA's programmatic
+dependent launch, from Hopper on (CUDA C++ Programming Guide). So nothing may stand before
+`gdc_wait` that reads what another kernel launched early writes. The position, the keys and the
+values of earlier tokens may be read there because the first kernel of a step and what comes after
+the last are not launched early.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,7 +104,7 @@ def attend(
     hs,
     root,
     PLACES: tl.constexpr,
-    PIECES: tl.constexpr,
+    MOST_PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -110,8 +112,9 @@ def attend(
 
     qkv: (B, 3, nh, hs), keys and values: (B, nh, slots, hs), y: (B, nh, hs). A piece's own softmax
     gives `parts`, (B, nh, pieces, hs), and the logarithm of its denominator, `logs`; softmax of
-    these says how much each piece counts (FlashAttention, Dao et al. 2022). Which program ends last
-    is counted in `ended`, (B, nh), 0 before and after.
+    these says how much each piece counts (Flash-Decoding, Dao et al. 2023). The program that ends
+    last, which is counted in `ended`, (B, nh), 0 before and after, puts them together (as in
+    threadFenceReduction of NVIDIA's CUDA samples).
     """
     if EARLY:
         gdc_launch_dependents()
@@ -143,7 +146,7 @@ def attend(
     tl.debug_barrier()  # all of this program's threads have stored
     if tl.atomic_add(ended + text * nh + head, 1) == pieces - 1:
         tl.store(ended + text * nh + head, 0)
-        every = tl.arange(0, PIECES)
+        every = tl.arange(0, MOST_PIECES)
         used = every <= now // PLACES  # the others are all future, and their numbers none
         # Past the processor's own cache, which doesn't know what others have stored.
         log = tl.load(logs + first + every, used, -float("inf"), cache_modifier=".cg")
@@ -179,8 +182,8 @@ def add_product(
     if EARLY:
         gdc_wait()
     result = tl.sum(w.to(tl.float32) * tl.load(y + text * K + at, is_channel, 0.0)[None, :], axis=1)
-    there = x + text * count + row
-    tl.store(there, tl.load(there, is_row, 0.0) + result + b, is_row)
+    sums = x + text * count + row
+    tl.store(sums, tl.load(sums, is_row, 0.0) + result + b, is_row)
 
 
 class FusedStep:
@@ -191,7 +194,7 @@ class FusedStep:
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         """For texts side by side as in `cache`, and no longer ones."""
-        self.model = model
+        self.model = weakref.proxy(model)  # it keeps this step, which shouldn't keep it
         B, nh, slots, hs = cache.layers[0].keys.shape
         V, C = model.wte.weight.shape
         self.pieces = triton.cdiv(slots, tile(hs)[0])
@@ -209,7 +212,16 @@ class FusedStep:
         self.options = {"EARLY": True, "launch_pdl": True} if self.early else {"EARLY": False}
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """The logits (B, V) in float32 after ids (B, 1); the next call overwrites them."""
+        """The logits (B, V) in float32 after ids (B, 1); the next call overwrites them.
+
+        Raises ValueError past the capacity.
+        """
+        if cache.length >= cache.capacity:
+            raise ValueError(f"{cache.length + 1} tokens, the cache holds {cache.capacity}")
+        with torch.cuda.device_of(self.x):  # Triton's kernels run on the current one
+            return self._step(ids, cache)
+
+    def _step(self, ids: Tensor, cache: KVCache) -> Tensor:
         model, (B, C) = self.model, self.x.shape
         wte, wpe, width = model.wte.weight, model.wpe.weight, triton.next_power_of_2(C)
         # Not launched early itself: what came before the step has ended when any kernel begins.
@@ -296,7 +308,8 @@ def logits_to_gradient(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     """As that of model.py, in a kernel that reads the logits twice, torch.compile's 3 times."""
     N, width = logits.shape
     log_totals = torch.empty(N, 1, device=logits.device)
-    softmax_less_one[(N,)](logits, targets, log_totals, V, width, COLUMNS)
+    with torch.cuda.device_of(logits):
+        softmax_less_one[(N,)](logits, targets, log_totals, V, width, COLUMNS)
     return log_totals
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from decoding import MOST_FUSED, Kept, RecordedDecoding, one_ahead
+from decoding import Kept, RecordedDecoding, most_fused, one_ahead
 
 Mask = Tensor | BlockMask | None  # who sees whom; None: each sees itself and all before it
 Documents = tuple[Mask, Tensor] | None  # mask and positions: data.within_documents
@@ -174,7 +174,7 @@ class LayerCache:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v, and attend to all that is stored. q, k, v and result: (B, nh, T, hs)."""
         T = q.size(2)
-        if T > 1:  # the prompt, which sees nothing but itself
+        if self.mask is None:  # the prompt, which sees nothing but itself
             self.keys[:, :, :T], self.values[:, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         dtype = self.keys.dtype
@@ -229,14 +229,14 @@ class KVCache:
             raise ValueError(f"{self.length + T} tokens, the cache holds {self.capacity}")
         if self.length > 0 and T > 1:
             raise ValueError(f"{T} tokens at once after {self.length} cached ones: give one")
-        if T > 1:
-            return self.slots[:T]
-        unwritten = self.slots[: self.reach] > self.position  # (reach)
-        mask = torch.zeros_like(unwritten, dtype=self.layers[0].keys.dtype)
-        mask = mask.masked_fill(unwritten, -math.inf)[None]  # (1, reach): one query, many keys
+        mask = None
+        if self.length > 0:
+            unwritten = self.slots[: self.reach] > self.position  # (reach)
+            mask = torch.zeros_like(unwritten, dtype=self.layers[0].keys.dtype)
+            mask = mask.masked_fill(unwritten, -math.inf)[None]  # (1, reach): a query, many keys
         for layer in self.layers:
             layer.mask = mask
-        return self.position
+        return self.slots[:T] if mask is None else self.position
 
     def advance(self, T: int) -> None:
         """T more tokens are stored now."""
@@ -263,8 +263,7 @@ def logits_to_gradient(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     with respect to the logits is softmax(logits), less 1 at the target.
 
     Columns from V on are padding: exp(-∞) is 0, so that they count for nothing and get a gradient
-    of 0. Whole rows, padding included, and column numbers of 32 bits let a GPU read and write in
-    large pieces.
+    of 0. Whole rows, padding included, let a GPU read and write in large pieces.
     """
     columns = torch.arange(logits.size(1), device=logits.device, dtype=torch.int32)  # (V')
     real = logits.float().masked_fill(columns >= V, -math.inf)  # (N, V')
@@ -340,7 +339,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.logits_to_gradient: Callable[[Tensor, Tensor, int], Tensor] = logits_to_gradient
-        self.fused_step: Callable[[GPT, KVCache], Callable] | None = None  # `compile_decoding`
+        self.fused_step: Callable[[GPT, KVCache], Callable] | None = None  # see decoding.py
         self.kept_decoding = Kept()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -421,7 +420,8 @@ class GPT(nn.Module):
         """Let torch.compile make fast kernels of a block, once for all of them, and of the loss.
 
         Block by block rather than as a whole: twelve times less to compile, and DDP can send a
-        block's gradients while those of the earlier blocks are still being computed.
+        block's gradients while those of the earlier blocks are still being computed. On a GPU with
+        Triton, the loss has a kernel of our own (gpu_kernels.py).
         """
         for block in self.h:
             block.compile(fullgraph=True, dynamic=False)
@@ -430,20 +430,6 @@ class GPT(nn.Module):
         else:
             compiled = torch.compile(logits_to_gradient, fullgraph=True, dynamic=False)
         self.logits_to_gradient = compiled
-
-    def compile_decoding(self) -> None:
-        """Let Triton make few kernels of a decoding step, for `generate` to use on an NVIDIA GPU.
-
-        For a few texts at once, with the 124M four. It takes a second, or five where it is done for
-        the first time. Raises ImportError without Triton, and whatever keeps Triton from working.
-        """
-        from gpu_kernels import FusedStep
-
-        weight = self.wte.weight
-        cache = KVCache(self.config, 1, self.config.block_size, weight.device, weight.dtype)
-        with torch.inference_mode():
-            FusedStep(self, cache)(torch.zeros(1, 1, dtype=torch.long, device=weight.device), cache)
-        self.fused_step = FusedStep
 
     def num_parameters(self) -> int:
         """All of them, positions included, tied ones once."""
@@ -483,7 +469,7 @@ class GPT(nn.Module):
         """
         block_size, on_gpu = self.config.block_size, self.wte.weight.is_cuda
         window = ids[:, -block_size:]  # (B, ≤ block_size)
-        with self._decoding(len(ids), window.size(1) + max_new_tokens) as (cache, decode):
+        with self.decoding(len(ids), window.size(1) + max_new_tokens) as (cache, decode):
             cache.go_back(0)  # it may have served before
             logits = self.next_logits(window, cache)  # (B, V)
             for count in range(max_new_tokens):
@@ -505,7 +491,7 @@ class GPT(nn.Module):
                     window = window[:, -max(1, block_size // 2) :]
                     logits = self.next_logits(window, cache)  # (B, V)
 
-    def _decoding(
+    def decoding(
         self, batch_size: int, tokens: int
     ) -> AbstractContextManager[tuple[KVCache, Callable]]:
         """A cache for so many tokens, and what computes `next_logits` of one more with it.
@@ -516,8 +502,8 @@ class GPT(nn.Module):
         weight, dtype = self.wte.weight, self.wte.weight.dtype
         if weight.device.type == "cpu":  # which attends faster in float32, and no worse
             dtype = torch.promote_types(dtype, torch.float32)
-        is_small = batch_size * self.config.n_embd <= MOST_FUSED
-        if self.fused_step is None or not weight.is_cuda or not is_small:
+        is_fused = self.fused_step is not None and batch_size <= most_fused(self.config.n_embd)
+        if not (is_fused and weight.is_cuda):
             cache = KVCache(self.config, batch_size, tokens, weight.device, dtype)
             decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
             return nullcontext((cache, decode))

@@ -33,7 +33,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=_seed, help="the same seed gives the same text (random)")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    add("--compile", action="store_true", help="start later, be faster then: on an NVIDIA GPU")
+    add(
+        "--compile",
+        action="store_true",
+        help="on an NVIDIA GPU: begin later, be faster",
+    )
     add("--jsonl", action="store_true", help="one JSON object per sample, nothing else")
     return parser.parse_args(arguments)
 
@@ -79,7 +83,7 @@ import tiktoken
 import torch
 
 from common.device import choose_device, choose_dtype, memory_errors
-from decoding import compile_decoding, pack_weights
+from decoding import compile_decoding, most_fused, pack_weights
 from huggingface import find_model
 from model import GPT
 from tokenizer import encode_long
@@ -264,6 +268,9 @@ def main(arguments: argparse.Namespace) -> None:
     model.to(device=device, dtype=dtype)
     pack_weights(model)
     if arguments.compile:
+        most = most_fused(model.config.n_embd)
+        if arguments.num_samples > most:
+            raise UserError(f"--compile: for up to {most} samples of this model at once")
         compile_decoding(model)
     generator = torch.Generator(device)
     seed = generator.seed() if arguments.seed is None else arguments.seed

@@ -464,6 +464,29 @@ def test_ours_decodes_compiled_if_asked_to(monkeypatch):
     assert told == [contestants.GPT]
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "compiled"),
+    [
+        ("cpu", (), False),
+        ("cuda", (), True),
+        ("cuda", ("--batch-size", 4), True),
+        ("cuda", ("--batch-size", 5), False),
+        ("cuda", ("--no-compile",), False),
+    ],
+)
+def test_a_few_texts_on_a_gpu_are_decoded_compiled(call, monkeypatch, device, options, compiled):
+    told = []
+
+    def take_turns(names: dict, settings: dict, rounds: int) -> None:
+        told.append(settings["compile"])
+        raise UserError("enough")
+
+    monkeypatch.setattr("bench.choose_device", lambda name: torch.device(device))
+    monkeypatch.setattr("bench.take_turns", take_turns)
+    assert "enough" in call("bench", "generate", *options).error()
+    assert told == [compiled]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["ours", "nanogpt", "transformers"])
 def test_all_generate_as_much_in_the_precision_that_was_asked_for(peer, monkeypatch, dtype, name):

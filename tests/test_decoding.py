@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from importlib.util import find_spec
 from subprocess import CalledProcessError
 
 import pytest
@@ -79,27 +81,51 @@ def test_what_cannot_be_packed_stays_as_it_is(reason, monkeypatch):
 
 
 def test_decoding_is_compiled_for_gpus_alone():
-    with pytest.raises(UserError, match="--compile is for NVIDIA GPUs, this is cpu"):
+    with pytest.raises(UserError, match="compiled decoding is for NVIDIA GPUs, this is cpu"):
         compile_decoding(make_model())
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ImportError("No module named 'triton'"),
-        RuntimeError("Failed to find C compiler.\nPlease specify via CC"),
+class OnGPU:
+    """As much of a model on a GPU as `compile_decoding` needs."""
+
+    wte, fused_step = Namespace(weight=Namespace(device=torch.device("cuda"))), None
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def decoding(self, batch_size: int, tokens: int) -> None:
+        assert self.fused_step.__name__ == "FusedStep"
+        raise self.error
+
+
+def test_without_triton_decoding_cannot_be_compiled(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "triton.errors", None)
+    with pytest.raises(UserError, match="compiled decoding needs Triton: "):
+        compile_decoding(OnGPU(AssertionError()))
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+@pytest.mark.parametrize("kind", ["RuntimeError", "CalledProcessError", "TritonError"])
+def test_why_decoding_cannot_be_compiled_is_told(kind):
+    from triton.errors import TritonError
+
+    errors = (
+        RuntimeError("Failed to find\na C compiler"),
         CalledProcessError(1, "cc"),
-    ],
-)
-def test_why_decoding_cannot_be_compiled_is_told(error):
-    class Model:
-        wte = Namespace(weight=Namespace(is_cuda=True))
+        TritonError(),
+    )
+    error = {type(error).__name__: error for error in errors}[kind]
+    model, told = OnGPU(error), " ".join(str(error).split()) or kind
+    with pytest.raises(UserError, match=f"compiled decoding failed in Triton: {told}"):
+        compile_decoding(model)
+    assert model.fused_step is None
 
-        def compile_decoding(self) -> None:
-            raise error
 
-    with pytest.raises(UserError, match=f"--compile: Triton failed: {str(error).splitlines()[0]}"):
-        compile_decoding(Model())
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+def test_memory_that_runs_out_while_decoding_is_compiled_is_told_as_such():
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_decoding(OnGPU(torch.OutOfMemoryError("CUDA out of memory")))
 
 
 def test_what_was_made_last_serves_whoever_needs_the_same_and_one_at_a_time():
@@ -125,6 +151,7 @@ def test_what_was_made_last_serves_whoever_needs_the_same_and_one_at_a_time():
         raise KeyboardInterrupt
     use("a", 2)
     assert made == [0, 1, 2, 3]
+    assert copy.deepcopy(kept).thing is None
 
 
 @pytest.mark.gpu

@@ -6,6 +6,10 @@ Triton comes with PyTorch for NVIDIA GPUs. Without one it can interpret its kern
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -14,7 +18,7 @@ from conftest import run
 from test_model import greedy_without_cache, make_model, random_ids
 
 import model as model_module
-from decoding import MOST_FUSED
+from decoding import RecordedDecoding, compile_decoding, most_fused
 from model import GPT, GPTConfig, KVCache, logits_to_gradient
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -103,11 +107,11 @@ def interpreted(code: str) -> None:
     assert result.status == 0, result.err
 
 
-@pytest.mark.parametrize("numbers", [64, 8192])  # keys and values in pieces, or not
+@pytest.mark.parametrize("numbers", [256, 8192])  # keys and values in pieces, or not
 def test_a_fused_step_interpreted_on_a_cpu_is_as_near_to_float64_as_the_plain_one(numbers):
     interpreted(
         f"gpu_kernels.NUMBERS = {numbers}\n"
-        "for batch, length in ((1, 1), (2, 7), (1, 140)):\n"
+        "for batch, length in ((1, 1), (2, 30)):\n"
         "    check_step(ODD, torch.float32, batch, length, 'cpu')\n"
         "check_step(ODD, torch.bfloat16, 1, 130, 'cpu')\n"
         "check_step(ODD, torch.float32, 1, 130, 'cpu', sharpness=20.0)"
@@ -139,68 +143,152 @@ def test_the_loss_on_a_gpu_equals_the_plain_one(dtype):
     check_loss(300, 50_257, dtype, "cuda")
 
 
-def make_compiled(monkeypatch: pytest.MonkeyPatch) -> tuple[GPT, list[int]]:
-    """A model on a GPU with a decoding step of our own, and a list that grows with recordings."""
-    config = GPTConfig(vocab_size=97, block_size=560, n_layer=3, n_head=4, n_embd=32)
-    model, recorded, real = make_model(config, scale=3.0).cuda(), [], model_module.RecordedDecoding
+class Unrecorded:
+    """What stands in for RecordedDecoding on a CPU."""
+
+    def __init__(self, model: GPT, cache: KVCache, step: Callable | None = None) -> None:
+        self.step = step or model.next_logits
+
+    def __call__(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return self.step(ids, cache)
+
+
+class LikeOnGPU(torch.nn.Parameter):
+    """Weights on a CPU that are taken for a GPU's."""
+
+    is_cuda = True
+
+
+@contextmanager
+def compiled(device: str, block_size: int = 560) -> Iterator[tuple[GPT, list[int]]]:
+    """A model that decodes with our own kernels, and a list that grows with recordings.
+
+    A number there is 3 if the step recorded is our own, else 2.
+    """
+    from gpu_kernels import FusedStep
+
+    config = GPTConfig(vocab_size=97, block_size=block_size, n_layer=2, n_head=4, n_embd=32)
+    model, recorded = make_model(config, scale=3.0).to(device), []
     with torch.no_grad():
-        model.wpe.weight.mul_(20)
-    model.compile_decoding()
-    monkeypatch.setattr(
-        model_module, "RecordedDecoding", lambda *told: recorded.append(len(told)) or real(*told)
+        model.wpe.weight.mul_(20)  # so that each position asks for another token
+    if device == "cuda":
+        compile_decoding(model)
+    else:
+        model.wte.weight.__class__, model.fused_step = LikeOnGPU, FusedStep
+    real = RecordedDecoding if device == "cuda" else Unrecorded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model_module,
+            "RecordedDecoding",
+            lambda *told: recorded.append(len(told)) or real(*told),
+        )
+        yield model, recorded
+
+
+def check_text(model: GPT, batch: int, prompt: int, count: int, seed: int = 0) -> None:
+    ids = random_ids(model.config, batch, prompt, seed).to(model.wte.weight.device)
+    with torch.no_grad():
+        expected = greedy_without_cache(model, ids, count).cpu()
+    assert torch.equal(torch.stack(list(model.generate(ids, count, temperature=0))), expected)
+
+
+def check_texts(device: str, prompt: int, count: int, block_size: int) -> None:
+    """The same as without a cache, past the context's end; the second with what was kept."""
+    with compiled(device, block_size) as (model, recorded):
+        for seed in range(2):
+            check_text(model, 2, prompt, count, seed)
+        assert recorded == [3]
+
+
+def check_kept(device: str) -> None:
+    """It serves the same weights, wherever their values go, and as many texts."""
+    with compiled(device, 64) as (model, recorded):
+        layer = model.h[1].mlp.c_fc
+        check_text(model, 2, 20, 5)
+        with torch.no_grad():
+            layer.weight.mul_(-1)
+        check_text(model, 2, 20, 5)
+        for _ in zip(model.generate(random_ids(model.config, 2, 9).to(device), 5), range(3)):
+            pass  # stopped early
+        check_text(model, 2, 50, 5)
+        assert recorded == [3]
+        layer.weight = torch.nn.Parameter(-layer.weight)
+        check_text(model, 2, 20, 5)
+        assert recorded == [3, 3]
+        check_text(model, 1, 20, 5)
+        assert recorded == [3, 3, 3]
+        check_text(model, most_fused(32) + 1, 2, 3)
+        assert recorded == [3, 3, 3, 2]
+
+
+def check_spoilt(device: str) -> None:
+    """What spoilt weights left in a kept cache doesn't come up again, not even in one token."""
+    with compiled(device, 64) as (model, recorded):
+        bias, good = model.h[0].attn.c_attn.bias, model.h[0].attn.c_attn.bias.detach().clone()
+        with torch.no_grad():
+            bias.fill_(torch.nan)
+            with pytest.raises(FloatingPointError):
+                list(model.generate(random_ids(model.config, 2, 40).to(device), 9))
+            bias.copy_(good)
+        check_text(model, 2, 1, 5)
+        assert recorded == [3]
+
+
+def check_interleaved(device: str) -> None:
+    """Two texts at once don't share what is kept."""
+    with compiled(device, 64) as (model, recorded):
+        prompts = [random_ids(model.config, 2, 20, seed).to(device) for seed in range(2)]
+        both = zip(*(model.generate(ids, 5, temperature=0) for ids in prompts))
+        for ids, tokens in zip(prompts, zip(*both)):
+            with torch.no_grad():
+                expected = greedy_without_cache(model, ids, 5).cpu()
+            assert torch.equal(torch.stack(tokens), expected)
+        assert recorded == [3, 3]
+
+
+def check_let_go(device: str) -> None:
+    """A copy begins with nothing kept, and who is deleted leaves nothing behind."""
+    with compiled(device, 64) as (model, _):
+        check_text(model, 2, 20, 3)
+        assert model.kept_decoding.thing
+        other = copy.deepcopy(model)
+        assert other.kept_decoding.thing is None
+        check_text(other, 2, 20, 3)
+        weight = weakref.ref(other.h[0].mlp.c_fc.weight)
+        gc.disable()
+        try:
+            del other
+            assert weight() is None
+        finally:
+            gc.enable()
+
+
+def test_texts_of_interpreted_kernels_and_what_is_kept_for_the_next():
+    interpreted(
+        "check_texts('cpu', prompt=20, count=14, block_size=30)\n"
+        "for check in (check_kept, check_spoilt, check_interleaved, check_let_go):\n"
+        "    check('cpu')"
     )
-    return model, recorded
-
-
-def text(model: GPT, ids: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.stack(list(model.generate(ids, count, temperature=0)))
 
 
 @pytest.mark.gpu
 @on_gpu
-def test_compiled_decoding_writes_the_same_text_past_the_end_of_the_context(monkeypatch):
-    model, recorded = make_compiled(monkeypatch)
-    for seed in range(2):  # the second with what was kept of the first
-        ids = random_ids(model.config, 4, 480, seed).cuda()
-        assert torch.equal(text(model, ids, 150), greedy_without_cache(model, ids, 150).cpu())
-    assert recorded == [3]  # model, cache and a step of our own
+def test_texts_on_a_gpu_are_those_without_a_cache():
+    check_texts("cuda", prompt=480, count=150, block_size=560)
 
 
 @pytest.mark.gpu
 @on_gpu
-def test_what_is_kept_for_the_next_text_serves_only_as_many_texts_and_the_same_weights(monkeypatch):
-    model, recorded = make_compiled(monkeypatch)
-    ids = random_ids(model.config, 2, 20).cuda()
-
-    def check(expected: int) -> None:
-        assert torch.equal(text(model, ids, 30), greedy_without_cache(model, ids, 30).cpu())
-        assert len(recorded) == expected
-
-    check(1)
-    with torch.no_grad():
-        model.h[1].mlp.c_fc.weight.mul_(-1)
-    check(1)
-    for _ in zip(model.generate(ids, 30), range(5)):  # stopped early
-        pass
-    check(1)
-    model.h[1].mlp.c_fc.weight = torch.nn.Parameter(-model.h[1].mlp.c_fc.weight)
-    check(2)
-    ids = ids[:1]
-    check(3)
-    ids = random_ids(model.config, 1, 120).cuda()
-    check(3)
-    ids = random_ids(model.config, MOST_FUSED // 32 + 1, 20).cuda()
-    check(4)
-    assert recorded == [3, 3, 3, 2]  # the last without a step of our own
+@pytest.mark.parametrize("check", [check_kept, check_spoilt, check_interleaved, check_let_go])
+def test_what_is_kept_on_a_gpu_for_the_next_text(check):
+    check("cuda")
 
 
-@pytest.mark.gpu
-@on_gpu
-def test_two_texts_at_once_do_not_share_what_is_kept(monkeypatch):
-    model, recorded = make_compiled(monkeypatch)
-    prompts = [random_ids(model.config, 1, 20, seed).cuda() for seed in range(2)]
-    text(model, prompts[0], 3)
-    both = zip(*(model.generate(ids, 30, temperature=0) for ids in prompts))
-    for ids, tokens in zip(prompts, zip(*both)):
-        assert torch.equal(torch.stack(tokens), greedy_without_cache(model, ids, 30).cpu())
-    assert len(recorded) == 2
+def test_past_the_capacity_is_an_error():
+    interpreted(
+        "from gpu_kernels import FusedStep\n"
+        "model, cache = make_model(ODD), KVCache(ODD, 1, 128, torch.device('cpu'), torch.float32)\n"
+        "cache.go_back(128)\n"
+        "with pytest.raises(ValueError, match='129 tokens, the cache holds 128'):\n"
+        "    FusedStep(model, cache)(torch.zeros(1, 1, dtype=torch.long), cache)"
+    )

@@ -780,9 +780,10 @@ def gpu_run_prose() -> list[str]:
         f"{rate:,} tokens per second, {slower} fewer than AdamW's above. If what Muon adds to a "
         f"step is the same however large the step is, it would add {small} to one of 524,288 "
         "tokens.",
-        "Of the 52 tests that need a GPU, 51 passed there, six of them shortly before commit "
-        "f60b6b3. The other had compared single errors, which are far from alike; it compares "
-        "medians since, and has not run there again.",
+        "Of the 52 tests that needed a GPU, 51 passed there, six of them shortly before commit "
+        "f60b6b3. The other had compared single errors, which are far from alike. It compares "
+        "medians since, and those of what is kept for the next text run on a CPU too, with Triton "
+        "interpreted; in this form they have not run there.",
         "Some ways of training the 124M ([recipe_124m.json](recipe_124m.json)): 400 steps of 8,192 "
         "tokens of the same text with GPT-2's vocabulary, three learning rates each. Where the "
         "best rate is the lowest or the highest tried, one beyond it might be better. Twelve were "

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint import Checkpoint, find_checkpoint
+from decoding import most_fused
 from model import GPT
 from sample import Completion, answer, parse_arguments
 from tokenizer import gpt2_encoding
@@ -156,6 +157,16 @@ def test_decoding_is_compiled_if_asked_for_after_the_weights_are_where_they_stay
     assert not compiled
     assert call("sample", *options, "--compile").status == 0
     assert [weight.dtype for weight in compiled] == [torch.bfloat16]
+
+
+def test_compiling_for_what_it_does_not_help_is_refused(call, trained):
+    options = ("--checkpoint", trained, "--device", "cpu", "--compile", "--num-samples")
+    most = most_fused(find_checkpoint(str(trained)).meta.model.n_embd)
+    refused = call("sample", *options, most + 1).error()
+    assert f"--compile: for up to {most} samples of this model at once" in refused
+    assert (
+        "compiled decoding is for NVIDIA GPUs, this is cpu" in call("sample", *options, 1).error()
+    )
 
 
 def test_a_seed_gives_the_same_text_again_and_no_seed_gives_another(call, trained):
