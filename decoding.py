@@ -76,8 +76,9 @@ def most_fused(n_embd: int) -> int:
 def compile_decoding(model: GPT) -> None:
     """Let Triton make few kernels of a decoding step, for `generate` to use on an NVIDIA GPU.
 
-    For up to `most_fused` texts at once, and without dropout. It takes a second, or five where it
-    is done for the first time. Raises UserError where it can't be done.
+    For up to `most_fused` texts at once, and without dropout. Done for the first time, it takes
+    some five seconds; Triton keeps on disk what it compiled. Raises UserError where it can't be
+    done.
     """
     device = model.wte.weight.device
     if device.type != "cuda":
