@@ -50,6 +50,15 @@ def embed(ids, wte, wpe, position, x, C, WIDTH: tl.constexpr, EARLY: tl.constexp
 
 
 @triton.jit
+def rows_of(weight, count, K, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A program's rows of a matrix (count, K): their numbers, which exist, and what they hold."""
+    row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    is_row = row < count
+    there = is_row[:, None] & (at < K)[None, :]
+    return row, is_row, tl.load(weight + row[:, None] * K + at[None, :], there, 0.0)
+
+
+@triton.jit
 def normed_product(
     x,
     gain,
@@ -68,11 +77,9 @@ def normed_product(
     """y = layer_norm(x) @ weight.T + bias, then GELU if asked. x: (B, C), weight: (count, C)."""
     if EARLY:
         gdc_launch_dependents()
-    text, row = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.arange(0, WIDTH)
-    is_row, is_channel = row < count, at < C
-    there = is_row[:, None] & is_channel[None, :]
-    w = tl.load(weight + row[:, None] * C + at[None, :], there, 0.0)
+    text, at = tl.program_id(1), tl.arange(0, WIDTH)
+    is_channel = at < C
+    row, is_row, w = rows_of(weight, count, C, ROWS, WIDTH)
     scale, shift = tl.load(gain + at, is_channel, 0.0), tl.load(offset + at, is_channel, 0.0)
     result = tl.zeros((ROWS,), tl.float32)
     if bias is not None:
@@ -87,6 +94,19 @@ def normed_product(
         bend = 0.7978845608028654 * (result + 0.044715 * result * result * result)  # √(2/π)
         result *= tl.sigmoid(2 * bend)  # (1 + tanh(bend)) / 2
     tl.store(y + text * count + row, result, is_row)
+
+
+@triton.jit
+def put_together(logs, parts, piece, used, at, is_channel, hs):
+    """What a head's pieces come to: softmax(logs) @ parts, of those used.
+
+    It is read past the processor's own cache, which doesn't know what others have stored.
+    """
+    log = tl.load(logs + piece, used, -float("inf"), cache_modifier=".cg")
+    there = used[:, None] & is_channel[None, :]
+    part = tl.load(parts + piece[:, None] * hs + at[None, :], there, 0.0, cache_modifier=".cg")
+    share = tl.exp(log - tl.max(log))
+    return tl.sum(share[:, None] * part, axis=0) / tl.sum(share)
 
 
 @triton.jit
@@ -148,13 +168,7 @@ def attend(
         tl.store(ended + text * nh + head, 0)
         every = tl.arange(0, MOST_PIECES)
         used = every <= now // PLACES  # the others are all future, and their numbers none
-        # Past the processor's own cache, which doesn't know what others have stored.
-        log = tl.load(logs + first + every, used, -float("inf"), cache_modifier=".cg")
-        where_from = parts + (first + every)[:, None] * hs + at[None, :]
-        there = used[:, None] & is_channel[None, :]
-        averages = tl.load(where_from, there, 0.0, cache_modifier=".cg")
-        counts = tl.exp(log - tl.max(log))
-        summed = tl.sum(counts[:, None] * averages, axis=0) / tl.sum(counts)
+        summed = put_together(logs + first, parts + first * hs, every, used, at, is_channel, hs)
         tl.store(y + (text * nh + head) * hs + at, summed, is_channel)
 
 
@@ -173,11 +187,9 @@ def add_product(
     """x += y @ weight.T + bias. y: (B, K), weight: (count, K), x: (B, count)."""
     if EARLY:
         gdc_launch_dependents()
-    text, row = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.arange(0, WIDTH)
-    is_row, is_channel = row < count, at < K
-    there = is_row[:, None] & is_channel[None, :]
-    w = tl.load(weight + row[:, None] * K + at[None, :], there, 0.0)
+    text, at = tl.program_id(1), tl.arange(0, WIDTH)
+    is_channel = at < K
+    row, is_row, w = rows_of(weight, count, K, ROWS, WIDTH)
     b = tl.load(bias + row, is_row, 0.0)
     if EARLY:
         gdc_wait()
