@@ -3,7 +3,8 @@
 PyTorch's kernels are made for large tensors. For one token they are some 200, each over almost
 before it has begun. Here a block takes five: each reads a matrix once, and does what comes before
 and after it on the way. Triton (Tillet et al. 2019) comes with PyTorch for NVIDIA GPUs. What is
-computed stands in model.py; who asks for it this way, in decoding.py.
+computed stands in model.py. It is asked for this way by `compile_decoding` in decoding.py, for the
+step, and by `GPT.compile_parts`, for the loss.
 
 In a kernel, tensors are the addresses of their first numbers. It runs as many programs at once, and
 `tl.program_id` tells each which it is: which part of the result (0) for which text (1). Sums are in
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
 
 NUMBERS = 8192  # of a matrix, that a program holds at once
 COLUMNS = 2048  # of a row of logits, likewise
+
+
+def tile(channels: int) -> tuple[int, int]:
+    """How many rows of a matrix with so many columns a program takes, and how wide: whole rows."""
+    width = triton.next_power_of_2(channels)
+    return max(1, NUMBERS // width), width
 
 
 @triton.jit
@@ -323,9 +330,3 @@ def logits_to_gradient(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     with torch.cuda.device_of(logits):
         softmax_less_one[(N,)](logits, targets, log_totals, V, width, COLUMNS)
     return log_totals
-
-
-def tile(channels: int) -> tuple[int, int]:
-    """How many rows of a matrix with so many columns a program takes, and how wide: whole rows."""
-    width = triton.next_power_of_2(channels)
-    return max(1, NUMBERS // width), width
