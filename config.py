@@ -154,7 +154,9 @@ class Config:
     log: LogSettings = LogSettings()
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that are fine alone but not together."""
+        """Raises UserError for values that are fine alone but not together, and for no data."""
+        if not self.data.dir:  # as an unset variable leaves it; it would mean the present folder
+            raise UserError("data.dir is empty: name a folder of token shards")
         if self.model.n_embd % self.model.n_head:
             raise UserError(
                 f"model.n_embd = {self.model.n_embd} is not a multiple of "

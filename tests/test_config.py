@@ -107,6 +107,7 @@ def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, 
             "--optim.name muon --optim.learning_rate 1e-310 --optim.min_learning_rate 0".split(),
             "optim.learning_rate = 1e-310: optim.matrix_learning_rate rises and falls in",
         ),
+        (["--data.dir", ""], "data.dir is empty: name a folder of token shards"),
         (["--model.n_layer"], "expected one argument"),
     ],
 )
