@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,10 +70,16 @@ def begin(tiny, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "CANDIDATES", {"nanogpt": quick})
 
     def make(*more: object):
-        words = ["--config", path, "--out", tmp_path / "out"]
+        jobs = os.cpu_count() or 1  # a thread for each, so that waiting ones take no core
+        words = ["--config", path, "--out", tmp_path / "out", "--jobs", jobs]
         return recipe.parse_arguments([str(word) for word in (*words, *more)])
 
     return make
+
+
+def set_steps(config: Path, steps: int) -> None:
+    """Let a training have so many steps."""
+    config.write_text(config.read_text().replace("max_steps = 40", f"max_steps = {steps}"))
 
 
 @pytest.fixture
@@ -86,7 +93,7 @@ def untrained(monkeypatch) -> None:
 
 
 def test_trainings_are_done_once_and_kept(begin, tmp_path, monkeypatch, capsys):
-    recipe.main(begin("--jobs", 2))
+    recipe.main(begin())
     kept = recipe.load_found(tmp_path / "out" / "found.json")
     assert sorted(run.seed for run in kept.runs) == [1, 2]
     assert all(run.steps == (20, 40) and run.losses[1] < run.losses[0] for run in kept.runs)
@@ -127,8 +134,7 @@ def test_a_candidate_of_the_same_name_is_not_mixed_in(begin, tmp_path, monkeypat
 @pytest.mark.usefixtures("untrained")
 def test_another_config_is_not_mixed_in(begin, tmp_path):
     recipe.main(begin())
-    config = begin().config
-    config.write_text(config.read_text().replace("max_steps = 40", "max_steps = 60"))
+    set_steps(begin().config, 60)
     with pytest.raises(UserError, match="found.json tells of another config: choose another"):
         recipe.main(begin())
 
@@ -140,8 +146,7 @@ def test_a_training_that_was_broken_off_does_not_go_on_with_another_config(begin
     monkeypatch.setattr(recipe, "train", train)
     with pytest.raises(UserError, match="broken off"):
         recipe.main(begin())
-    config = begin().config
-    config.write_text(config.read_text().replace("max_steps = 40", "max_steps = 60"))
+    set_steps(begin().config, 60)
     with pytest.raises(UserError, match="found.json tells of another config: choose another"):
         recipe.main(begin())
 
@@ -233,7 +238,9 @@ def test_a_training_that_fails_costs_no_other(begin, tmp_path, monkeypatch):
 def test_a_rate_that_ruins_the_weights_is_a_finding_and_ends_nothing(begin, tmp_path, monkeypatch):
     quick = replace(recipe.CANDIDATES["nanogpt"], rates=(1e30, 0.001))
     monkeypatch.setitem(recipe.CANDIDATES, "nanogpt", quick)
-    recipe.main(begin("--jobs", 2))
+    arguments = begin()
+    set_steps(arguments.config, 4)
+    recipe.main(arguments)
     kept = recipe.load_found(tmp_path / "out" / "found.json")
     assert kept.run("nanogpt", 1e30, 1).losses[-1] is None
     assert kept.best_rate("nanogpt") == 0.001
@@ -251,6 +258,7 @@ def test_checkpoints_that_cannot_be_removed_are_one_line(begin, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     arguments = begin()
+    set_steps(arguments.config, 1)
     monkeypatch.setattr(recipe.shutil, "rmtree", refuse)
     with pytest.raises(UserError, match="can't remove .*checkpoints: Input/output error"):
         recipe.train("nanogpt", 1e-3, 1, arguments)
@@ -291,8 +299,7 @@ def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch, disk_is
 def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path):
     """As a terminal sends it: to the trainings as well."""
     arguments = begin()
-    config = arguments.config.read_text().replace("max_steps = 40", "max_steps = 100_000")
-    arguments.config.write_text(config)
+    set_steps(arguments.config, 100_000)
     words = ["--config", arguments.config, "--out", arguments.out]
     process = subprocess.Popen(
         [sys.executable, ROOT / "recipe.py", *words, "--only", "nanogpt"],
