@@ -137,7 +137,7 @@ class LogSettings:
         10_485_760, "validation tokens, from the split's start", minimum=1
     )
     eval_tasks: str = setting("", f"benchmarks: some of {','.join(TASK_NAMES)}; empty = none")
-    eval_tasks_every: int = setting(1000, "steps between benchmarks; 0 = never", minimum=0)
+    eval_tasks_every: int = setting(1000, "steps between benchmarks", minimum=1)
     sample_every: int = setting(1000, "steps between printed samples; 0 = never", minimum=0)
     tensorboard: bool = setting(False, "write TensorBoard events into the run folder")
     wandb: str = setting("", "Weights & Biases project; empty = off")
@@ -172,6 +172,8 @@ class Config:
                 f"optim.learning_rate = {self.optim.learning_rate}: optim.matrix_learning_rate "
                 "rises and falls in proportion to it; set it to at least 1e-30"
             )
+        if self.train.save_best and not self.log.eval_every:
+            raise UserError("train.save_best = true needs validations: set log.eval_every")
         task_names(self.log.eval_tasks)
 
     def to_toml(self) -> str:

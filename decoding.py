@@ -114,7 +114,10 @@ class Kept:
 
     @contextmanager
     def ready(self, key: Hashable, make: Callable[[], object]) -> Iterator[object]:
-        """What was last made, if it was for this key, else what `make` makes; inside, for one."""
+        """What was last made, if it was for this key, else what `make` makes.
+
+        It is lent: whoever asks meanwhile gets another.
+        """
         found, thing = self.key, self.thing
         self.key = self.thing = None
         if found != key:

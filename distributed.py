@@ -101,7 +101,10 @@ class Ranks:
         return self.roll_call.stop_asked(here) if self.roll_call else here
 
     def merge(self, table: Tensor) -> Tensor:
-        """One table, on every rank's CPU, of the ranks' own, which are 0 where others worked."""
+        """One table, on every rank's CPU, of the ranks' own, which are 0 where others worked.
+
+        A world of one leaves it where it is: a table may be in float64, which mps doesn't know.
+        """
         return self.sum(table.to(self.device)).cpu() if self.world_size > 1 else table
 
     def tree_sum(self, vector: Tensor) -> Tensor:
@@ -149,7 +152,7 @@ class Ranks:
 
     def check_same(self, what: str, text: str) -> None:
         """Raises UserError on the ranks where `text` isn't what it is on rank 0."""
-        ours = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        ours = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])  # fit into int64
         theirs = self.agree(ours)
         with self.together():
             if ours != theirs:
@@ -196,16 +199,18 @@ def process_group(
     for Python's lock to free the last tensor that was sent: for ever, since who frees the group
     holds that lock. So what was left isn't freed. Raises UserError if the device isn't there.
     """
-    device = choose_device(device_name)
+    world_size, local_rank = _from_torchrun("WORLD_SIZE", 1, range(1, 2**31)), 0
+    if world_size > 1:  # else a rank that somebody has set says nothing
+        local_rank = _from_torchrun("LOCAL_RANK", 0, range(world_size))
+    device = choose_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world_size = _from_torchrun("WORLD_SIZE", 1, range(1, 2**31))
-    if world_size == 1:  # then a RANK that somebody has set says nothing
+    if world_size == 1:
         yield Ranks(device)
         return
     ranks = Ranks(
         rank=_from_torchrun("RANK", 0, range(world_size)),
-        local_rank=_from_torchrun("LOCAL_RANK", 0, range(world_size)),
+        local_rank=local_rank,
         local_world_size=_from_torchrun("LOCAL_WORLD_SIZE", 1, range(1, world_size + 1)),
         world_size=world_size,
         device=device,

@@ -309,7 +309,8 @@ def softmax_less_one(logits, targets, log_totals, V, width, COLUMNS: tl.constexp
     for start in range(0, width, COLUMNS):
         column = start + at
         value = tl.load(logits + column, column < width, 0.0).to(tl.float32)
-        value = tl.where(column < V, value, -float("inf"))  # V as the mask: one by one, it is odd
+        # Not by the load's mask: the odd V would have it read one number after the other.
+        value = tl.where(column < V, value, -float("inf"))
         larger = tl.maximum(largest, tl.max(value))
         total = total * tl.exp(largest - larger) + tl.exp(value - larger)
         largest = larger

@@ -23,6 +23,7 @@ from pathlib import Path
 from common.errors import (
     Expendable,
     Parser,
+    Stopped,
     UserError,
     folder_name,
     positive,
@@ -484,7 +485,11 @@ def fetch(arguments: argparse.Namespace) -> Manifest:
 def main(arguments: argparse.Namespace) -> None:
     """Prepare, and say what came of it. Whoever reads along may leave."""
     with redirect_stderr(Expendable(sys.stderr)):
-        _prepare_and_tell(arguments)
+        try:
+            _prepare_and_tell(arguments)
+        except KeyboardInterrupt:
+            told = "interrupted; the same command goes on after the last whole shard"
+            raise Stopped(told, signal.SIGINT) from None
 
 
 def _prepare_and_tell(arguments: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import tiktoken
 import torch
 from tqdm import tqdm
 
@@ -42,7 +43,7 @@ from training.examiner import Examiner
 from training.guard import StopRequest
 from training.metrics import Metrics, Speed, kinds_told, say
 from training.plan import plan
-from training.resume import check_can_begin_with, check_can_go_on, origin_of
+from training.resume import check_can_begin_with, check_can_go_on, check_schedule, origin_of
 from training.run_folder import RunFolder
 
 
@@ -67,7 +68,9 @@ class Trainer:
         self.folder = RunFolder(config, ranks)
         self._resume()
         self.stop = StopRequest()
-        self.examiner = Examiner(config, self.stepper, self.val_stream, self._asked_to_stop)
+        self.examiner = Examiner(
+            config, self.stepper, self.val_stream, self.encoding, self._asked_to_stop
+        )
         self.metrics: Metrics | None = None  # rank 0's, from `run` on
 
     def _open_data(self, folder: Path) -> None:
@@ -82,12 +85,32 @@ class Trainer:
             self.val_stream.num_windows(self.config.model.block_size)  # too short? not later
             records = records + self.val_stream.records
         self.tokenizer = tokenizer_of(folder)
-        if self.tokenizer != GPT2:  # gone, or another? Nobody could read what the model writes
-            places = (folder, Path(self.config.train.out))
-            place = next((place for place in places if is_there(place / VOCABULARY)), folder)
-            find_encoding(place, self.tokenizer)
+        self.encoding = self._find_encoding(folder)
         mine = records[self.ranks.local_rank :: self.ranks.local_world_size]
         check_contents(folder, mine, self.tokenizer.vocab_size)
+
+    def _find_encoding(self, folder: Path) -> tiktoken.Encoding | None:
+        """The data's encoding; that of an own vocabulary may lie in the run folder instead.
+
+        Downloaded shards come without their vocabulary, which is GPT-2's: if it can't be had here,
+        training goes on without what needs text. Without another, nobody could read what the model
+        writes: UserError.
+        """
+        out = Path(self.config.train.out)
+        if (
+            self.tokenizer != GPT2
+            and not is_there(folder / VOCABULARY)
+            and is_there(out / VOCABULARY)
+        ):
+            folder = out
+        try:
+            return find_encoding(folder, self.tokenizer)
+        except UserError as error:
+            if self.tokenizer != GPT2 or is_there(folder / VOCABULARY):
+                raise
+            if self.ranks.local_rank == 0:
+                say(f"no bits per byte and no samples: {error}")
+            return None
 
     def _resume(self) -> None:
         """Go on from the newest complete checkpoint, or begin with what train.init_from names."""
@@ -95,6 +118,7 @@ class Trainer:
         if checkpoint:
             with self.ranks.together():
                 check_can_go_on(checkpoint, self.config, self.fingerprint)
+                rise = check_schedule(checkpoint, self.config)
                 self.stepper.restore(checkpoint)
             self.step, self.skipped = checkpoint.meta.step, checkpoint.meta.skipped
             self.origin = origin_of(checkpoint)
@@ -102,6 +126,8 @@ class Trainer:
                 self.best_val_loss = checkpoint.meta.best_val_loss
             if self.ranks.is_first:
                 say(f"going on after step {self.step:,} from {checkpoint.path}")
+                if rise:
+                    say(rise)
         elif self.config.train.init_from:
             self._begin_with(self.config.train.init_from)
 

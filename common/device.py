@@ -44,10 +44,11 @@ PEAK_FLOPS = {
 }
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of this process; "auto" takes CUDA, else Apple's mps, else the CPU.
 
-    On a machine with several GPUs, LOCAL_RANK picks one. Raises UserError if it isn't there.
+    On a machine with several GPUs, each of its processes has one. Raises UserError if it isn't
+    there.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -58,7 +59,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError("device mps: this machine has none; use cpu")
     if name != "cuda":
         return torch.device(name)
-    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    count = torch.cuda.device_count()
     if count == 0:
         raise UserError(
             f"device cuda: no NVIDIA GPU can be seen by this PyTorch ({torch.__version__}); see "

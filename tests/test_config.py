@@ -108,6 +108,10 @@ def test_the_resolved_config_reads_back_exactly(learning_rate, out, compile_it, 
             "optim.learning_rate = 1e-310: optim.matrix_learning_rate rises and falls in",
         ),
         (["--data.dir", ""], "data.dir is empty: name a folder of token shards"),
+        (
+            "--train.save_best true --log.eval_every 0".split(),
+            "train.save_best = true needs validations: set log.eval_every",
+        ),
         (["--model.n_layer"], "expected one argument"),
     ],
 )

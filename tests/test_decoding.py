@@ -98,6 +98,15 @@ class OnGPU:
         raise self.error
 
 
+def test_a_compiled_model_that_has_left_the_gpu_decodes_like_any_other():
+    model = make_model(SMALL)
+    model.fused_step = lambda *_: pytest.fail("that is for GPUs")
+    ids = random_ids(SMALL, 1, 5)
+    with torch.no_grad():
+        expected = greedy_without_cache(model, ids, 3)
+    assert torch.equal(torch.stack(list(model.generate(ids, 3, temperature=0))), expected)
+
+
 def test_without_triton_decoding_cannot_be_compiled(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "triton.errors", None)

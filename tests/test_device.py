@@ -52,9 +52,14 @@ def test_other_errors_are_no_lack_of_memory():
 )
 def test_a_gpu_that_is_not_there_is_told_with_advice(monkeypatch, count, advice):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match=advice):
-        choose_device("cuda")
+        choose_device("cuda", local_rank=1)
+
+
+def test_apples_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device mps: this machine has none; use cpu"):
+        choose_device("mps")
 
 
 PAGE_FAULTS = """

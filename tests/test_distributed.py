@@ -112,6 +112,32 @@ def test_a_number_of_torchruns_that_cannot_be_is_one_line(monkeypatch, name, val
             pass
 
 
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        (
+            {"WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+            "LOCAL_RANK is 'x', expected a number from 0 to 1",
+        ),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "device cuda:1: this machine shows 1 GPUs"),
+        ({"LOCAL_RANK": "1", "RANK": "1"}, None),  # a world of one
+    ],
+)
+def test_each_process_of_a_machine_has_a_gpu(monkeypatch, variables, told):
+    chosen = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if told:
+        with pytest.raises(UserError, match=told), process_group("cuda", timeout_seconds=1):
+            pass
+    else:
+        with process_group("cuda", timeout_seconds=1) as ranks:
+            assert (ranks.device, *chosen) == (torch.device("cuda", 0),) * 2
+
+
 def test_a_number_too_long_to_be_read_is_one_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", 5000 * "9")
     with pytest.raises(UserError, match="^WORLD_SIZE is '9999999"):

@@ -119,3 +119,14 @@ def test_downloaded_shards_train_where_gpt2s_vocabulary_cannot_be_had(
     assert result.status == 0
     assert "no bits per byte and no samples: GPT-2's vocabulary is not in" in result.err
     assert metrics_of(tmp_path / "o", "val")[-1]["bits_per_byte"] is None
+    questions = SimpleNamespace(check_lengths=lambda scorer: None)
+    monkeypatch.setattr("training.examiner.load_questions", lambda name: questions)
+    tasks = ("--log.eval_tasks", "hellaswag", "--train.max_steps", 3)
+    error = call("train", tiny, *arguments, *tasks).error()
+    assert "log.eval_tasks needs GPT-2's vocabulary, which can't be had here" in error
+
+
+def test_a_machine_without_the_vocabulary_keeps_all_from_what_needs_text(configure, monkeypatch):
+    monkeypatch.setattr(Ranks, "anywhere", lambda ranks, here: True)
+    examiner = train.Trainer(configure(), ALONE).examiner
+    assert examiner.encoding is None and examiner.byte_lengths is None

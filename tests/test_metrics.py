@@ -154,6 +154,31 @@ def test_each_start_from_nothing_is_a_run_of_its_own_at_weights_and_biases(
     first, on, anew = (settings.pop("id") for settings in begun)
     assert first == on != anew
     assert {(s["project"], s["name"], s["resume"]) for s in begun} == {("project", "run", "allow")}
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train.train(configure("--train.max_steps", 1))  # without, and from now on with
+    train.train(replace(config, train=replace(config.train, max_steps=2)))
+    shutil.rmtree(tmp_path / "run")
+    train.train(configure("--train.max_steps", 1))
+    train.train(replace(config, train=replace(config.train, max_steps=2)))
+    assert len({first, anew, *(settings.pop("id") for settings in begun[3:])}) == 4
+
+
+def test_tensorboard_has_each_step_once_however_the_run_went_on(configure, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps() -> list[int]:
+        board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        board.Reload()
+        return [event.step for event in board.Scalars("train/loss")]
+
+    settings = ("--log.tensorboard", "true", "--train.checkpoint_every", 2, "--log.eval_every", 0)
+    train.train(configure(*settings, "--train.max_steps", 5))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000005")
+    train.train(configure(*settings, "--train.max_steps", 6))
+    assert steps() == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train.train(configure(*settings, "--train.max_steps", 2))
+    assert steps() == [1, 2]
 
 
 def no_library() -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import exchange_shard, metrics_of
 from safetensors.torch import load_file
-from test_checkpoint import rewrite_meta
 
 import train
 from checkpoint import MODEL, OPTIMIZER, newest_checkpoint, read_checkpoint
@@ -44,15 +43,11 @@ def test_data_of_another_vocabulary_is_one_line(call, tiny, trained, tmp_path):
 def test_without_a_manifest_a_run_knows_its_shards_by_their_lengths_and_ends(
     call, tiny, shards, tmp_path
 ):
-    """Older code kept the lengths alone: its runs go on."""
     data = shutil.copytree(shards, tmp_path / "data")
     for name in (MANIFEST, VOCABULARY):
         (data / name).unlink()
     options = ("--data.dir", data, "--train.out", tmp_path / "run", "--train.checkpoint_every", 1)
     assert call("train", tiny, *options, "--train.max_steps", 1).status == 0
-    path = tmp_path / "run" / "checkpoints" / "step_000001"
-    lengths = " ".join(one.partition("-")[0] for one in read_checkpoint(path).meta.data.split())
-    rewrite_meta(path, lambda meta: meta.update(data=lengths))
     assert "going on after step 1" in call("train", tiny, *options, "--train.max_steps", 2).err
     shard = data / "train_000000.bin"
     content = shard.read_bytes()
@@ -67,6 +62,8 @@ def test_a_run_goes_on_with_its_own_vocabulary_if_need_be(call, tiny, trained, s
     options = ("--data.dir", data, "--train.out", run, "--train.max_steps", 41)
     assert "going on after step 40" in call("train", tiny, *options).err
     assert (run / VOCABULARY).read_bytes() == (shards / VOCABULARY).read_bytes()
+    bits = [line["bits_per_byte"] for line in metrics_of(run, "val")]
+    assert len(bits) == 3 and bits[2] == pytest.approx(bits[1], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -305,10 +302,43 @@ def test_a_learning_rate_that_falls_does_not_rise_again(configure, step, changes
         with pytest.raises(UserError, match="now it would rise again. .* up to step 30 into"):
             check_schedule(saved_at(step, then), now)
     else:
-        check_schedule(saved_at(step, then), now)
+        assert check_schedule(saved_at(step, then), now) == ""
 
 
-def test_a_cosine_may_be_made_longer_and_settings_that_are_unknown_now_are_skipped(configure):
+@pytest.mark.parametrize(
+    ("step", "changes", "told"),
+    [
+        (40, [], ""),
+        (40, ["--train.max_steps", 20], ""),
+        (
+            40,
+            ["--train.max_steps", 80],
+            "from 10% of its peak to 59%: its fall was planned for 40 s",
+        ),
+        (
+            30,
+            ["--optim.schedule", "linear"],
+            "from 28% of its peak to 34%: its fall was planned fo",
+        ),
+        (6, ["--train.max_steps", 80], ""),  # at the peak
+        (3, ["--train.max_steps", 80], ""),  # before it
+    ],
+)
+def test_a_cosine_may_be_made_longer_and_tells_that_it_rises(configure, step, changes, told):
+    found = check_schedule(saved_at(step, configure()), configure(*changes))
+    assert (told in found) if told else (found == "")
+
+
+def test_a_run_whose_learning_rate_rises_again_says_so(call, tiny, shards, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "o")
+    words = (tiny, "--data.dir", shards, "--train.out", tmp_path / "o", "--train.max_steps", 60)
+    lines = call("train", *words).err.splitlines()
+    at = next(at for at, line in enumerate(lines) if line.startswith("going on after step 40"))
+    assert lines[at + 1].startswith("the learning rate rises again, from 10% of its peak to ")
+    assert "rises again" not in call("train", *words).err  # it has ended as it was planned
+
+
+def test_settings_that_are_unknown_now_are_skipped(configure):
     checkpoint = saved_at(40, configure())
     checkpoint.meta.config["optim"]["momentum"] = 1
     check_schedule(checkpoint, configure("--train.max_steps", 80))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import struct
@@ -179,13 +178,6 @@ def test_llmcs_published_shards_are_read_without_a_manifest(tmp_path):
     assert TokenStream(tmp_path, "train").read(0, 3).tolist() == [1, 2, 10]
     assert TokenStream(tmp_path, "val").read(0, 1).tolist() == [7]
     assert encoding_of(tmp_path).name == "gpt2"
-
-
-def test_the_lengths_alone_are_what_a_fingerprint_without_a_manifest_begins_with(tmp_path):
-    """They are all that older code kept."""
-    write_shard(tmp_path / "fineweb_train_000001.bin", range(10))
-    old = hashlib.sha256(repr(([10], [])).encode()).hexdigest()
-    assert TokenStream(tmp_path, "train").fingerprint.partition("-")[:2] == (old, "-")
 
 
 @pytest.mark.parametrize("at", [0, ENDS - 1, -1])

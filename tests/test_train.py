@@ -21,6 +21,7 @@ from test_checkpoint import rewrite_meta
 
 import train
 from checkpoint import MODEL, newest_checkpoint, read_checkpoint
+from common.errors import Stopped
 from data import step_windows
 from distributed import Ranks
 from scoring import Estimate, Scorer, Validation
@@ -142,6 +143,40 @@ def test_a_run_that_is_to_stop_in_its_last_step_is_done(configure, capfd):
         trainer.run()
     assert newest_checkpoint(trainer.folder.path / "checkpoints").meta.step == 1
     assert "done: python sample.py" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("last", [3, 4, 10])
+def test_a_step_that_is_looked_at_late_is_told_and_ends_the_run_all_the_same(
+    configure, tmp_path, monkeypatch, last
+):
+    """As on a GPU, where the next step is under way by then: who asks is heard one step later."""
+    take, told = Stepper.take, []
+    for late in (False, True):
+        asked_at = last - late
+
+        def asked(
+            stepper: Stepper, step: int, asked_to_stop: bool, at: int = asked_at
+        ) -> StepResult:
+            return take(stepper, step, asked_to_stop or step + 1 == at)
+
+        settings = ("--train.max_steps", 10, "--log.eval_every", 4, "--train.checkpoint_every", 5)
+        trainer = train.Trainer(configure(*settings, "--train.out", tmp_path / f"{late}"), ALONE)
+        with monkeypatch.context() as patch, trainer.folder.owned():
+            patch.setattr(Stepper, "take", asked)
+            if late:
+                patch.setattr(StepResult, "is_queued", True)
+            end = "ended"
+            try:
+                trainer.run()
+            except Stopped as stopped:
+                end = str(stopped)
+        lines = [
+            {key: line[key] for key in line.keys() - {"tokens_per_second", "peak_memory"}}
+            for line in metrics_of(trainer.folder.path) + metrics_of(trainer.folder.path, "val")
+        ]
+        told.append((end, lines, newest_checkpoint(trainer.folder.checkpoints).meta.step))
+    assert told[0] == told[1]
+    assert told[0][2] == last
 
 
 def checkpoints_of(run: Path) -> dict[str, tuple]:
@@ -284,6 +319,17 @@ def test_the_norms_that_a_spike_is_told_from_are_resumed(configure):
         trainer.save(None)
     memory = train.Trainer(config, ALONE).stepper.spikes.memory()
     assert (memory.norms[:4], memory.count) == ((*norms, 0), 3)
+
+
+def test_how_many_steps_in_a_row_were_skipped_is_resumed(configure):
+    trainer = train.Trainer(configure(), ALONE)
+    trainer.train_step()
+    trainer.skipped = 2
+    with trainer.folder.owned():
+        trainer.folder.prepare(trainer.tokenizer, trainer.step)
+        trainer.save(None)
+    resumed = train.Trainer(configure(), ALONE)
+    assert (resumed.step, resumed.skipped) == (1, 2)
 
 
 def weights_of(folder: Path) -> list[torch.Tensor]:

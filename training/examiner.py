@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import tiktoken
 import torch
@@ -17,11 +16,10 @@ from common.errors import UserError
 from config import Config, task_names
 from model import GPT
 from scoring import Estimate, Scorer, Validation, evaluating, validate
-from shards import VOCABULARY, TokenStream, encoding_of
+from shards import TokenStream
 from step import SAMPLE, Stepper, draw_seed
 from tasks import load_questions
 from tokenizer import token_byte_lengths
-from training.metrics import say
 
 SAMPLE_TOKENS = 100  # length of a sample
 
@@ -34,15 +32,17 @@ class Examiner:
         config: Config,
         stepper: Stepper,
         val_stream: TokenStream | None,
+        encoding: tiktoken.Encoding | None,
         asked_to_stop: Callable[[], bool],
     ) -> None:
         """Fetch all that will be asked, rather than at the first time.
 
-        Raises UserError if it can't be had, or doesn't fit into the model's context.
+        A machine without the `encoding` keeps all others from what needs text. Raises UserError if
+        questions can't be had, or don't fit into the model's context.
         """
         self.config, self.stepper, self.ranks = config, stepper, stepper.ranks
         self.val_stream, self.asked_to_stop = val_stream, asked_to_stop
-        self.encoding = self._find_encoding(Path(config.data.dir))
+        self.encoding = None if self.ranks.anywhere(encoding is None) else encoding
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
         self.tasks = {
             name: self.ranks.in_turn(lambda name=name: load_questions(name))
@@ -52,21 +52,6 @@ class Examiner:
             raise UserError("log.eval_tasks needs GPT-2's vocabulary, which can't be had here")
         for questions in self.tasks.values():
             questions.check_lengths(self._scorer())
-
-    def _find_encoding(self, data: Path) -> tiktoken.Encoding | None:
-        """The data's encoding. Downloaded shards come without their vocabulary, which is GPT-2's;
-        if a machine can't get it, training goes on without what needs text.
-        """
-        encoding = None
-        with self.ranks.together():
-            try:
-                encoding = encoding_of(data)
-            except UserError as error:
-                if (data / VOCABULARY).exists():
-                    raise
-                if self.ranks.local_rank == 0:
-                    say(f"no bits per byte and no samples: {error}")
-        return None if self.ranks.anywhere(not encoding) else encoding
 
     def _scorer(self) -> Scorer:
         train, model = self.config.train, self.stepper.model

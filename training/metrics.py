@@ -25,7 +25,7 @@ from distributed import Ranks
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-METRICS = "metrics.jsonl"
+METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
 Viewer = tuple[Callable[..., None], Callable[[], None]]  # log(numbers, step=…), close()
 
 
@@ -84,6 +84,8 @@ class Metrics:
         with writing(self.path):
             write_atomically(self.path, "".join(kept))
             self.file = self.path.open("a", encoding="utf-8")  # this one, wherever it may be moved
+            if start == 0:  # or another run would go on there
+                (folder / WANDB_ID).unlink(missing_ok=True)
         first = start + 1 if start else 0  # the first step that is told from here on
         self.viewers: dict[str, Viewer] = {}
         if config.log.tensorboard:
@@ -93,7 +95,7 @@ class Metrics:
                 board = SummaryWriter(folder / "tensorboard", purge_step=first)
                 self.viewers["log.tensorboard"] = partial(_to_tensorboard, board), board.close
         if config.log.wandb:
-            identity = self._wandb_id(folder / "wandb_id", start)
+            identity = self._wandb_id(folder / WANDB_ID)
             with self._opening("log.wandb"):
                 from wandb import init
 
@@ -117,13 +119,11 @@ class Metrics:
                 ) from error
             raise UserError(f"{setting}: {one_line(error)}") from error
 
-    def _wandb_id(self, path: Path, start: int) -> str:
+    def _wandb_id(self, path: Path) -> str:
         """What Weights & Biases is to know this run by, also when it goes on."""
         with writing(path):
-            if start == 0:
+            if not path.exists():
                 write_atomically(path, uuid.uuid4().hex)
-            if not path.exists():  # of a run that was begun when this was its id
-                write_atomically(path, path.parent.name)
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

@@ -86,10 +86,8 @@ def check_can_go_on(checkpoint: Checkpoint, config: Config, data: str) -> None:
         )
     checkpoint.check_vocabulary(Path(config.data.dir))
     check_same_run(checkpoint.meta.config, config, checkpoint.path)
-    check_schedule(checkpoint, config)
     then, now = checkpoint.meta.data.split(), data.split()
-    # Validation may come or go. Without a manifest, older code kept the shards' lengths only.
-    if not then or any(b != a and b.partition("-")[0] != a for a, b in zip(then, now)):
+    if not then or any(a != b for a, b in zip(then, now)):  # validation may come or go
         raise UserError(
             f"{checkpoint.path} was trained on other data than {config.data.dir} holds now: a run "
             "goes on with the same shards, or starts anew with another --train.out"
@@ -131,23 +129,27 @@ def check_same_run(then: dict[str, dict], config: Config, path: Path) -> None:
             )
 
 
-def check_schedule(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises UserError if a learning rate that was kept up, and now falls, would rise again.
+def check_schedule(checkpoint: Checkpoint, config: Config) -> str:
+    """What to tell of a learning rate that fell and now rises again; "" if it doesn't.
 
-    The checkpoint from before the fall is there to go on from, for a longer run.
+    Raises UserError if it had been kept up before: the checkpoint from before the fall is there to
+    go on from, for a longer run.
     """
     before, step = settings_of(checkpoint), checkpoint.meta.step
     level = last_at_peak(before.optim, before.train.max_steps) + 1
-    if (
-        before.optim.decay_steps
-        and step > level
-        and share_of_peak(step, config) > share_of_peak(step - 1, before)
-    ):
+    then, now = share_of_peak(step - 1, before), share_of_peak(step, config)
+    if step <= level or now <= then:
+        return ""
+    if before.optim.decay_steps:
         raise UserError(
             f"{checkpoint.path} was saved while the learning rate fell, and now it would rise "
             f"again. To train longer, copy a checkpoint up to step {level:,} into the folder "
             "checkpoints of another run, and name that run's with --train.out"
         )
+    return (
+        f"the learning rate rises again, from {then:.0%} of its peak to {now:.0%}: its fall was "
+        f"planned for {before.train.max_steps:,} steps"
+    )
 
 
 def settings_of(checkpoint: Checkpoint) -> Config:

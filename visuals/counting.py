@@ -4,8 +4,8 @@
 
 For contexts of 0, 1, 2, … tokens it tells how often validation text has a context that the training
 text has too, and how often the most frequent follower there is the right guess. And it tells two
-numbers to be compared with a GPT's: the loss of a bigram model, the best that one token of context
-allows, and what a compressor makes of the validation text when it has the training text before it.
+numbers to be compared with a GPT's: the loss of a smoothed bigram model, and what a compressor
+makes of the validation text when it has the training text before it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Follow one sentence through a trained GPT.")
     parser.add_argument("--checkpoint", default=KEPT, help="a run folder (visuals/model)")
     parser.add_argument("--text", default=TEXT, help=f'a beginning of a sentence ("{TEXT}")')
-    parser.add_argument("--next", default=NEXT, help=f'what follows ("{NEXT}")')
+    parser.add_argument(
+        "--next",
+        default=NEXT,
+        help=f'what follows, with its space; its first token is to be guessed ("{NEXT}")',
+    )
     return parser.parse_args(arguments)
 
 
@@ -173,8 +177,8 @@ def tell_loss(story: Story) -> list[str]:
     following = story.encoding.decode([story.target])
     untrained = math.log(story.model.config.vocab_size)
     return [
-        f"target      {following!r}, to which the model gave {math.exp(-loss):.4f}",
-        f"loss        -ln {math.exp(-loss):.4f} = {loss:.3f} nats",
+        f"target      {following!r}, to which the model gave {math.exp(-loss):.3g}",
+        f"loss        -ln {math.exp(-loss):.3g} = {loss:.3f} nats",
         f"untrained   ln {story.model.config.vocab_size:,} = {untrained:.3f} nats",
     ]
 
@@ -205,7 +209,7 @@ def tell_gradient(story: Story) -> list[str]:
         ),
         f"d loss / d all {model.num_parameters():,} weights: a vector of length {norm:.2f}",
         f"one step of {LEARNING_RATE} × it: loss {before.item():.3f} -> {after:.3f}, "
-        f"probability {math.exp(-before.item()):.4f} -> {math.exp(-after):.4f}",
+        f"probability {math.exp(-before.item()):.3g} -> {math.exp(-after):.3g}",
     ]
 
 
