@@ -31,13 +31,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import disk_errors, file_sha256, is_there, own_file, sync, write_atomically
 from common.records import as_record, read_json
 from model import GPT, GPTConfig
 from optim import OTHER
 from shards import VOCABULARY, TokenizerRecord, find_encoding, tokenizer_of
-from tokenizer import gpt2_encoding
+from tokenizer import GPT2_SHA256, gpt2_encoding
 from training.guard import SpikeMemory
 
 FORMAT_VERSION = 1
@@ -131,7 +131,9 @@ class Checkpoint:
 
         So no memory is asked for that a file of a few bytes only speaks of.
         """
-        shape, size = self.meta.model, (self.path / MODEL).stat().st_size
+        with disk_errors(f"can't read {self.path / MODEL}"):  # a run may have removed it by now
+            size = (self.path / MODEL).stat().st_size
+        shape = self.meta.model
         blocks = 12 * shape.n_layer * shape.n_embd**2
         numbers = blocks + (shape.vocab_size + shape.block_size) * shape.n_embd
         if numbers > size:
@@ -177,12 +179,19 @@ class Checkpoint:
     def encoding(self) -> tiktoken.Encoding:
         """The encoding that the model was trained with, from the run folder.
 
-        A checkpoint that was moved out of it may have the vocabulary beside its weights.
+        A checkpoint that was moved out of it may have the vocabulary beside its weights. Raises
+        UserError if there is none, or one of another size than the model's.
         """
+        theirs, ours = self.meta.tokenizer, self.meta.model.vocab_size
+        if theirs.vocab_size != ours:
+            raise UserError(
+                f"{self.path / META} is damaged or not a checkpoint's: a vocabulary of "
+                f"{theirs.vocab_size:,} tokens for a model of {ours:,}"
+            )
         for folder in (self.path, self.path.parent.parent):
             if is_there(folder / VOCABULARY):
-                return find_encoding(folder, self.meta.tokenizer)
-        if self.meta.tokenizer.name == "gpt2":
+                return find_encoding(folder, theirs)
+        if theirs.sha256 == GPT2_SHA256:
             return gpt2_encoding()
         raise UserError(
             f"{self.path} lacks its vocabulary: copy {VOCABULARY} from the run folder into it"
@@ -316,7 +325,7 @@ def newest_checkpoint(
             return found
         except UserError as error:
             complaints.append(str(error))
-            print(f"skipped: {error}", file=sys.stderr)
+            print(f"skipped: {printable(str(error))}", file=sys.stderr)
     if complaints:
         raise UserError(
             f"no checkpoint in {folder} is undamaged: {complaints[0]}; remove them to begin anew"

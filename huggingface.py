@@ -23,7 +23,7 @@ from torch import Tensor
 
 from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, save_tensors, write_meta
 from common.errors import UserError, one_line, reason_of
-from common.files import is_there
+from common.files import disk_errors, is_there
 from common.hub import check_gated, hub_errors
 from common.records import read_json
 from model import GPT, GPTConfig
@@ -180,6 +180,7 @@ def from_hf(folder: Path, out: Path) -> None:
 
     Raises UserError, naming the file or the value, for what is not GPT-2.
     """
+    check_files(folder)
     config = read_config(folder)
     tensors = rename(read_weights(folder), folder)
     with torch.device("meta"):
@@ -208,6 +209,14 @@ def from_hf(folder: Path, out: Path) -> None:
             data="",
         )
         write_meta(new, meta, files=(MODEL,))
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError for what is no file: a named pipe would be waited for."""
+    with disk_errors(f"can't read {folder}"):
+        for path in folder.iterdir():
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path} is no file")
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -400,6 +409,8 @@ def read_tokenizer(path: Path) -> tuple[dict[str, object], list[str]]:
     model = content["model"]
     try:
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        if not all(isinstance(text, str) for text in added):
+            raise TypeError("a token is no text")
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         return {**model["vocab"], **added}, merges
     except (KeyError, TypeError) as error:

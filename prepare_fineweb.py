@@ -99,7 +99,6 @@ import itertools
 import multiprocessing
 import queue
 import re
-import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -123,10 +122,15 @@ from preparation.sources import (
     estimated_tokens,
     find_source,
 )
-from preparation.writing import Progress, ShardWriter, check_same, read_progress
+from preparation.writing import (
+    Progress,
+    ShardWriter,
+    check_disk,
+    check_same,
+    read_progress,
+)
 from shards import (
     MANIFEST,
-    PROGRESS,
     VOCABULARY,
     Manifest,
     ShardRecord,
@@ -341,16 +345,6 @@ def training_texts(source: Source, val_tokens: int) -> Iterator[str]:
         )
 
 
-def check_disk(folder: Path, tokens: int) -> None:
-    """Raises UserError if `tokens` more tokens, two bytes each, don't fit on the disk."""
-    free = shutil.disk_usage(folder).free
-    if 2 * tokens > free:
-        raise UserError(
-            f"{tokens:,} tokens need about {2 * tokens / 1e6:,.0f} MB, {folder} has "
-            f"{free / 1e6:,.0f} MB free: make room, or prepare less with --max-tokens"
-        )
-
-
 def write_shards(
     source: Source, progress: Progress, arguments: argparse.Namespace, total: int
 ) -> list[ShardRecord]:
@@ -431,8 +425,8 @@ def continued(folder: Path, settings: dict[str, object]) -> Progress | None:
 
 def begun(source: Source, settings: dict[str, object], arguments: argparse.Namespace) -> Progress:
     """A fresh run's progress. From here on the folder is marked as unfinished."""
-    folder = arguments.out
-    if holds_shards(folder) and not (folder / PROGRESS).exists():
+    folder, before = arguments.out, read_progress(arguments.out)
+    if holds_shards(folder) and not (before and "source" in before.settings):
         raise UserError(f"{folder} holds shards of another origin: choose another --out")
     encoding = choose_encoding(arguments.tokenizer, source, arguments.val_tokens)
     sha256 = save_vocabulary(encoding, folder / VOCABULARY)
@@ -477,9 +471,7 @@ def fetch(arguments: argparse.Namespace) -> Manifest:
         raise UserError(
             f"--pretokenized fetches shards as they are, of GPT-2's vocabulary: leave {options} out"
         )
-    return pretokenized.fetch(
-        arguments.pretokenized, arguments.out, arguments.max_tokens, check_disk
-    )
+    return pretokenized.fetch(arguments.pretokenized, arguments.out, arguments.max_tokens)
 
 
 def main(arguments: argparse.Namespace) -> None:

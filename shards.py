@@ -53,17 +53,6 @@ def shard_header(tokens: int) -> bytes:
     return header.tobytes()
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Map a shard's tokens into memory: uint16 array of shape (tokens,), read from disk when used.
-
-    Raises UserError, naming the file, for a wrong header or a length that doesn't match it.
-    """
-    try:
-        return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
-    except OSError as error:
-        raise _no_shard(path, error) from error
-
-
 def _no_shard(path: Path, error: OSError) -> UserError:
     told = f"can't read the shard {path}: {error.strerror}"
     if error.errno == errno.EMFILE:
@@ -71,8 +60,10 @@ def _no_shard(path: Path, error: OSError) -> UserError:
     return UserError(told)
 
 
-def _open_bin(path: Path) -> np.ndarray:
-    """A shard as this repository and llm.c write it."""
+def _find_tokens(path: Path) -> tuple[int, int]:
+    """(where the tokens begin, in bytes; how many there are) in a shard as this repository and
+    llm.c write it.
+    """
     with path.open("rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
     size = path.stat().st_size
@@ -84,16 +75,16 @@ def _open_bin(path: Path) -> np.ndarray:
             f"{path} is no token shard: it begins with {magic}, {version}, "
             f"expected {SHARD_MAGIC}, {SHARD_VERSION}"
         )
-    if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
+    if size != HEADER_BYTES + 2 * tokens:
         raise UserError(
             f"{path} is damaged: its header says {tokens} tokens, so {HEADER_BYTES + 2 * tokens} "
             f"bytes, but it has {size}; prepare or download it again"
         )
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+    return HEADER_BYTES, tokens
 
 
-def _open_npy(path: Path) -> np.ndarray:
-    """build-nanogpt's shards: a one-dimensional uint16 array in NumPy's own format."""
+def _find_tokens_npy(path: Path) -> tuple[int, int]:
+    """The same in build-nanogpt's shards: a one-dimensional uint16 array in NumPy's own format."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except NPY_ERRORS as error:
@@ -102,7 +93,7 @@ def _open_npy(path: Path) -> np.ndarray:
         raise UserError(
             f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected uint16 in one dimension"
         )
-    return tokens
+    return tokens.offset, len(tokens)
 
 
 class Shard:
@@ -113,10 +104,10 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError as `open_shard`."""
-        tokens = open_shard(path)
-        self.path, self.offset, self.tokens = path, tokens.offset, len(tokens)
+        """Raises UserError, naming the file, for a wrong header or a length that doesn't fit it."""
+        self.path, find = path, _find_tokens_npy if path.suffix == ".npy" else _find_tokens
         try:
+            self.offset, self.tokens = find(path)
             self.file = path.open("rb", buffering=0)
         except OSError as error:
             raise _no_shard(path, error) from error
@@ -185,6 +176,8 @@ class TokenizerRecord:
     def __post_init__(self) -> None:
         if not 0 < self.vocab_size <= 2**16:
             raise ValueError(f"vocab_size is {self.vocab_size}, a token has 16 bits")
+        if not self.name.isprintable():  # it is shown
+            raise ValueError(f"the tokenizer's name is {self.name!r:.40}, expected plain text")
 
 
 GPT2 = TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_SHA256)

@@ -316,7 +316,7 @@ def read_file(path: Path, columns: list[str]) -> tuple[Rows, str, str]:
             rows = table.read(columns, use_threads=False).to_pylist()
         else:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:  # pyarrow's are of these, too
+    except (OSError, ValueError, RecursionError, NotImplementedError) as error:  # pyarrow's, too
         told = "" if isinstance(error, OSError) else "; expected Parquet (.parquet) or JSON lines"
         raise UserError(f"can't read {path}: {reason_of(error)}{told}") from error
     if not all(isinstance(row, dict) for row in rows):

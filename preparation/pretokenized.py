@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import file_sha256, locked, write_atomically
 from common.hub import hub_errors
-from preparation.writing import Progress, check_same, read_progress
+from preparation.writing import Progress, check_disk, check_same, read_progress
 from shards import (
     GPT2,
     HEADER_BYTES,
@@ -46,13 +45,11 @@ class Published:
         return SHARD_NAME.fullmatch(self.file)[1]
 
 
-def fetch(
-    repository: str, folder: Path, max_tokens: int | None, check_disk: Callable[[Path, int], None]
-) -> Manifest:
+def fetch(repository: str, folder: Path, max_tokens: int | None) -> Manifest:
     """Fetch as many shards of a dataset as hold `max_tokens`; a download that broke off goes on.
 
-    `check_disk` is to raise UserError if so many tokens have no room in the folder. So does this,
-    if shards can't be had, are no shards, or are of another command than this folder's.
+    Raises UserError if shards can't be had, are no shards, have no room on the disk, or are of
+    another command than this folder's.
     """
     earlier = read_manifest(folder) or read_progress(folder)
     settings = {"pretokenized": repository, "max_tokens": max_tokens}

@@ -66,11 +66,21 @@ class Source:
 
             # Uncached: reading ahead would fetch what other workers read, so nearly all twice.
             return pa.PythonFile(HfFileSystem().open(file, "rb", cache_type="none"), mode="r")
-        if not file.endswith((".gz", ".zst")):
+        if not is_compressed(file):
             return pa.OSFile(file)
         if not os.path.getsize(file):  # to pyarrow that is no text; to gzip and zstd, half a file
             raise UserError(f"can't read {file}: it is empty, not even compressed")
-        return pa.input_stream(file)
+        return pa.input_stream(file, compression="gzip" if kind_of(file)[-3:] == ".gz" else "zstd")
+
+
+def kind_of(file: str) -> str:
+    """How a file's name ends, of SUFFIXES; "" for another kind."""
+    return next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), "")
+
+
+def is_compressed(file: str) -> bool:
+    """Whether it is packed by gzip or zstd."""
+    return kind_of(file).endswith((".gz", ".zst"))
 
 
 def find_source(name: str, revision: str | None = None) -> Source:
@@ -94,7 +104,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if files:
         return Source(name, tuple(map(str, files)), revision)
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name)
-    if is_hub_name and not name.endswith(SUFFIXES) and not Path(name).exists():
+    if is_hub_name and not kind_of(name) and not Path(name).exists():
         return hub_source(name, name, revision)
     found = "there is nothing of this name"
     if Path(name).exists():
@@ -134,17 +144,19 @@ def local_files(name: str) -> list[Path]:
     path = Path(name)
     if not path.is_dir():
         found = [path] if path.is_file() else map(Path, glob.glob(name, recursive=True))
-        known = (file for file in found if file.name.endswith(SUFFIXES))
-        return sorted(file for file in known if stat.S_ISREG(file.stat().st_mode))
+        known = (file for file in found if kind_of(file.name))
+        files = sorted((file for file in known if stat.S_ISREG(file.stat().st_mode)), reverse=True)
+        # A pattern may come to a file by several ways, even around a link; the first name counts.
+        return sorted({(os.path.realpath(file.parent), file.name): file for file in files}.values())
     found = sorted(_files_under(path))
-    kinds = ([file for file in found if file.name.endswith(kind)] for kind in KINDS)
+    kinds = ([file for file in found if kind_of(file.name) in kind] for kind in KINDS)
     chosen, *others = [*filter(None, kinds)] or [[]]
     if others:
-        rest = sum(map(len, others))
+        other, rest = others[0][0].name, sum(map(len, others))
         print(
             f"--source {name}: files like {chosen[0].name} are read ({len(chosen):,}), others like "
-            f"{others[0][0].name} aren't ({rest:,}); a pattern such as "
-            f"'{glob.escape(name)}/**/*{others[0][0].suffix}' names those",
+            f"{other} aren't ({rest:,}); for those, give a pattern such as "
+            f"'{glob.escape(name)}/**/*{other[-len(kind_of(other)) :]}'",
             file=sys.stderr,
         )
     return chosen
@@ -168,7 +180,7 @@ def _files_under(folder: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(one for one in folders if not one.startswith("."))
         for one in names:
-            if one.startswith(".") or not one.endswith(SUFFIXES):
+            if one.startswith(".") or not kind_of(one):
                 continue
             path = Path(at, one)
             if stat.S_ISREG(path.stat().st_mode):
@@ -182,14 +194,22 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
     resolved to a commit here, once, so that every file comes from the same one.
     """
     from datasets import load_dataset_builder
+    from yaml import YAMLError
 
     address, _, revision = address.partition("@")
     repository, _, config = address.partition(":")
     told = f"--source {name}: there is no such file, and it can't be had from the Hub"
-    with hub_errors(repository, told):
-        builder = load_dataset_builder(
-            repository, config or None, revision=commit or revision or None
-        )
+    not_parquet = (
+        "its files are not Parquet; download them and give --source the folder, or use the Hub's "
+        "own conversion, @refs/convert/parquet"
+    )
+    with hub_errors(repository, told, also=(YAMLError,)):
+        try:
+            builder = load_dataset_builder(
+                repository, config or None, revision=commit or revision or None
+            )
+        except RuntimeError as error:  # a script would have to be run
+            raise UserError(f"--source {name}: {one_line(error)}: {not_parquet}") from error
         splits = builder.config.data_files or {}
     if "train" not in splits:
         found = f"only {', '.join(splits)}" if splits else "and no other"
@@ -199,10 +219,7 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
         )
     files = tuple(splits["train"])
     if not all(file.endswith(".parquet") for file in files):
-        raise UserError(
-            f"--source {name}: its files are not Parquet; download them and give --source the "
-            "folder, or use the Hub's own conversion, @refs/convert/parquet"
-        )
+        raise UserError(f"--source {name}: {not_parquet}")
     found = re.search(r"@([0-9a-f]{40})/", files[0])
     return Source(name, files, revision=found.group(1) if found else revision)
 
@@ -212,9 +229,9 @@ def batches(source: Source) -> Iterator[Batch]:
     for file in source.files:
         if file == PYTHON_DOCS:
             yield python_docs
-        elif file.endswith(TEXT_SUFFIXES):
+        elif kind_of(file) in TEXT_SUFFIXES:
             yield partial(text_documents, file)
-        elif file.endswith(".parquet"):
+        elif kind_of(file) == ".parquet":
             with named_errors(file):
                 groups = pq.ParquetFile(source.open(file)).num_row_groups
             for group in range(groups):
@@ -359,9 +376,9 @@ def _text_bytes(source: Source, file: str) -> int:
     if file == PYTHON_DOCS:
         return 0  # nobody knows
     with named_errors(file):
-        if not file.endswith(".parquet"):
-            return os.path.getsize(file) * (4 if file.endswith((".gz", ".zst")) else 1)
+        if kind_of(file) != ".parquet":
+            return os.path.getsize(file) * (4 if is_compressed(file) else 1)
         metadata = pq.ParquetFile(source.open(file)).metadata
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
-    columns = (group.column(number) for group in groups for number in range(group.num_columns))
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
+        columns = (group.column(number) for group in groups for number in range(group.num_columns))
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class ShardWriter:
         """Complete the present shard and begin the next."""
         split = self.split
         index = sum(record.split == split for record in self.records)
-        path = self.folder / f"{self.split}_{index:06d}.bin"
+        path = self.folder / f"{split}_{index:06d}.bin"
         self.file.seek(0)
         self.file.write(shard_header(self.pending))
         self.file.flush()
@@ -72,7 +73,7 @@ class ShardWriter:
         self.file.close()
         sha256 = file_sha256(self.partial)
         self.partial.replace(path)
-        self.records.append(ShardRecord(path.name, self.split, self.pending, sha256))
+        self.records.append(ShardRecord(path.name, split, self.pending, sha256))
         self._begin()
 
     def close(self) -> None:
@@ -106,6 +107,16 @@ class Progress:
     def remove(folder: Path) -> None:
         """The folder is finished."""
         (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def check_disk(folder: Path, tokens: int) -> None:
+    """Raises UserError if `tokens` more tokens, two bytes each, don't fit on the disk."""
+    free = shutil.disk_usage(folder).free
+    if 2 * tokens > free:
+        raise UserError(
+            f"{tokens:,} tokens need about {2 * tokens / 1e6:,.0f} MB, {folder} has "
+            f"{free / 1e6:,.0f} MB free: make room, or prepare less with --max-tokens"
+        )
 
 
 def read_progress(folder: Path) -> Progress | None:

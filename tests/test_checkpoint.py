@@ -132,7 +132,7 @@ def test_equal_states_make_equal_bytes(tmp_path):
 
 def test_the_newest_is_found_and_an_unfinished_save_is_not(tmp_path):
     assert newest_checkpoint(tmp_path) is None
-    for step in (9, 100, 1_000_000, 20):
+    for step in (9, 100, 1_000_000, 20, 999_999):
         save(tmp_path, step)
     shutil.copytree(tmp_path / "step_000009", tmp_path / ".step_2000000.partial")
     assert newest_checkpoint(tmp_path).meta.step == 1_000_000
@@ -161,6 +161,45 @@ def test_a_changed_number_in_meta_is_damage_too(tmp_path):
     (path / META).write_text(text.replace('"val_loss": 2.5', '"val_loss": 1.5'))
     with pytest.raises(UserError, match="meta.json is damaged"):
         read_checkpoint(path)
+
+
+def test_a_checkpoint_under_another_ones_name_is_skipped(tmp_path, capsys):
+    save(tmp_path, 1)
+    save(tmp_path, 2).rename(tmp_path / "step_000003")
+    assert newest_checkpoint(tmp_path).meta.step == 1
+    assert "meta.json is of step 2" in capsys.readouterr().err
+
+
+def test_what_a_damaged_checkpoint_says_is_shown_and_not_obeyed(tmp_path, capsys):
+    save(tmp_path, 1)
+    settings = {"\x1b[31m\nerror": 3}
+    rewrite_meta(save(tmp_path, 2), lambda meta: meta.update(config=settings))
+    assert newest_checkpoint(tmp_path).meta.step == 1
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and err.count("\n") == 1
+
+
+def test_a_model_and_a_vocabulary_of_different_sizes_are_refused(tmp_path):
+    path = save(tmp_path)
+    rewrite_meta(path, lambda meta: meta["tokenizer"].update(vocab_size=60_000))
+    with pytest.raises(UserError, match="vocabulary of 60,000 tokens for a model of "):
+        read_checkpoint(path).encoding()
+
+
+def test_a_vocabulary_is_gpt2s_by_its_content_and_not_by_its_name(tmp_path):
+    path, vocab_size = save(tmp_path), SMALL.vocab_size
+    tokenizer = {"name": "gpt2", "vocab_size": vocab_size, "sha256": "0" * 64}
+    rewrite_meta(path, lambda meta: meta.update(tokenizer=tokenizer))
+    with pytest.raises(UserError, match="lacks its vocabulary"):
+        read_checkpoint(path).encoding()
+
+
+def test_weights_that_are_removed_before_they_are_read_are_one_line(tmp_path):
+    """As the run does that is still saving."""
+    found = read_checkpoint(save(tmp_path))
+    shutil.rmtree(found.path)
+    with pytest.raises(UserError, match="can't read .*model.safetensors: No such file"):
+        found.make_model()
 
 
 def test_if_all_are_damaged_nothing_starts_from_zero(tmp_path):

@@ -244,6 +244,9 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
 
     as_tokenizer_json(folder, model={"vocab": []})
     assert "tokenizer.json holds no vocabulary with merges" in complaint()
+    for text in (5, None):
+        as_tokenizer_json(folder, added_tokens=[{"content": text, "id": 300}])
+        assert "tokenizer.json holds no vocabulary with merges: TypeError" in complaint()
     as_tokenizer_json(folder)
     content = (folder / "vocab.json").read_text()
     vocabulary = json.loads(content)
@@ -254,6 +257,15 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
     version, first, second, *rest = (folder / "merges.txt").read_text().splitlines()
     (folder / "merges.txt").write_text("\n".join((version, second, first, *rest)))
     assert "merges.txt: its merges are not those of the vocabulary" in complaint()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "merges.txt"])
+def test_a_named_pipe_is_no_file_and_is_not_waited_for(call, changed, tmp_path, name):
+    folder = changed()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
+    assert f"{folder / name} is no file" in error
 
 
 def test_without_a_vocabulary_merges_are_compared_with_gpt2s(tmp_path):

@@ -81,6 +81,18 @@ def test_a_download_that_broke_off_goes_on_with_the_same_commit(fetch, hub, tmp_
     assert json.loads((folder / MANIFEST).read_text())["settings"]["revision"] == COMMIT
 
 
+def test_a_download_that_broke_off_is_not_taken_over_by_another_source(fetch, hub, tmp_path):
+    hub.missing = {"fineweb_train_000002.bin"}
+    fetch().error()
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    words = ("--source", tmp_path / "a.txt", "--tokenizer", "bpe:257", "--val-tokens", 9)
+    out = ("--out", tmp_path / "data", "--workers", 1)
+    error = run("prepare_fineweb.py", *words, *out).error()
+    assert f"{tmp_path / 'data'} holds shards of another origin" in error
+    hub.missing.clear()
+    assert fetch().status == 0
+
+
 def test_a_kill_after_the_manifest_leaves_nothing_in_the_way(fetch, tmp_path):
     folder = tmp_path / "data"
     fetch()

@@ -73,6 +73,12 @@ def test_what_was_shown_is_the_text_up_to_the_first_stop(text, stops):
         assert any(text[len(completion.text) :].startswith(stop) for stop in stops)
 
 
+@pytest.mark.parametrize("stops", [["e", "h"], ["h", "e"]])
+def test_of_two_stop_texts_in_one_token_the_first_ends_the_text(stops):
+    completion, shown = feed(gpt2_encoding().encode_ordinary(" the"), stops)
+    assert completion.text == "".join(shown) == " t"
+
+
 def test_a_stop_text_across_tokens_is_never_shown():
     encoding = gpt2_encoding()
     tokens = [encoding.encode_single_token(part) for part in ("Hello", " wor", "ld", "!", " Bye")]
@@ -323,6 +329,7 @@ def test_a_model_is_decoded_with_the_vocabulary_that_it_was_trained_with(trained
         (("--prompt", ""), "the prompt is empty"),
         (("--prompt-file", "nowhere.txt"), "can't read the prompt nowhere.txt: No such file"),
         (("--prompt-file", os.devnull), "the prompt is empty"),
+        (("--prompt-file", ""), "--prompt-file is empty: name a file, or - for standard input"),
         (("--temperature", "-1"), "'-1': expected a number, 0 or more"),
         (("--temperature", "nan"), "'nan': expected a number, 0 or more"),
         (("--temperature", "hot"), "'hot': expected a number, 0 or more"),

@@ -8,7 +8,7 @@ import os
 import struct
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,13 @@ from shards import (
     PROGRESS,
     VOCABULARY,
     Manifest,
+    Shard,
     ShardRecord,
     TokenizerRecord,
     TokenStream,
     check_contents,
     encoding_of,
-    open_shard,
+    find_encoding,
     read_manifest,
     shard_header,
     tokenizer_of,
@@ -64,15 +65,15 @@ def test_a_header_is_256_little_endian_int32_magic_version_and_count():
 
 def test_a_shard_that_llmc_could_have_written_reads_as_its_tokens(tmp_path):
     write_shard(tmp_path / "a.bin", [50256, 0, 1, 258, 65535])
-    shard = open_shard(tmp_path / "a.bin")
-    assert shard.dtype == np.uint16
-    assert shard.tolist() == [50256, 0, 1, 258, 65535]
-    assert isinstance(shard, np.memmap)
+    tokens = Shard(tmp_path / "a.bin").read(0, 9)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [50256, 0, 1, 258, 65535]
 
 
 def test_an_empty_shard_reads_as_no_tokens(tmp_path):
     write_shard(tmp_path / "a.bin", [])
-    assert open_shard(tmp_path / "a.bin").tolist() == []
+    shard = Shard(tmp_path / "a.bin")
+    assert (len(shard), shard.read(0, 9).tolist()) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, content, complaint):
     path = tmp_path / "train_000000.bin"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        open_shard(path)
+        Shard(path)
     assert str(path) in str(error.value)
     assert complaint in str(error.value)
 
@@ -101,7 +102,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, content, complaint):
 @pytest.mark.parametrize("name", ["none.bin", "none.npy"])
 def test_a_missing_shard_is_refused_by_name(tmp_path, name):
     with pytest.raises(UserError, match=f"can't read the shard {tmp_path / name}: No such file"):
-        open_shard(tmp_path / name)
+        Shard(tmp_path / name)
 
 
 OPENED = """
@@ -128,7 +129,7 @@ def test_more_shards_than_files_may_be_open_at_first(tmp_path, hard, told):
 
 def test_a_folder_in_a_shards_place_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=f"can't read the shard {tmp_path}: Is a directory"):
-        open_shard(tmp_path)
+        Shard(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,26 @@ def test_a_damaged_npy_shard_is_refused_by_name(tmp_path, content, complaint):
     else:
         np.save(path, content, allow_pickle=True)
     with pytest.raises(UserError, match=f"{path} {complaint}"):
-        open_shard(path)
+        Shard(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (TokenizerRecord("bpe-300", 301, "{sha256}"), "has 300 tokens, 301 were expected"),
+        (TokenizerRecord("bpe-300", 300, "0" * 64), "it is not the one that these tokens were"),
+    ],
+)
+def test_a_vocabulary_that_is_not_the_recorded_one_is_refused(shards, record, told):
+    own = tokenizer_of(shards).sha256
+    with pytest.raises(UserError, match=told):
+        find_encoding(shards, replace(record, sha256=record.sha256.format(sha256=own)))
+
+
+@pytest.mark.parametrize("name", ["bpe\x1b[31m", "a\nerror: b"])
+def test_a_tokenizers_name_is_plain_text(name):
+    with pytest.raises(ValueError, match="expected plain text"):
+        TokenizerRecord(name, 300, "0" * 64)
 
 
 def test_a_truncated_npy_shard_is_refused_by_name(tmp_path):
@@ -156,7 +176,7 @@ def test_a_truncated_npy_shard_is_refused_by_name(tmp_path):
     np.save(path, np.arange(1000, dtype=np.uint16))
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=f"{path} is damaged"):
-        open_shard(path)
+        Shard(path)
 
 
 # Folders
@@ -172,7 +192,7 @@ def test_build_nanogpts_npy_shards_are_read_without_a_manifest(tmp_path):
 
 
 def test_llmcs_published_shards_are_read_without_a_manifest(tmp_path):
-    write_shard(tmp_path / "fineweb_val_000000.bin", [7])
+    write_shard(tmp_path / "constrained_val_000000.bin", [7])  # no "train"
     for number in (10, 2, 1):
         write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", [number])
     assert TokenStream(tmp_path, "train").read(0, 3).tolist() == [1, 2, 10]

@@ -94,11 +94,22 @@ def test_half_a_surrogate_pair_in_json_becomes_the_replacement_character(tmp_pat
     assert documents(path) == ["a \ufffd b 🙂"]
 
 
+def test_a_parquet_file_whose_column_has_no_name_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, store_schema=False)
+    before, _, after = path.read_bytes().rpartition(b"text")  # where a column's size is told
+    path.write_bytes(before + b"te\xfft" + after)
+    with pytest.raises(UserError, match=f"can't read {path}: 'utf-8' codec can't decode"):
+        estimated_tokens(find_source(str(path)), 1000)
+
+
 def test_long_texts_come_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE_CHARACTERS", 10)
     (tmp_path / "a.jsonl").write_bytes(json_lines(["é" * 25]))
     (tmp_path / "b.txt").write_text("é" * 25, encoding="utf-8")
-    for batch in batches(find_source(str(tmp_path))):
+    found = [*batches(find_source(f"{tmp_path}/*"))]
+    assert len(found) == 2
+    for batch in found:
         assert [[len(piece) for piece in pieces] for pieces in batch()] == [[10, 10, 5]]
 
 
@@ -124,6 +135,26 @@ def test_folders_behind_links_are_read_too_and_each_once(tmp_path):
     (folder / "linked again").symlink_to(tmp_path / "elsewhere")
     (folder / "round").symlink_to(folder)
     assert documents(folder) == ["e.txt", "a.txt", "b/10.md", "b/2.txt", "b/c/1.rst"]
+
+
+def test_a_pattern_gives_each_file_once_however_it_comes_to_it(tmp_path):
+    """By its first name: by two ways, and around a link."""
+    tree(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "round").symlink_to(tmp_path)
+    names = ["a.txt", "b/2.txt"]
+    assert documents(f"{tmp_path}/**/*.txt") == documents(f"{tmp_path}/**/**/*.txt") == names
+    assert find_source(f"{tmp_path}/**/2.txt").files == (f"{tmp_path}/a/round/b/2.txt",)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_names_in_capitals_are_as_good(tmp_path, name):
+    path = tmp_path / name.upper()
+    WRITERS[name](path, TEXTS)
+    (tmp_path / "B.TXT").write_text("b")
+    (tmp_path / "c.Md").write_text("c")
+    assert documents(tmp_path) == documents(path) == TEXTS
+    assert documents(f"{tmp_path}/[Bc].*") == ["b", "c"]
 
 
 def test_a_link_that_leads_nowhere_is_named_and_a_pipe_is_no_file(tmp_path):
@@ -488,6 +519,21 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, on_hub):
     for (name, complaint), line in list(zip(names.items(), lines))[2:]:
         assert line.startswith(f"--source {name}")
         assert complaint in line.removeprefix(f"--source {name}")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"data.py": b"x = 1"}, "found data.py: its files are not Parquet; download them"),
+        ({"README.md": b"---\nconfigs: [unclosed\n---\n"}, "it can't be had from the Hub: while"),
+    ],
+)
+def test_a_dataset_of_a_script_or_with_a_broken_card_is_one_line(
+    hub, on_hub, tmp_path, files, told
+):
+    hub.name, hub.commits = "some/data", {NEW: files | {"a.txt": b"a"}}
+    error = on_hub(hub, "prepare_fineweb.py", "--source", hub.name, "--out", tmp_path / "o").error()
+    assert "--source some/data: " in error and told in error
 
 
 @pytest.mark.parametrize("status", [401, 403])

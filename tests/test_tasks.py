@@ -271,6 +271,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         tasks.load_questions("lambada", tmp_path / "some.parquet")
 
 
+def test_parquet_that_pyarrow_does_not_know_is_one_line(tmp_path, monkeypatch):
+    """A damaged type may be one that is yet to be implemented."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def unknown(*_: object, **__: object) -> None:
+        raise pa.ArrowNotImplementedError("Integers with more than 64 bits not implemented")
+
+    parquet.write_table(pa.table({"text": ["a b"]}), tmp_path / "some.parquet")
+    monkeypatch.setattr(parquet.ParquetFile, "read", unknown)
+    with pytest.raises(UserError, match="can't read .*some.parquet: Integers with more"):
+        tasks.load_questions("lambada", tmp_path / "some.parquet")
+
+
 @pytest.mark.parametrize(
     ("name", "row", "complaint"),
     [
