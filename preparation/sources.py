@@ -145,8 +145,9 @@ def local_files(name: str) -> list[Path]:
     if not path.is_dir():
         found = [path] if path.is_file() else map(Path, glob.glob(name, recursive=True))
         known = (file for file in found if kind_of(file.name))
-        files = sorted((file for file in known if stat.S_ISREG(file.stat().st_mode)), reverse=True)
-        # A pattern may come to a file by several ways, even around a link; the first name counts.
+        files = [file for file in known if stat.S_ISREG(file.stat().st_mode)]
+        files.sort(key=lambda file: (len(file.parts), file), reverse=True)
+        # A pattern may come to a file by several ways, even around a link: the shortest counts.
         return sorted({(os.path.realpath(file.parent), file.name): file for file in files}.values())
     found = sorted(_files_under(path))
     kinds = ([file for file in found if kind_of(file.name) in kind] for kind in KINDS)

@@ -244,8 +244,11 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
 
     as_tokenizer_json(folder, model={"vocab": []})
     assert "tokenizer.json holds no vocabulary with merges" in complaint()
+    as_tokenizer_json(folder)
+    whole = json.loads((folder / "tokenizer.json").read_text())
     for text in (5, None):
-        as_tokenizer_json(folder, added_tokens=[{"content": text, "id": 300}])
+        added = {"added_tokens": [{"content": text, "id": 300}]}
+        (folder / "tokenizer.json").write_text(json.dumps(whole | added))
         assert "tokenizer.json holds no vocabulary with merges: TypeError" in complaint()
     as_tokenizer_json(folder)
     content = (folder / "vocab.json").read_text()

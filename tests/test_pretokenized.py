@@ -166,9 +166,10 @@ def test_a_disk_without_room_is_found_before_anything_is_fetched(tmp_path, monke
     def full(folder: Path, tokens: int) -> None:
         raise UserError(f"{tokens} tokens have no room")
 
+    monkeypatch.setattr(pretokenized, "check_disk", full)
     for tokens, there in ((60, "f_train_2.bin"), (30, "f_val_0.bin"), (20, "f_train_1.bin")):
         with pytest.raises(UserError, match=f"^{tokens} tokens have no room"):
-            pretokenized.fetch("some/data", tmp_path / "data", None, full)
+            pretokenized.fetch("some/data", tmp_path / "data", None)
         (tmp_path / "data" / there).touch()
 
 
