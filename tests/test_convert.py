@@ -262,13 +262,12 @@ def test_vocabularies_that_do_not_agree_are_one_line(call, changed, tmp_path):
     assert "merges.txt: its merges are not those of the vocabulary" in complaint()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "merges.txt"])
-def test_a_named_pipe_is_no_file_and_is_not_waited_for(call, changed, tmp_path, name):
+def test_a_named_pipe_is_no_file_and_is_not_waited_for(changed, tmp_path):
     folder = changed()
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-    error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
-    assert f"{folder / name} is no file" in error
+    (folder / "merges.txt").unlink()
+    os.mkfifo(folder / "merges.txt")
+    result = run("convert.py", "from-hf", folder, "--out", tmp_path / "out", timeout=100)
+    assert f"{folder / 'merges.txt'} is no file" in result.error()
 
 
 def test_without_a_vocabulary_merges_are_compared_with_gpt2s(tmp_path):
