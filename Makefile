@@ -83,6 +83,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/%.installed: %.txt | $(VENV)/bin/python
+	@echo "installing $<: PyTorch and others are large, this can take minutes"
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r $<
 	touch $@
 
