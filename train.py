@@ -58,9 +58,12 @@ class Trainer:
         self.config, self.ranks = config, ranks
         ranks.check_same("a setting", repr(shared_settings(config)))
         shape = BatchShape.of(config, ranks.world_size)
+        data = Path(config.data.dir)
         with ranks.together():
-            self._open_data(Path(config.data.dir))
+            self._open_data(data)
         ranks.check_same("the data", self.fingerprint)
+        with ranks.together():
+            self.encoding = self._find_encoding(data)
         self.stepper = make_stepper(config, ranks, shape, self.train_stream)
         self.model, self.shape = self.stepper.model, shape
         self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
@@ -85,7 +88,6 @@ class Trainer:
             self.val_stream.num_windows(self.config.model.block_size)  # too short? not later
             records = records + self.val_stream.records
         self.tokenizer = tokenizer_of(folder)
-        self.encoding = self._find_encoding(folder)
         mine = records[self.ranks.local_rank :: self.ranks.local_world_size]
         check_contents(folder, mine, self.tokenizer.vocab_size)
 
