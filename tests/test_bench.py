@@ -77,7 +77,7 @@ class GPT(torch.nn.Module):
         return torch.optim.SGD(self.parameters(), lr=learning_rate)
 
     def forward(self, inputs, targets=None):
-        time.sleep(3)
+        time.sleep(1.5)
         return None, self.table(inputs).mean()
 
     def generate(self, ids, count, top_k=None):
@@ -113,8 +113,8 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
     assert result.status == 0, result.err
     report = json.loads(output.read_text())
     slow = report["results"]["nanogpt"]
-    assert slow["seconds"]["forward"] >= 3
-    assert slow["tokens_per_second"] <= 2 * 32 / 3
+    assert slow["seconds"]["forward"] >= 1.5
+    assert slow["tokens_per_second"] <= 2 * 32 / 1.5
     assert slow["times_as_fast"] == ratio(report["turns"], "nanogpt", "step_seconds")
     for measured in report["turns"]["ours"]:
         parts = sum(measured[f"{part}_seconds"] for part in PARTS)
@@ -162,14 +162,15 @@ def test_generation_is_measured_beside_peers(config, peer, tmp_path):
     results = json.loads(output.read_text())["results"]
     assert list(results) == ["ours", "nanogpt", "transformers"]
     slow, ours = results["nanogpt"]["decode_tokens_per_second"], results["ours"]
-    assert slow <= 1  # a third of a token, but for what a busy machine does to the prompt's time
+    assert slow <= 2  # two thirds of a token, but for what a busy machine does to the prompt's time
     ratio = ours["decode_tokens_per_second"] / slow
     assert results["nanogpt"]["decode_times_as_fast"] == pytest.approx(ratio)
-    assert results["nanogpt"]["undisturbed_tokens_per_second"] <= 1 / 3
-    assert ours["undisturbed_tokens_per_second"] > 1 / 3
+    assert results["nanogpt"]["undisturbed_tokens_per_second"] <= 2 / 3
+    assert ours["undisturbed_tokens_per_second"] > 2 / 3
 
 
 def test_the_loader_is_measured(config, tmp_path):
+    config.write_text(MODEL.replace("block_size = 32", "block_size = 1024"))  # fewer windows
     output = tmp_path / "out.json"
     options = ["--rounds", 1, "--output", output]
     assert run("bench.py", "data", "--config", config, *options).status == 0
