@@ -98,17 +98,13 @@ class Trainer:
         training goes on without what needs text. Without another, nobody could read what the model
         writes: UserError.
         """
-        out = Path(self.config.train.out)
-        if (
-            self.tokenizer != GPT2
-            and not is_there(folder / VOCABULARY)
-            and is_there(out / VOCABULARY)
-        ):
+        is_gpt2, out = self.tokenizer == GPT2, Path(self.config.train.out)
+        if not is_gpt2 and not is_there(folder / VOCABULARY) and is_there(out / VOCABULARY):
             folder = out
         try:
             return find_encoding(folder, self.tokenizer)
         except UserError as error:
-            if self.tokenizer != GPT2 or is_there(folder / VOCABULARY):
+            if not is_gpt2 or is_there(folder / VOCABULARY):
                 raise
             if self.ranks.local_rank == 0:
                 say(f"no bits per byte and no samples: {error}")
