@@ -144,7 +144,8 @@ class Checkpoint:
 
     def description(self) -> str:
         """What meta.json says, its files' hashes among it: of equal checkpoints the same."""
-        return (self.path / META).read_text(encoding="utf-8")
+        with disk_errors(f"can't read {self.path / META}"):
+            return (self.path / META).read_text(encoding="utf-8")
 
     def model_sha256(self) -> str:
         """Which weights these are."""

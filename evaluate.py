@@ -217,13 +217,13 @@ def choose_stride(arguments: argparse.Namespace, block_size: int) -> int:
 
 
 def report_of(
-    name: str, checkpoint: Checkpoint, ranks: Ranks, results: list[dict[str, object]]
+    name: str, checkpoint: Checkpoint, sha256: str, ranks: Ranks, results: list[dict[str, object]]
 ) -> dict[str, object]:
-    """What --output keeps: the `results`, and what they are of."""
+    """What --output keeps: the `results`, and what they are of; `sha256` is the weights'."""
     return {
         "checkpoint": name,
         "step": checkpoint.meta.step,
-        "sha256": checkpoint.model_sha256(),
+        "sha256": sha256,
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": f"{ranks.world_size} × {device_name(ranks.device)}",
         "torch": torch.__version__,
@@ -237,7 +237,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
         if arguments.output and ranks.is_first:
             check_can_write(output_file(arguments.output))
     checkpoint = ranks.in_turn(lambda: find_model(arguments.checkpoint))
-    model = checkpoint.make_model()
+    model, sha256 = checkpoint.make_model(), checkpoint.model_sha256()  # a run may remove it soon
     scorer = Scorer(model.to(ranks.device), checkpoint.encoding(), ranks)
     tasks = [look_up(name, arguments, checkpoint, scorer) for name in arguments.names]
     tell = print if ranks.is_first else (lambda line: None)
@@ -249,7 +249,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
             tell("\n".join(lines))
             results.append(result)
     if arguments.output and ranks.is_first:
-        report = report_of(arguments.checkpoint, checkpoint, ranks, results)
+        report = report_of(arguments.checkpoint, checkpoint, sha256, ranks, results)
         write_report(arguments.output, report)
 
 

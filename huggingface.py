@@ -212,9 +212,9 @@ def from_hf(folder: Path, out: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError for what is no file: a named pipe would be waited for."""
+    """Raises UserError for what is to be read and is no file: a pipe would be waited for."""
     with disk_errors(f"can't read {folder}"):
-        for path in folder.iterdir():
+        for path in (path for pattern in WANTED for path in folder.glob(pattern)):
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise UserError(f"{path} is no file")
 
@@ -282,8 +282,8 @@ def read_index(path: Path) -> list[str]:
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file. Raises UserError if it isn't there or is no safetensors file."""
     path, shown = folder / name, f"{name!r:.80}"
-    if os.path.isdir(path):
-        raise UserError(f"{folder}: {shown} is a folder, expected a file of weights")
+    if os.path.exists(path) and not os.path.isfile(path):  # a folder, or a pipe to wait for
+        raise UserError(f"{folder}: {shown} is no file, expected one of weights")
     try:
         return load_file(path)
     except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no file can have

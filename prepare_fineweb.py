@@ -480,8 +480,8 @@ def main(arguments: argparse.Namespace) -> None:
         try:
             _prepare_and_tell(arguments)
         except KeyboardInterrupt:
-            told = "interrupted; the same command goes on after the last whole shard"
-            raise Stopped(told, signal.SIGINT) from None
+            told = "the same command goes on after the last whole shard, if there is one"
+            raise Stopped(f"interrupted; {told}", signal.SIGINT) from None
 
 
 def _prepare_and_tell(arguments: argparse.Namespace) -> None:

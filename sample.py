@@ -257,9 +257,9 @@ def main(arguments: argparse.Namespace) -> None:
     """Load the checkpoint and continue the prompts."""
     if any(not stop for stop in arguments.stop):
         raise UserError("--stop is empty: give the text to stop before")
-    prompts = typed_prompts() if arguments.interactive else [read_prompt(arguments)]
     checkpoint = find_model(arguments.checkpoint)
     encoding = checkpoint.encoding()
+    prompts = typed_prompts() if arguments.interactive else [read_prompt(arguments)]
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     model = checkpoint.make_model()

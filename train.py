@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from checkpoint import Meta
 from common.device import memory_errors, peak_memory
-from common.files import is_there
+from common.files import disk_errors, file_sha256, is_there
 from common.records import strict
 from data import BatchShape, step_windows
 from distributed import Ranks, process_group
@@ -63,7 +63,7 @@ class Trainer:
             self._open_data(data)
         ranks.check_same("the data", self.fingerprint)
         with ranks.together():
-            self.encoding = self._find_encoding(data)
+            encoding = self._find_encoding(data)
         self.stepper = make_stepper(config, ranks, shape, self.train_stream)
         self.model, self.shape = self.stepper.model, shape
         self.step, self.skipped, self.best_val_loss = 0, 0, math.inf
@@ -72,7 +72,7 @@ class Trainer:
         self._resume()
         self.stop = StopRequest()
         self.examiner = Examiner(
-            config, self.stepper, self.val_stream, self.encoding, self._asked_to_stop
+            config, self.stepper, self.val_stream, encoding, self._asked_to_stop
         )
         self.metrics: Metrics | None = None  # rank 0's, from `run` on
 
@@ -92,19 +92,21 @@ class Trainer:
         check_contents(folder, mine, self.tokenizer.vocab_size)
 
     def _find_encoding(self, folder: Path) -> tiktoken.Encoding | None:
-        """The data's encoding; that of an own vocabulary may lie in the run folder instead.
+        """The data's encoding, from beside the shards or from the run folder.
 
         Downloaded shards come without their vocabulary, which is GPT-2's: if it can't be had here,
         training goes on without what needs text. Without another, nobody could read what the model
         writes: UserError.
         """
-        is_gpt2, out = self.tokenizer == GPT2, Path(self.config.train.out)
-        if not is_gpt2 and not is_there(folder / VOCABULARY) and is_there(out / VOCABULARY):
-            folder = out
+        ours = Path(self.config.train.out, VOCABULARY)
+        if not is_there(folder / VOCABULARY) and is_there(ours):
+            with disk_errors(f"can't read {ours}"):
+                is_it = file_sha256(ours) == self.tokenizer.sha256  # and not an earlier run's
+            folder = ours.parent if is_it else folder
         try:
             return find_encoding(folder, self.tokenizer)
         except UserError as error:
-            if not is_gpt2 or is_there(folder / VOCABULARY):
+            if self.tokenizer != GPT2 or is_there(folder / VOCABULARY):
                 raise
             if self.ranks.local_rank == 0:
                 say(f"no bits per byte and no samples: {error}")
@@ -132,7 +134,9 @@ class Trainer:
     def _begin_with(self, name: str) -> None:
         """Take the weights of another run's checkpoint, to train them further on other text."""
         checkpoint = self.ranks.in_turn(lambda: find_model(name))
-        self.ranks.check_same("the checkpoint to begin with", checkpoint.description())
+        with self.ranks.together():
+            told = checkpoint.description()
+        self.ranks.check_same("the checkpoint to begin with", told)
         with self.ranks.together():
             check_can_begin_with(checkpoint, self.config)
             checkpoint.load_model(self.model)

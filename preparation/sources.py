@@ -209,7 +209,9 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
             builder = load_dataset_builder(
                 repository, config or None, revision=commit or revision or None
             )
-        except RuntimeError as error:  # a script would have to be run
+        except RuntimeError as error:
+            if "scripts" not in str(error):  # which would have to be run
+                raise
             raise UserError(f"--source {name}: {one_line(error)}: {not_parquet}") from error
         splits = builder.config.data_files or {}
     if "train" not in splits:

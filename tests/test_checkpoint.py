@@ -200,6 +200,8 @@ def test_weights_that_are_removed_before_they_are_read_are_one_line(tmp_path):
     shutil.rmtree(found.path)
     with pytest.raises(UserError, match="can't read .*model.safetensors: No such file"):
         found.make_model()
+    with pytest.raises(UserError, match="can't read .*meta.json: No such file"):
+        found.description()
 
 
 def test_if_all_are_damaged_nothing_starts_from_zero(tmp_path):

@@ -486,7 +486,7 @@ def test_a_folder_in_the_place_of_weights_is_one_line(call, changed, tmp_path):
     (folder / MODEL).unlink()
     (folder / MODEL).mkdir()
     error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
-    assert f"{folder}: 'model.safetensors' is a folder, expected a file of weights" in error
+    assert f"{folder}: 'model.safetensors' is no file, expected one of weights" in error
 
 
 DEEP = '{"a": ' + "[" * 100_000

@@ -114,6 +114,23 @@ def test_the_error_of_val_is_that_of_its_windows(call, trained, shards, tmp_path
         assert found["metrics"]["loss"]["value"] == pytest.approx(mean, rel=1e-6)
 
 
+def test_what_was_found_is_written_if_the_run_has_removed_the_checkpoint(
+    call, trained, tmp_path, monkeypatch
+):
+    """As it may while a task takes hours."""
+    run, output, measure = tmp_path / "run", tmp_path / "found.json", evaluate.measure_loss
+    shutil.copytree(trained, run)
+    sha256 = find_checkpoint(str(run)).model_sha256()
+
+    def measure_late(*arguments: object) -> evaluate.Told:
+        shutil.rmtree(run / "checkpoints")
+        return measure(*arguments)
+
+    monkeypatch.setattr(evaluate, "measure_loss", measure_late)
+    assert call("evaluate", "--checkpoint", run, "--output", output).status == 0
+    assert json.loads(output.read_text())["sha256"] == sha256
+
+
 def test_a_bar_shows_how_far_val_has_come(call, trained):
     assert "val: " in call("evaluate", "--checkpoint", trained).err
 

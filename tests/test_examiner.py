@@ -12,11 +12,13 @@ from conftest import metrics_of
 
 import train
 from checkpoint import read_checkpoint
+from config import load_config
 from data import load_windows
 from distributed import Ranks
 from model import GPT, dtype_of_products
 from optim import drop_average, swap_average
-from shards import TokenStream, encoding_of
+from shards import VOCABULARY, TokenStream, encoding_of, shard_header
+from tokenizer import gpt2_encoding, save_vocabulary
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -104,8 +106,6 @@ def test_downloaded_shards_train_where_gpt2s_vocabulary_cannot_be_had(
     call, tiny, tmp_path, monkeypatch
 ):
     """llm.c's shards come without a manifest. The network is away, and the cache empty."""
-    from shards import shard_header
-
     tokens = np.random.RandomState(0).randint(0, 50_257, 5000).astype("<u2")
     for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
         (tmp_path / name).write_bytes(shard_header(5000) + tokens.tobytes())
@@ -124,6 +124,34 @@ def test_downloaded_shards_train_where_gpt2s_vocabulary_cannot_be_had(
     tasks = ("--log.eval_tasks", "hellaswag", "--train.max_steps", 3)
     error = call("train", tiny, *arguments, *tasks).error()
     assert "log.eval_tasks needs GPT-2's vocabulary, which can't be had here" in error
+
+    (tmp_path / VOCABULARY).write_text("rubbish")
+    error = call("train", tiny, *arguments, "--train.max_steps", 3).error()
+    assert f"the vocabulary {tmp_path / VOCABULARY} has SHA-256" in error
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_gpt2s_vocabulary_is_found_in_the_run_folder_if_it_is_there(
+    tiny, tmp_path, monkeypatch, is_ours
+):
+    """An earlier run may have left another there."""
+    tokens = np.arange(5000).astype("<u2")
+    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        (tmp_path / name).write_bytes(shard_header(5000) + tokens.tobytes())
+    (tmp_path / "o").mkdir()
+    vocabulary = tmp_path / "o" / VOCABULARY
+    if is_ours:
+        save_vocabulary(gpt2_encoding(), vocabulary)
+    else:
+        vocabulary.write_text("rubbish")
+
+    def unplugged(name: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("tiktoken.get_encoding", unplugged)
+    words = [str(tiny), "--data.dir", str(tmp_path), "--train.out", str(tmp_path / "o")]
+    trainer = train.Trainer(load_config(words), ALONE)
+    assert (trainer.examiner.encoding is not None) == is_ours
 
 
 def test_a_machine_without_the_vocabulary_keeps_all_from_what_needs_text(configure, monkeypatch):

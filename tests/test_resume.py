@@ -290,6 +290,7 @@ LEVEL = ("--optim.schedule", "linear", "--optim.decay_steps", 10, "--optim.warmu
         (31, [], False),
         (31, ["--optim.learning_rate", 1e-3], False),  # another peak, but the same way down
         (31, ["--optim.learning_rate", 6e-3, "--optim.min_learning_rate", 6e-4], False),
+        (36, ["--optim.learning_rate", 1.5e-3], False),
         (40, ["--train.max_steps", 60, "--optim.decay_steps", 30], True),
         (40, ["--train.max_steps", 400, "--optim.decay_steps", 370], True),
         (40, ["--train.max_steps", 400, "--optim.decay_steps", 0], True),
@@ -313,13 +314,16 @@ def test_a_learning_rate_that_falls_does_not_rise_again(configure, step, changes
         (
             40,
             ["--train.max_steps", 80],
-            "from 10% of its peak to 59%: its fall was planned for 40 s",
+            "from 0.0003 to 0.00176: until now the run was planned for 4",
         ),
         (
             30,
             ["--optim.schedule", "linear"],
-            "from 28% of its peak to 34%: its fall was planned fo",
+            "from 0.000836 to 0.00101: until now the run was plan",
         ),
+        (30, ["--optim.learning_rate", 1.5e-3], ""),  # a larger share of it, but a lower rate
+        (30, ["--optim.learning_rate", 3e-2], ""),  # a higher rate, but the same way down
+        (40, ["--optim.min_learning_rate", 2e-3], ""),  # there is no step left
         (6, ["--train.max_steps", 80], ""),  # at the peak
         (3, ["--train.max_steps", 80], ""),  # before it
     ],
@@ -334,7 +338,7 @@ def test_a_run_whose_learning_rate_rises_again_says_so(call, tiny, shards, train
     words = (tiny, "--data.dir", shards, "--train.out", tmp_path / "o", "--train.max_steps", 60)
     lines = call("train", *words).err.splitlines()
     at = next(at for at, line in enumerate(lines) if line.startswith("going on after step 40"))
-    assert lines[at + 1].startswith("the learning rate rises again, from 10% of its peak to ")
+    assert lines[at + 1].startswith("the learning rate rises again, from 0.0003 to 0.00")
     assert "rises again" not in call("train", *words).err  # it has ended as it was planned
 
 

@@ -137,8 +137,11 @@ def check_schedule(checkpoint: Checkpoint, config: Config) -> str:
     """
     before, step = settings_of(checkpoint), checkpoint.meta.step
     level = last_at_peak(before.optim, before.train.max_steps) + 1
-    then, now = share_of_peak(step - 1, before), share_of_peak(step, config)
-    if step <= level or now <= then:
+    then, now = learning_rate_of(step - 1, before), learning_rate_of(step, config)
+    shares = then / (before.optim.learning_rate or 1.0), now / (config.optim.learning_rate or 1.0)
+    # A higher peak with the same fall is meant so, and so is a lower one.
+    rises = now > then and shares[1] > shares[0] and step < config.train.max_steps
+    if step <= level or not rises:
         return ""
     if before.optim.decay_steps:
         raise UserError(
@@ -147,7 +150,7 @@ def check_schedule(checkpoint: Checkpoint, config: Config) -> str:
             "checkpoints of another run, and name that run's with --train.out"
         )
     return (
-        f"the learning rate rises again, from {then:.0%} of its peak to {now:.0%}: its fall was "
+        f"the learning rate rises again, from {then:.3g} to {now:.3g}: until now the run was "
         f"planned for {before.train.max_steps:,} steps"
     )
 
@@ -163,7 +166,6 @@ def settings_of(checkpoint: Checkpoint) -> Config:
         raise UserError(f"{checkpoint.path / META}: {error}") from error
 
 
-def share_of_peak(step: int, config: Config) -> float:
-    """The learning rate of a step, counted from 0, as a share of its peak."""
-    rate = learning_rate_at(step, config.optim, config.train.max_steps)
-    return rate / (config.optim.learning_rate or 1.0)
+def learning_rate_of(step: int, config: Config) -> float:
+    """The learning rate of a step, counted from 0."""
+    return learning_rate_at(step, config.optim, config.train.max_steps)
