@@ -23,7 +23,7 @@ from torch import Tensor
 
 from checkpoint import META, MODEL, Checkpoint, Meta, find_checkpoint, save_tensors, write_meta
 from common.errors import UserError, one_line, reason_of
-from common.files import disk_errors, is_there
+from common.files import disk_errors, is_odd, is_there
 from common.hub import check_gated, hub_errors
 from common.records import read_json
 from model import GPT, GPTConfig
@@ -215,7 +215,7 @@ def check_files(folder: Path) -> None:
     """Raises UserError for what is to be read and is no file: a pipe would be waited for."""
     with disk_errors(f"can't read {folder}"):
         for path in (path for pattern in WANTED for path in folder.glob(pattern)):
-            if path.exists() and not (path.is_file() or path.is_dir()):
+            if is_odd(path):
                 raise UserError(f"{path} is no file")
 
 

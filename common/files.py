@@ -37,6 +37,11 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def is_odd(path: Path) -> bool:
+    """Whether something is there that is neither a file nor a folder, such as a named pipe."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def own_file(folder: Path, name: str) -> Path:
     """The path of a file in `folder`. Raises UserError if the name, or a link, leads out of it, or
     to no file at all: a named pipe would be waited for until somebody writes into it.
@@ -46,12 +51,12 @@ def own_file(folder: Path, name: str) -> Path:
         raise UserError(f"{folder} is said to hold {name!r:.80}: expected a plain name")
     try:
         lies_in = path.resolve().parent
-        is_odd = path.exists() and not (path.is_file() or path.is_dir())
+        odd = is_odd(path)
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, an impossible name
         raise UserError(f"can't find {name!r:.80} in {folder}: {error}") from error
     if lies_in != folder.resolve():
         raise UserError(f"{path} is a link out of its folder: put the file itself there")
-    if is_odd:
+    if odd:
         raise UserError(f"{path} is no file")
     return path
 
