@@ -70,7 +70,9 @@ class Source:
             return pa.OSFile(file)
         if not os.path.getsize(file):  # to pyarrow that is no text; to gzip and zstd, half a file
             raise UserError(f"can't read {file}: it is empty, not even compressed")
-        return pa.input_stream(file, compression="gzip" if kind_of(file)[-3:] == ".gz" else "zstd")
+        return pa.input_stream(
+            file, compression="gzip" if kind_of(file).endswith(".gz") else "zstd"
+        )
 
 
 def kind_of(file: str) -> str:
@@ -79,7 +81,7 @@ def kind_of(file: str) -> str:
 
 
 def is_compressed(file: str) -> bool:
-    """Whether it is packed by gzip or zstd."""
+    """Whether a file is packed by gzip or zstd, as its name says."""
     return kind_of(file).endswith((".gz", ".zst"))
 
 

@@ -138,9 +138,10 @@ def check_schedule(checkpoint: Checkpoint, config: Config) -> str:
     before, step = settings_of(checkpoint), checkpoint.meta.step
     level = last_at_peak(before.optim, before.train.max_steps) + 1
     then, now = learning_rate_of(step - 1, before), learning_rate_of(step, config)
-    shares = then / (before.optim.learning_rate or 1.0), now / (config.optim.learning_rate or 1.0)
-    # A higher peak with the same fall is meant so, and so is a lower one.
-    rises = now > then and shares[1] > shares[0] and step < config.train.max_steps
+    share_then = then / (before.optim.learning_rate or 1.0)  # of the peak
+    share_now = now / (config.optim.learning_rate or 1.0)
+    # Who sets another peak means it: a higher one raises the rate, a lower one its share, not both.
+    rises = now > then and share_now > share_then and step < config.train.max_steps
     if step <= level or not rises:
         return ""
     if before.optim.decay_steps:
