@@ -572,16 +572,19 @@ def test_an_empty_folder_is_filled_where_it_is(call, exported, trained, tmp_path
     def within_a_disk(path: Path, target: Path) -> Path:
         if disks(path) != disks(target):
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        moved.append(target.name)
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", within_a_disk)
     for way, source, file in (("from-hf", exported, META), ("to-hf", trained, "config.json")):
+        moved = []
         (tmp_path / f"{way} disk").mkdir()
         (tmp_path / way).symlink_to(tmp_path / f"{way} disk")
         assert call("convert", way, source, "--out", tmp_path / way).status == 0
         found = [path.name for path in (tmp_path / f"{way} disk").iterdir()]
         assert file in found and MODEL in found
         assert not any(name.startswith(".") for name in found)
+        assert moved[-1] == file  # whoever is stopped before leaves no model that looks whole
 
 
 def test_nothing_is_overwritten(call, exported, trained, tmp_path):

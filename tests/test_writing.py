@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from preparation.writing import ShardWriter, check_same
-from shards import Shard, check_contents
+from shards import Shard, check_contents, shard_header
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,6 +43,29 @@ def test_what_a_writer_wrote_is_read_back(tmp_path_factory, tokens, shard_tokens
         names = [record.file for record in writer.records if record.split == split]
         assert names == [f"{split}_{index:06d}.bin" for index in range(len(names))]
     check_contents(folder, writer.records, 2**16)
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """If the power failed in between, a file of zeros would be taken for what its run had done."""
+    synced, named = {}, []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = writer.partial.read_bytes()
+
+    def note_replace(self: Path, target: Path) -> Path:
+        named.append((target.name, synced.get(self.stat().st_ino)))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    writer = ShardWriter(tmp_path, 10, 0)
+    tokens = np.arange(10, dtype="<u2")
+    writer.write(tokens)
+    writer.finish()
+    writer.close()
+    assert named == [("train_000000.bin", shard_header(10) + tokens.tobytes())]
 
 
 def test_a_planted_link_does_not_lead_a_shard_out_of_its_folder(tmp_path):
