@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,13 @@ def test_the_tasks_are_those_that_settings_know():
 
 
 def test_hellaswag_takes_the_likeliest_ending_by_each_convention(scorer):
-    rows, expected = rows_of("hellaswag"), {name: [] for name in ("acc", "acc_norm", "llmc_acc")}
-    expected["llmc_acc_norm"] = []
+    rows, names = rows_of("hellaswag"), ("acc", "acc_norm", "llmc_acc", "llmc_acc_norm")
+    words, row = "a the file value returns [step] [title] if no object is".split(), rows[0]
+    for seed in range(12):  # endings of a few words, where each token counts
+        chosen = random.Random(seed)
+        endings = [" ".join(chosen.choices(words, k=chosen.randint(1, 5))) for _ in range(4)]
+        rows.append(row | {"endings": [f"{ending}." for ending in endings]})
+    expected = {name: [] for name in names}
     for row in rows:
         before = tasks.tidy(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
         endings = [tasks.tidy(ending) for ending in row["endings"]]
