@@ -82,7 +82,7 @@ from common.device import choose_device, choose_dtype, memory_errors
 from decoding import compile_decoding, most_fused, pack_weights
 from huggingface import find_model
 from model import GPT
-from tokenizer import encode_long
+from tokenizer import encode_end
 
 
 @dataclass
@@ -220,8 +220,7 @@ def answer(
     context = model.config.block_size
     ids = [encoding.eot_token]
     if prompt is not None:
-        end = prompt[-256 * context :]  # GPT-2's longest token has 128 bytes
-        ids = encode_long(encoding, end)
+        ids = encode_end(encoding, prompt, 2 * context)
     if len(ids) > context:
         print(
             f"the prompt is longer than the context: only its last {context:,} tokens are used",

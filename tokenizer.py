@@ -221,6 +221,17 @@ def encode_long(encoding: tiktoken.Encoding, text: str) -> list[int]:
     return [token for piece in safe_pieces(pieces) for token in encoding.encode_ordinary(piece)]
 
 
+def encode_end(encoding: tiktoken.Encoding, text: str, count: int) -> list[int]:
+    """The ids of as much of a text's end as gives `count` or more, if the whole does.
+
+    The first few may be others than in the whole text, where that end begins within a word.
+    """
+    size = 4 * count
+    while len(ids := encode_long(encoding, text[-size:])) < count and size < len(text):
+        size *= 2
+    return ids
+
+
 def gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding of 50,257 tokens. tiktoken downloads it once and checks its SHA-256.
 

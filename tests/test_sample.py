@@ -405,8 +405,10 @@ def test_a_prompt_of_a_million_blanks_does_not_break_the_tokenizer(monkeypatch):
     asked, arguments = [], SimpleNamespace(jsonl=True)
     model = SimpleNamespace(config=SimpleNamespace(block_size=4096))
     monkeypatch.setattr("sample.complete", lambda *those, **_: asked.append(those[2]) or [])
-    answer(model, gpt2_encoding(), " " * 3_000_000 + "x", arguments, generator=None)
-    assert gpt2_encoding().decode(asked[0]) == " " * (256 * 4096 - 1) + "x"
+    prompt = " " * 3_000_000 + "x"
+    answer(model, gpt2_encoding(), prompt, arguments, generator=None)
+    assert len(asked[0]) >= 4096
+    assert prompt.endswith(gpt2_encoding().decode(asked[0]))
 
 
 def test_help_does_not_wait_for_torch():

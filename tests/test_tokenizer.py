@@ -19,6 +19,7 @@ from common.errors import UserError
 from tokenizer import (
     END_OF_TEXT,
     GPT2_SHA256,
+    encode_end,
     encode_from_scratch,
     encode_long,
     gpt2_encoding,
@@ -386,6 +387,23 @@ def test_a_long_text_is_cut_and_still_gives_the_tokens_of_the_whole(text):
 def test_a_text_of_any_length_is_encoded(text):
     encoding = gpt2_encoding()
     assert encode_long(encoding, text) == encoding.encode_ordinary(text)
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_of_a_long_text_only_the_end_is_encoded(count, length):
+    encoding, text = gpt2_encoding(), TEXT * length
+    ids, whole = encode_end(encoding, text, count), encode_long(encoding, text)
+    assert len(ids) >= min(count, len(whole))
+    assert len(ids) <= count + 16 * len(TEXT) or len(ids) <= 4 * count  # not all of it
+    assert ids[len(ids) // 2 :] == whole[len(whole) - len(ids) + len(ids) // 2 :]
+
+
+def test_an_end_holds_as_many_tokens_as_are_asked_for_however_long_they_are():
+    """GPT-2's longest token has 128 characters, a vocabulary of one's own may have longer ones."""
+    encoding = make_encoding(train_bpe(["-" * 1000 + "\n"] * 50, 270))
+    assert max(map(len, vocabulary_of(encoding))) > 256
+    ids = encode_end(encoding, "-" * 100_000, 64)
+    assert 64 <= len(ids) <= 128
 
 
 def test_millions_of_blanks_are_encoded():
