@@ -1,8 +1,9 @@
 """Where text comes from: files on this disk, a dataset of the Hugging Face Hub, Python's own docs.
 
 A source is a row of files in a fixed order, and each file a row of batches: a Parquet row group, a
-run of lines, a whole text file. A batch is read only when it is called, so that worker processes
-can walk over the same row and each read its own batches only.
+run of lines, a whole text file. Its documents are read only when it is called, so that worker
+processes can walk over the same row and each do its own batches only. But where runs of lines begin
+is only known to who has read the file so far.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ def hub_source(name: str, address: str, commit: str | None) -> Source:
 
 
 def batches(source: Source) -> Iterator[Batch]:
-    """The source as a row of batches. A batch costs next to nothing until it is called."""
+    """The source as a row of batches. What takes time is done when one is called."""
     for file in source.files:
         if file == PYTHON_DOCS:
             yield python_docs
