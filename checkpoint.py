@@ -153,11 +153,10 @@ class Checkpoint:
 
     def load_optimizer(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         """Give `optimizer` the state that it had, parameter by parameter, by name."""
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        index = {name: number for number, name in enumerate(order)}
         parameters = dict(model.named_parameters())
-        state: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(order))}
+        in_order = [p for group in optimizer.param_groups for p in group["params"]]
+        place = {id(parameter): number for number, parameter in enumerate(in_order)}
+        state: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(in_order))}
         for key, tensor in _read_tensors(self.path / OPTIMIZER).items():
             name, _, kind = key.rpartition("/")
             parameter = parameters.get(name)
@@ -165,7 +164,7 @@ class Checkpoint:
             if parameter is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
                 raise UserError(f"{self.path / OPTIMIZER} doesn't fit the model: {key}")
             # A copy, where it belongs: no view of a file that may go.
-            state[index[name]][kind] = tensor.to(parameter.device, copy=True)
+            state[place[id(parameter)]][kind] = tensor.to(parameter.device, copy=True)
         is_averaged = any(OTHER in kept for kept in state.values())
         for group in optimizer.state_dict()["param_groups"]:
             kinds = {"momentum"} if "matrices" in group else {"step", "exp_avg", "exp_avg_sq"}
@@ -434,8 +433,9 @@ def remove_old(
     best = min((path for path in whole if told[path][0] < math.inf), key=told.get, default=newest)
     sound = [path for path in whole if not told[path][1]][-keep:]
     early = [path for path in whole if step_of(path) <= keep_until][-1:]
+    kept = {*whole[-keep:], *sound, *early, best}
     for path in paths:
-        if path not in (*whole[-keep:], *sound, *early, best):
+        if path not in kept:
             try:
                 _remove(path)
             except OSError as error:

@@ -9,7 +9,7 @@ for whoever looks at the tokens. Those of gpu_kernels.py are fewer.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING
@@ -91,7 +91,7 @@ def compile_decoding(model: GPT) -> None:
         raise UserError(f"compiled decoding needs Triton: {one_line(error)}") from error
     model.fused_step = FusedStep
     try:
-        with torch.inference_mode(), model.decoding(1, 1) as (cache, decode):
+        with torch.inference_mode(), prepare_decoding(model, 1, 1) as (cache, decode):
             cache.go_back(0)
             decode(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
     except (TritonError, RuntimeError, OSError, CalledProcessError) as error:
@@ -127,6 +127,29 @@ class Kept:
             yield thing
         finally:
             self.key, self.thing = key, thing
+
+
+def prepare_decoding(
+    model: GPT, batch_size: int, tokens: int
+) -> AbstractContextManager[tuple[KVCache, Callable]]:
+    """A cache for so many tokens, and what computes `next_logits` of one more with it.
+
+    What kernels of our own need is kept for the next texts, as long as they are as many, and the
+    weights stay where they are.
+    """
+    weight, config = model.wte.weight, model.config
+    is_fused = model.fused_step is not None and batch_size <= most_fused(config.n_embd)
+    if not (is_fused and weight.is_cuda):
+        cache = model.new_cache(batch_size, tokens)
+        decode = RecordedDecoding(model, cache) if weight.is_cuda else model.next_logits
+        return nullcontext((cache, decode))
+
+    def make() -> tuple[KVCache, Callable]:
+        cache = model.new_cache(batch_size, config.block_size)  # room for whatever comes next
+        return cache, RecordedDecoding(model, cache, model.fused_step(model, cache))
+
+    places = (parameter.data_ptr() for parameter in model.parameters())
+    return model.kept_decoding.ready((batch_size, weight.dtype, *places), make)
 
 
 class RecordedDecoding:

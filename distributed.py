@@ -185,6 +185,30 @@ def _from_torchrun(name: str, default: int, allowed: range) -> int:
     return int(text)
 
 
+def _own_place(device_name: str) -> Ranks:
+    """This process's device and place, as torchrun tells it; one alone is a world of one.
+
+    Raises UserError if the device isn't there.
+    """
+    world_size, local_rank = _from_torchrun("WORLD_SIZE", 1, range(1, 2**31)), 0
+    if world_size > 1:  # else a rank that somebody has set says nothing
+        local_rank = _from_torchrun("LOCAL_RANK", 0, range(world_size))
+    device = choose_device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        return Ranks(device)
+    if device.type == "mps":
+        raise UserError("device mps: several processes can't share it; use cpu or one process")
+    return Ranks(
+        device,
+        rank=_from_torchrun("RANK", 0, range(world_size)),
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=_from_torchrun("LOCAL_WORLD_SIZE", 1, range(1, world_size + 1)),
+    )
+
+
 @contextmanager
 def process_group(
     device_name: str, timeout_seconds: int, joining_seconds: int | None = None
@@ -199,24 +223,10 @@ def process_group(
     for Python's lock to free the last tensor that was sent: for ever, since who frees the group
     holds that lock. So what was left isn't freed. Raises UserError if the device isn't there.
     """
-    world_size, local_rank = _from_torchrun("WORLD_SIZE", 1, range(1, 2**31)), 0
-    if world_size > 1:  # else a rank that somebody has set says nothing
-        local_rank = _from_torchrun("LOCAL_RANK", 0, range(world_size))
-    device = choose_device(device_name, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size == 1:
-        yield Ranks(device)
+    ranks = _own_place(device_name)
+    if ranks.world_size == 1:
+        yield ranks
         return
-    ranks = Ranks(
-        rank=_from_torchrun("RANK", 0, range(world_size)),
-        local_rank=local_rank,
-        local_world_size=_from_torchrun("LOCAL_WORLD_SIZE", 1, range(1, world_size + 1)),
-        world_size=world_size,
-        device=device,
-    )
-    if device.type == "mps":
-        raise UserError("device mps: several processes can't share it; use cpu or one process")
     attempt = _join(ranks, (joining_seconds or timeout_seconds) + GRACE, timeout_seconds + GRACE)
     roll_call = _begin_roll_call(ranks, attempt, timeout_seconds)
     all_have_ended = False

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from decoding import Kept, RecordedDecoding, most_fused, one_ahead
+from decoding import Kept, one_ahead, prepare_decoding
 
 Mask = Tensor | BlockMask | None  # who sees whom; None: each sees itself and all before it
 Documents = tuple[Mask, Tensor] | None  # mask and positions: data.within_documents
@@ -105,7 +104,7 @@ class CausalSelfAttention(nn.Module):
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -158,7 +157,7 @@ class Block(nn.Module):
         """x: (B, T, C) -> (B, T, C); `cache` and `mask` are for attention."""
         x = x + self.attn(self.ln_1(x), cache, mask)
         x = x + self.mlp(self.ln_2(x))
-        return x
+        return x  # (B, T, C)
 
 
 class LayerCache:
@@ -167,7 +166,7 @@ class LayerCache:
     def __init__(self, shape: tuple[int, ...], position: Tensor, dtype: torch.dtype) -> None:
         """`shape` is (B, nh, slots, hs); `position` (1,), where the next token goes, is shared."""
         self.keys = torch.zeros(shape, device=position.device, dtype=dtype)  # (B, nh, slots, hs)
-        self.values = torch.zeros_like(self.keys)
+        self.values = torch.zeros_like(self.keys)  # (B, nh, slots, hs)
         self.position = position
         self.mask: Tensor | None = None
 
@@ -176,7 +175,7 @@ class LayerCache:
         T = q.size(2)
         if self.mask is None:  # the prompt, which sees nothing but itself
             self.keys[:, :, :T], self.values[:, :, :T] = k, v
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         dtype = self.keys.dtype
         self.keys.index_copy_(2, self.position, k.to(dtype))
         self.values.index_copy_(2, self.position, v.to(dtype))
@@ -232,11 +231,11 @@ class KVCache:
         mask = None
         if self.length > 0:
             unwritten = self.slots[: self.reach] > self.position  # (reach)
-            mask = torch.zeros_like(unwritten, dtype=self.layers[0].keys.dtype)
+            mask = torch.zeros_like(unwritten, dtype=self.layers[0].keys.dtype)  # (reach)
             mask = mask.masked_fill(unwritten, -math.inf)[None]  # (1, reach): a query, many keys
         for layer in self.layers:
             layer.mask = mask
-        return self.slots[:T] if mask is None else self.position
+        return self.slots[:T] if mask is None else self.position  # (T)
 
     def advance(self, T: int) -> None:
         """T more tokens are stored now."""
@@ -270,7 +269,7 @@ def logits_to_gradient(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     log_total = real.logsumexp(dim=-1, keepdim=True)  # (N, 1)
     hit = columns == targets[:, None].int()  # (N, V')
     logits.copy_((real - log_total).exp() - hit.float())
-    return log_total
+    return log_total  # (N, 1)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -394,7 +393,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: (…, C) -> (…, V), how well each token of the vocabulary would fit."""
-        return F.linear(hidden, self.wte.weight)
+        return F.linear(hidden, self.wte.weight)  # (…, V)
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, documents: Documents = None
@@ -469,7 +468,7 @@ class GPT(nn.Module):
         """
         block_size, on_gpu = self.config.block_size, self.wte.weight.is_cuda
         window = ids[:, -block_size:]  # (B, ≤ block_size)
-        with self.decoding(len(ids), window.size(1) + max_new_tokens) as (cache, decode):
+        with prepare_decoding(self, len(ids), window.size(1) + max_new_tokens) as (cache, decode):
             cache.go_back(0)  # it may have served before
             logits = self.next_logits(window, cache)  # (B, V)
             for count in range(max_new_tokens):
@@ -483,7 +482,7 @@ class GPT(nn.Module):
                 yield next_ids
                 if count == max_new_tokens - 1:
                     return
-                window = torch.cat((window, next_ids[:, None]), dim=1)
+                window = torch.cat((window, next_ids[:, None]), dim=1)  # (B, T)
                 if cache.length < block_size:
                     logits = decode(next_ids[:, None], cache)  # (B, V)
                 else:
@@ -491,34 +490,17 @@ class GPT(nn.Module):
                     window = window[:, -max(1, block_size // 2) :]
                     logits = self.next_logits(window, cache)  # (B, V)
 
-    def decoding(
-        self, batch_size: int, tokens: int
-    ) -> AbstractContextManager[tuple[KVCache, Callable]]:
-        """A cache for so many tokens, and what computes `next_logits` of one more with it.
-
-        What kernels of our own need is kept for the next texts, as long as they are as many, and
-        the weights stay where they are.
-        """
-        weight, dtype = self.wte.weight, self.wte.weight.dtype
+    def new_cache(self, batch_size: int, tokens: int) -> KVCache:
+        """An empty cache for so many tokens of each text."""
+        weight = self.wte.weight
+        dtype = weight.dtype
         if weight.device.type == "cpu":  # which attends faster in float32, and no worse
             dtype = torch.promote_types(dtype, torch.float32)
-        is_fused = self.fused_step is not None and batch_size <= most_fused(self.config.n_embd)
-        if not (is_fused and weight.is_cuda):
-            cache = KVCache(self.config, batch_size, tokens, weight.device, dtype)
-            decode = RecordedDecoding(self, cache) if weight.is_cuda else self.next_logits
-            return nullcontext((cache, decode))
-
-        def make() -> tuple[KVCache, Callable]:
-            room = self.config.block_size  # for whatever comes next
-            cache = KVCache(self.config, batch_size, room, weight.device, dtype)
-            return cache, RecordedDecoding(self, cache, self.fused_step(self, cache))
-
-        places = (parameter.data_ptr() for parameter in self.parameters())
-        return self.kept_decoding.ready((batch_size, dtype, *places), make)
+        return KVCache(self.config, batch_size, tokens, weight.device, dtype)
 
     def next_logits(self, ids: Tensor, cache: KVCache) -> Tensor:
         """The logits of the token that comes after ids (B, T), which follow the cached: (B, V)."""
-        return self.logits(self.hidden_states(ids, cache)[:, -1])
+        return self.logits(self.hidden_states(ids, cache)[:, -1])  # (B, V)
 
 
 def choose_next(
@@ -533,9 +515,9 @@ def choose_next(
     `temperature` 0 takes the likeliest; the others are those of `next_probabilities`.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1)  # (B)
     probabilities = next_probabilities(logits, temperature, top_k, top_p)  # (B, V)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)  # (B)
 
 
 def next_probabilities(
@@ -559,5 +541,5 @@ def next_probabilities(
         before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones reach together
         before[:, 0] = -1.0  # the likeliest stays, however small p is
         ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)  # (B, V)
     return probabilities

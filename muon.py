@@ -99,7 +99,7 @@ class Muon(torch.optim.AdamW):
             state["momentum"].lerp_(gradient, (1 - MOMENTUM) * (1 - found_inf))
             matrices += zip(gradient.unflatten(0, (n, -1)), state["momentum"].unflatten(0, (n, -1)))
         share = -(-len(matrices) // self.ranks.world_size)  # rounded up
-        mine = matrices[self.ranks.rank * share :]
+        mine = matrices[self.ranks.rank * share : (self.ranks.rank + 1) * share]
         ahead = torch.zeros(
             (share, *matrices[0][0].shape),
             dtype=quick_dtype(self.ranks.device),

@@ -105,7 +105,8 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         """Raises UserError, naming the file, for a wrong header or a length that doesn't fit it."""
-        self.path, find = path, _find_tokens_npy if path.suffix == ".npy" else _find_tokens
+        self.path = path
+        find = _find_tokens_npy if path.suffix == ".npy" else _find_tokens
         try:
             self.offset, self.tokens = find(path)
             self.file = path.open("rb", buffering=0)
@@ -291,13 +292,15 @@ class TokenStream:
         self.folder = folder
         self.split = split
         _let_many_files_be_open()  # each shard's is
-        if manifest := read_manifest(folder):
+        manifest = read_manifest(folder)
+        if manifest:
             self.records = [record for record in manifest.shards if record.split == split]
             self.shards = _listed_shards(folder, split, self.records)
         else:
             self.records, self.shards = [], _found_shards(folder, split)
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        self.vocab_size = tokenizer_of(folder).vocab_size
+        self.tokenizer = manifest.tokenizer if manifest else GPT2
+        self.vocab_size = self.tokenizer.vocab_size
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:

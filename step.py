@@ -36,9 +36,8 @@ def draw_seed(purpose: int, seed: int, step: int, micro_batch: int) -> int:
     Every random draw has such a key, so that no generator's state has to be saved: a resumed run,
     or one with another number of processes, draws the same numbers.
     """
-    return int(
-        np.random.SeedSequence((purpose, seed, step, micro_batch)).generate_state(1, np.uint64)[0]
-    )
+    key = np.random.SeedSequence((purpose, seed, step, micro_batch))
+    return int(key.generate_state(1, np.uint64)[0])
 
 
 class StepResult:

@@ -37,7 +37,7 @@ from data import BatchShape, step_windows
 from distributed import Ranks, process_group
 from huggingface import find_model
 from scoring import BrokenOff, Validation
-from shards import GPT2, VOCABULARY, TokenStream, check_contents, find_encoding, tokenizer_of
+from shards import GPT2, VOCABULARY, TokenStream, check_contents, find_encoding
 from step import StepResult, make_stepper
 from training.examiner import Examiner
 from training.guard import StopRequest
@@ -87,7 +87,7 @@ class Trainer:
             self.val_stream = TokenStream(folder, "val")
             self.val_stream.num_windows(self.config.model.block_size)  # too short? not later
             records = records + self.val_stream.records
-        self.tokenizer = tokenizer_of(folder)
+        self.tokenizer = self.train_stream.tokenizer
         mine = records[self.ranks.local_rank :: self.ranks.local_world_size]
         check_contents(folder, mine, self.tokenizer.vocab_size)
 
@@ -256,7 +256,8 @@ class Trainer:
 
     def run(self) -> None:
         """From the present step to the last, unless there is nothing left to do."""
-        config, first, missing = self.config, self.ranks.is_first, self._missing_evaluations()
+        config, first = self.config, self.ranks.is_first
+        missing = self._missing_evaluations()
         if self.step >= config.train.max_steps and not missing:
             self._check_weights()
             if first:
@@ -370,7 +371,8 @@ class Trainer:
         during it, or begins with another run's weights.
         """
         has_learned = self.step > 0 or self.config.train.init_from
-        due, told = self._evaluations_due() if has_learned else [], set()
+        due = self._evaluations_due() if has_learned else []
+        told: set[str] = set()
         with self.ranks.together():
             if self.ranks.is_first and due and self.step:
                 told = kinds_told(self.folder.path, self.step)

@@ -82,9 +82,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return (
-            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        )
+        is_recent = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, 2020
+        return torch.bfloat16 if is_recent else torch.float16
     if device.type == "cpu" and _cpu_has_bfloat16():
         return torch.bfloat16
     return torch.float32

@@ -220,7 +220,4 @@ def _status_of(main: Callable[..., None], arguments: tuple[object, ...], where: 
 
 def _flush_output() -> None:
     """Write what is left for standard output; if that can't be, it is lost without a complaint."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    Expendable(sys.stdout).flush()

@@ -139,6 +139,16 @@ def _partial(path: Path) -> Path:
     return temporary
 
 
+def _is_owner(folder: Path, name: bytes) -> bool:
+    """Whether the folder is still there, and its lock, unless that alone was removed, says so."""
+    try:
+        return (folder / LOCK).read_bytes() == name
+    except FileNotFoundError:
+        return folder.is_dir()  # only the lock was removed
+    except OSError:  # a disk that fails: who writes there is told better
+        return True
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[Callable[[], bool]]:
     """Keep other processes that ask for the same lock out of `folder`; its owner is named there.
@@ -172,17 +182,8 @@ def locked(folder: Path) -> Iterator[Callable[[], bool]]:
         with disk_errors(told):  # a file stays behind: removing it could let two others in at once
             file.truncate(0)
             file.write(ours)
-
-        def is_ours() -> bool:
-            try:
-                return (folder / LOCK).read_bytes() == ours
-            except FileNotFoundError:
-                return folder.is_dir()  # only the lock was removed
-            except OSError:  # a disk that fails: who writes there is told better
-                return True
-
         try:
-            yield is_ours
+            yield lambda: _is_owner(folder, ours)
         finally:
             with suppress(OSError):  # of a disk that has gone; whoever wrote there has said so
                 file.truncate(0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_model import SMALL, greedy_without_cache, make_model, random_ids
 
+import decoding
 import model as model_module
 from common.errors import UserError
 from decoding import Kept, PackedLinear, compile_decoding, one_ahead, pack_weights
@@ -88,12 +89,13 @@ def test_decoding_is_compiled_for_gpus_alone():
 class OnGPU:
     """As much of a model on a GPU as `compile_decoding` needs."""
 
-    wte, fused_step = Namespace(weight=Namespace(device=torch.device("cuda"))), None
+    wte = Namespace(weight=Namespace(device=torch.device("cuda"), is_cuda=False))
+    fused_step, config = None, SMALL
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def decoding(self, batch_size: int, tokens: int) -> None:
+    def new_cache(self, batch_size: int, tokens: int) -> None:
         assert self.fused_step.__name__ == "FusedStep"
         raise self.error
 
@@ -170,7 +172,7 @@ def test_decoding_with_recorded_graphs_equals_decoding_without_them_in_bfloat16(
     config = GPTConfig(vocab_size=97, block_size=560, n_layer=3, n_head=4, n_embd=32)
     model, ids = make_model(config, scale=3.0).cuda().bfloat16(), random_ids(config, 4, 480).cuda()
     got = torch.stack(list(model.generate(ids, 150, temperature=0)))
-    monkeypatch.setattr(model_module, "RecordedDecoding", lambda model, _: model.next_logits)
+    monkeypatch.setattr(decoding, "RecordedDecoding", lambda model, _: model.next_logits)
     assert torch.equal(got, torch.stack(list(model.generate(ids, 150, temperature=0))))
 
 

@@ -17,7 +17,7 @@ import torch
 from conftest import run
 from test_model import greedy_without_cache, make_model, random_ids
 
-import model as model_module
+import decoding
 from decoding import RecordedDecoding, compile_decoding, most_fused
 from model import GPT, GPTConfig, KVCache, logits_to_gradient
 
@@ -178,7 +178,7 @@ def compiled(device: str, block_size: int = 560) -> Iterator[tuple[GPT, list[int
     real = RecordedDecoding if device == "cuda" else Unrecorded
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            model_module,
+            decoding,
             "RecordedDecoding",
             lambda *told: recorded.append(len(told)) or real(*told),
         )

@@ -116,6 +116,7 @@ def pass_all_of_it() -> None:
         for in_blocks in (False, True):
             gpt(ids, None, within_documents(ids, V - 1, in_blocks))
     list(gpt.generate(ids, BLOCK, top_k=5, top_p=0.5))
+    next(gpt.generate(ids, 1, temperature=0))
     q, k, v = torch.randn(3, B, NH, T, C // NH)
     model.attention_written_out(q, k, v)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import tiktoken
 import torch
@@ -45,7 +46,7 @@ class Examiner:
         self.encoding = None if self.ranks.anywhere(encoding is None) else encoding
         self.byte_lengths = token_byte_lengths(self.encoding) if self.encoding else None
         self.tasks = {
-            name: self.ranks.in_turn(lambda name=name: load_questions(name))
+            name: self.ranks.in_turn(partial(load_questions, name))
             for name in task_names(config.log.eval_tasks)
         }
         if self.tasks and not self.encoding:
@@ -98,6 +99,7 @@ class Examiner:
                 start, SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator
             )
             try:
-                return self.encoding.decode([*itertools.takewhile(end.__ne__, map(int, tokens))])
+                written = itertools.takewhile(lambda token: token != end, map(int, tokens))
+                return self.encoding.decode(list(written))
             except FloatingPointError as error:
                 return f"nothing: {error}"
