@@ -98,7 +98,15 @@ from common.device import device_name, memory_errors
 from common.reports import write_report
 from distributed import Ranks, process_group
 from huggingface import find_model
-from scoring import Estimate, Scorer, evaluating, validate, window_losses
+from scoring import (
+    Estimate,
+    Scorer,
+    check_numbers,
+    evaluating,
+    in_digits,
+    validate,
+    window_losses,
+)
 from shards import TokenStream
 from tasks import Questions, load_questions
 from tokenizer import token_byte_lengths
@@ -150,6 +158,7 @@ def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer, document_
         ranks=scorer.ranks,
         byte_lengths=token_byte_lengths(encoding),
     )
+    check_numbers(result.loss, model)
     perplexity, bits = result.estimate.exponential(), result.bits_per_byte
     metrics = {"loss": result.estimate, "perplexity": perplexity}
     text_bytes = f"{result.text_bytes or 0:,} bytes"
@@ -157,7 +166,7 @@ def measure_loss(stream: TokenStream, max_tokens: int, scorer: Scorer, document_
     lines = [
         f"validation      {result.tokens:,} tokens, {text_bytes} of {stream.folder}",
         f"loss            {result.loss:.4f} nats per token{told}",
-        f"perplexity      {perplexity.value:.2f}",
+        f"perplexity      {in_digits(perplexity.value, 2)}",
     ]
     if bits:  # there is more than <|endoftext|>
         metrics["bits_per_byte"] = bits
@@ -245,7 +254,10 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
     results = []
     with evaluating(model):
         for measure in tasks:
-            lines, result = measure()
+            try:
+                lines, result = measure()
+            except FloatingPointError as error:
+                raise UserError(f"{arguments.checkpoint}: {error}") from error
             tell("\n".join(lines))
             results.append(result)
     if arguments.output and ranks.is_first:

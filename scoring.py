@@ -89,11 +89,11 @@ class Estimate:
         return cls(float(value), float(math.sqrt(n * variance) / x.sum()))
 
     def __str__(self) -> str:
-        """As many digits as the error leaves meaning to: two of its own."""
+        """As many digits as the error leaves meaning to: its first two, or all before the point."""
         if not self.error or not math.isfinite(self.error):
-            return f"{self.value:.4f}"
+            return in_digits(self.value, 4)
         digits = max(0, 1 - math.floor(math.log10(self.error)))
-        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
+        return f"{in_digits(self.value, digits)} ± {in_digits(self.error, digits)}"
 
     def scaled(self, factor: float) -> Estimate:
         """The same in another unit."""
@@ -101,8 +101,22 @@ class Estimate:
 
     def exponential(self) -> Estimate:
         """e to that power: a loss becomes a perplexity. The error to first order."""
-        value = math.exp(self.value) if self.value < 700 else math.inf  # e^710 is no float
+        value = math.inf if self.value >= 700 else math.exp(self.value)  # e^710 is no float
         return Estimate(value, self.error and self.error * value)
+
+
+def in_digits(value: float, digits: int) -> str:
+    """A number with so many digits behind the point; from a million on, with three in all."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def check_numbers(nats: np.ndarray | float, model: GPT) -> None:
+    """Raises FloatingPointError if a surprise is no number. An infinite one is: p is 0 there."""
+    if np.isnan(nats).any():
+        kind = str(model.wte.weight.dtype).removeprefix("torch.")
+        raise FloatingPointError(
+            f"probabilities aren't numbers: weights are spoilt, or too large for {kind}"
+        )
 
 
 # A whole split
@@ -234,7 +248,8 @@ class Scorer:
         and whether each of its tokens was the likeliest, bool (n,).
 
         Requests of like length go through the model together, the shorter ones padded at their end,
-        which no earlier token sees. Raises BrokenOff on all ranks if one was asked to stop.
+        which no earlier token sees. Raises BrokenOff on all ranks if one was asked to stop, and
+        FloatingPointError if a log-probability is no number.
         """
         table = torch.zeros(len(requests), 2, dtype=torch.float64)
         mine = self.batches(requests)[self.ranks.rank :: self.ranks.world_size]
@@ -242,6 +257,7 @@ class Scorer:
         for batch in unless_asked_to_stop(bar, self.ranks, self.asked_to_stop):
             table[batch] = self._score_batch([requests[number] for number in batch])
         log_probability, likeliest = self.ranks.merge(table).numpy().T
+        check_numbers(log_probability, self.model)
         return log_probability, likeliest > 0
 
     def batches(self, requests: list[Request]) -> list[list[int]]:

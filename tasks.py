@@ -188,8 +188,8 @@ def wikitext(rows: Rows, scorer: Scorer, stride: int) -> dict[str, Estimate]:
         requests += some
         owners += [number] * len(some)
     log_probability, _ = scorer.score(requests, "wikitext")
-    nats = np.bincount(owners, weights=-log_probability, minlength=len(pages))
-    tokens = np.bincount(owners, [request.guessed for request in requests], len(pages))
+    nats = np.bincount(owners, -log_probability)
+    tokens = np.bincount(owners, [request.guessed for request in requests])
     words = [len(re.split(r"\s+", page)) for page in pages]
     text_bytes = [len(page.encode()) for page in pages]
     return {
@@ -235,8 +235,12 @@ def joined(text: str) -> str:
     for spaced, right in SPACED_MARKS:
         text = text.replace(spaced, right)
     for left, right in PAIRS:
-        inside = rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"
-        text = re.sub(inside, lambda found, pair=(left, right): found[1].join(pair), text)
+        inside = rf"{re.escape(left)}([^{re.escape(right)}]*){re.escape(right)}"
+        end = text.rfind(right) + 1  # nothing is closed after it
+        tight = re.sub(
+            inside, lambda found, pair=(left, right): found[1].strip().join(pair), text[:end]
+        )
+        text = tight + text[end:]
     for spaced, right in SPACED_REST:
         text = text.replace(spaced, right)
     return text

@@ -222,7 +222,12 @@ class Trainer:
     def run_tasks(self, names: list[str]) -> None:
         """Have the model do those tasks, shared out over the ranks, and tell what it got."""
         for name in names:
-            found = self.examiner.ask(name)
+            try:
+                found = self.examiner.ask(name)
+            except FloatingPointError as error:  # a step that finds out tells what to do
+                if self.ranks.is_first:
+                    say(f"step {self.step:,}: {name} nothing: {error}")
+                continue
             if self.metrics:
                 values = {key: estimate.value for key, estimate in found.items()}
                 self.metrics.write(name, self.step, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import math
 import os
 import shutil
@@ -17,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import rewrite_meta
 
 import evaluate
-from checkpoint import MODEL, find_checkpoint, newest_checkpoint
+from checkpoint import MODEL, Checkpoint, find_checkpoint, newest_checkpoint
 from distributed import Ranks
 from scoring import validate
-from shards import TokenStream, shard_header
+from shards import TokenStream, encoding_of, shard_header
 from visuals import KEPT
 
 ITEMS = ROOT / "tests" / "items"
@@ -45,6 +46,17 @@ def test_the_report_says_what_was_measured_on_which_weights(call, trained, shard
     assert found["metrics"].keys() == {"loss", "perplexity", "bits_per_byte"}
     assert f"loss            {found['metrics']['loss']['value']:.4f} nats" in table
     assert 0 < found["metrics"]["loss"]["error"] < 0.5
+    bits = evaluate.xz_bits_per_byte(TokenStream(shards, "val"), encoding_of(shards), 576)
+    assert f"xz -9e          {bits:.3f} bits per byte on the same text" in table
+
+
+def test_a_compressor_gets_the_text_that_the_model_guesses(short_documents):
+    stream, encoding = TokenStream(short_documents, "val"), encoding_of(short_documents)
+    guessed = stream.read(1, 500).tolist()
+    text = encoding.decode_bytes([token for token in guessed if token != 299])
+    bits = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    assert guessed.count(299) > 10
+    assert evaluate.xz_bits_per_byte(stream, encoding, 500) == bits
 
 
 @pytest.mark.parametrize("value", ["true", 1, None])
@@ -93,6 +105,19 @@ def test_a_perplexity_beyond_all_floats_is_inf_here_and_null_in_the_report(call,
     assert found["metrics"]["acc"]["value"] is not None
 
 
+@pytest.mark.parametrize("task", ["val", "hellaswag", "lambada", "wikitext2"])
+def test_spoilt_weights_are_one_line(call, trained, monkeypatch, task):
+    """Of four endings without a probability the first is chosen, which looks like chance."""
+    model = find_checkpoint(str(trained if task == "val" else KEPT)).make_model()
+    model.ln_f.weight.data[0] = math.nan
+    monkeypatch.setattr(Checkpoint, "make_model", lambda self: model)
+    file = ITEMS / f"{task.replace('wikitext2', 'wikitext')}.jsonl"
+    words = (trained,) if task == "val" else (KEPT, "--tasks", task, "--file", file)
+    error = call("evaluate", "--checkpoint", *words).error()
+    told = f"{words[0]}: probabilities aren't numbers: weights are spoilt, or too large for float32"
+    assert told in error
+
+
 def test_the_error_of_val_is_that_of_its_windows(call, trained, shards, tmp_path):
     """It was that of batches of 16: too rough, and none where all windows are in one."""
     output, block_size = tmp_path / "found.json", 32
@@ -104,7 +129,7 @@ def test_the_error_of_val_is_that_of_its_windows(call, trained, shards, tmp_path
             losses.append(model(ids[:, :-1], ids[:, 1:]).item())
     for windows in (2, 16, 18):
         tokens = windows * block_size
-        words = ("--checkpoint", trained, "--tokens", tokens, "--output", output)
+        words = ("--checkpoint", trained, "--tokens", tokens + 5, "--output", output)
         assert call("evaluate", *words).status == 0
         (found,) = json.loads(output.read_text())["results"]
         assert found["count"] == tokens

@@ -17,6 +17,7 @@ from data import load_windows
 from distributed import Ranks
 from model import GPT, dtype_of_products
 from optim import drop_average, swap_average
+from scoring import Scorer
 from shards import VOCABULARY, TokenStream, encoding_of, shard_header
 from tokenizer import gpt2_encoding, save_vocabulary
 
@@ -71,6 +72,19 @@ def test_weights_that_write_nothing_are_told_of_instead_of_a_sample(configure, c
     assert "step 1 writes:\nnothing: logits aren't finite" in capfd.readouterr().err
 
 
+def test_a_task_that_spoilt_weights_cannot_do_is_told_of_and_the_run_goes_on(configure, capfd):
+    trainer = train.Trainer(configure(), ALONE)
+    trainer.model.ln_f.weight.data[0] = math.nan
+
+    def ask(scorer: Scorer, stride: int) -> dict:
+        return scorer.score([scorer.cut([], [1])], "a task")
+
+    trainer.examiner.tasks = {"lambada": SimpleNamespace(ask=ask)}
+    trainer.run_tasks(["lambada"])
+    told = "step 0: lambada nothing: probabilities aren't numbers: weights are spoilt"
+    assert told in capfd.readouterr().err
+
+
 def test_samples_and_tasks_are_the_averages(configure, monkeypatch):
     config = configure("--optim.average_share", 0.1, "--optim.warmup_steps", 0)
     trainer = train.Trainer(config, ALONE)
@@ -93,7 +107,8 @@ def test_samples_and_tasks_are_the_averages(configure, monkeypatch):
 def test_tasks_are_asked_in_the_arithmetic_of_the_run(configure, dtype):
     trainer, seen = train.Trainer(configure("--train.dtype", dtype), ALONE), []
 
-    def ask(*_: object, **__: object) -> dict:
+    def ask(_: Scorer, stride: int) -> dict:
+        assert stride == 32  # the whole context
         seen.append(dtype_of_products(trainer.model.wte.weight))
         return {}
 

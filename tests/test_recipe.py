@@ -247,6 +247,21 @@ def test_a_rate_that_ruins_the_weights_is_a_finding_and_ends_nothing(begin, tmp_
     assert kept.best_rate("nanogpt") == 0.001
 
 
+def test_trainings_at_a_time_share_the_cores(begin, monkeypatch):
+    asked = []
+
+    def run(command: list, env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
+        asked.append(env["OMP_NUM_THREADS"])
+        return subprocess.CompletedProcess(command, returncode=1)
+
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    monkeypatch.setattr(recipe.os, "cpu_count", lambda: 8)
+    for jobs in (1, 3, 20):
+        with pytest.raises(UserError, match="a training failed"):
+            recipe.train("nanogpt", 1e-3, 1, begin("--jobs", jobs))
+    assert asked == ["8", "2", "1"]
+
+
 def test_a_log_that_cannot_be_written_is_one_line(begin, tmp_path):
     arguments = begin()
     (arguments.out / "nanogpt_0.001_1" / "log.txt").mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,17 @@ from common.errors import UserError
 from data import load_windows
 from distributed import Ranks
 from model import GPT, GPTConfig
-from scoring import Estimate, Request, Scorer, evaluating, log_probabilities, validate
+from scoring import (
+    BrokenOff,
+    Estimate,
+    Request,
+    Scorer,
+    evaluating,
+    log_probabilities,
+    never,
+    unless_asked_to_stop,
+    validate,
+)
 from shards import TokenStream
 from tokenizer import make_encoding
 
@@ -112,6 +123,16 @@ def test_a_request_is_the_context_and_its_ending(model):
             scorer.request("x", ending)
 
 
+def test_who_has_done_its_part_breaks_off_with_the_others():
+    """Else it would wait for them, to put the results together, for ever."""
+    elsewhere = SimpleNamespace(anywhere=lambda left_out: True)
+    done = []
+    with pytest.raises(BrokenOff):
+        for job in unless_asked_to_stop([1, 2], elsewhere, never):
+            done.append(job)
+    assert done == [1, 2]
+
+
 # Estimates
 
 
@@ -156,13 +177,16 @@ def test_the_error_of_bits_per_byte_knows_that_windows_differ_in_bytes(shards):
 def test_estimates_are_told_with_the_digits_that_mean_something():
     told = [str(e) for e in (Estimate(0.28593, 0.0045), Estimate(29.417, 0.62), Estimate(3, 31))]
     assert told == ["0.2859 ± 0.0045", "29.42 ± 0.62", "3 ± 31"]
+    told = [str(e) for e in (Estimate(4050, 6173), Estimate(9.0426e135, 6.307e137))]
+    assert told == ["4050 ± 6173", "9.04e+135 ± 6.31e+137"]
+    assert str(Estimate(5.4683e32, None)) == "5.47e+32"
     assert str(Estimate(0.5, None)) == str(Estimate(0.5, 0.0)) == "0.5000"
     assert Estimate(2.0, 0.5).scaled(3) == Estimate(6.0, 1.5)
     perplexity = Estimate(math.log(10), 0.1).exponential()
     assert Estimate(1000.0, 0.1).exponential() == Estimate(math.inf, math.inf)
     assert Estimate(1000.0, None).exponential() == Estimate(math.inf, None)
     assert str(Estimate(math.inf, math.inf)) == "inf"
-    assert str(Estimate(math.nan, math.nan)) == "nan"
+    assert str(Estimate(math.nan, math.nan).exponential()) == "nan"
     assert (perplexity.value, perplexity.error) == (pytest.approx(10), pytest.approx(1))
 
 

@@ -151,12 +151,13 @@ def test_counting_on_a_text_small_enough_to_count_by_eye():
 def test_the_bigram_model_is_a_probability_and_its_loss_the_mean():
     train, V = [0, 1, 0, 1, 0, 2], 4
     share = [(count + 1) / (len(train) + V) for count in (3, 2, 1, 0)]
-    losses = []
-    for k in (2**power for power in range(11)):
-        after_0 = [(count + k * p) / (3 + k) for count, p in zip((0, 2, 1, 0), share)]
-        assert sum(after_0) == pytest.approx(1)
-        losses.append(-math.log(after_0[1]))
-    assert counting.bigram_loss(train, [0, 1], V) == pytest.approx(min(losses))
+    for following in (1, 3):  # often seen, never seen
+        losses = []
+        for k in (2**power for power in range(11)):
+            after_0 = [(count + k * p) / (3 + k) for count, p in zip((0, 2, 1, 0), share)]
+            assert sum(after_0) == pytest.approx(1)
+            losses.append(-math.log(after_0[following]))
+        assert counting.bigram_loss(train, [0, following], V) == pytest.approx(min(losses))
 
 
 def test_what_a_compressor_has_read_before_costs_it_nothing_again():

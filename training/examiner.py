@@ -81,7 +81,10 @@ class Examiner:
             )
 
     def ask(self, name: str) -> dict[str, Estimate]:
-        """The scores in a task. Raises BrokenOff if a rank was asked to stop."""
+        """The scores in a task.
+
+        Raises BrokenOff if a rank was asked to stop, FloatingPointError if the weights are spoilt.
+        """
         with self._plain_model(), self.stepper.in_its_arithmetic():
             return self.tasks[name].ask(self._scorer(), stride=self.config.model.block_size)
 
