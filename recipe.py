@@ -43,7 +43,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # before the slow imports: --help and a typo answer at once
     ARGUMENTS = parse_arguments()
 
-import json
 import shlex
 import shutil
 import statistics
@@ -74,6 +73,7 @@ from data import BatchShape
 from distributed import Ranks
 from shards import TokenStream
 from step import make_stepper
+from training.metrics import read_losses
 
 ADAMW = Candidate(
     "AdamW as nanoGPT has it, cosine to a tenth",
@@ -170,8 +170,7 @@ def train(name: str, rate: float, seed: int, arguments: argparse.Namespace) -> R
         ).returncode
     if status:
         raise UserError(f"a training failed; {folder / 'log.txt'} says why")
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    told = [(line["step"], line["loss"]) for line in lines if line["kind"] == "val"]
+    told = [(line["step"], line["loss"]) for line in read_losses(folder) if line["kind"] == "val"]
     with disk_errors(f"can't remove {folder / 'checkpoints'}"):
         shutil.rmtree(folder / "checkpoints")
     return Run(name, rate, seed, *zip(*told), machine(), torch.__version__, commit(ROOT))

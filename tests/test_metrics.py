@@ -20,7 +20,7 @@ import train
 from common.errors import UserError
 from distributed import Ranks
 from step import Stepper
-from training.metrics import Metrics
+from training.metrics import Metrics, read_losses
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -103,6 +103,17 @@ def test_tensorboard_has_each_line_when_it_is_told(configure, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
+def test_the_losses_that_a_run_told_are_read_back(tmp_path):
+    lines = ['{"kind": "train", "step": 1, "loss": 5.0, "tokens": 512}']
+    lines += ['{"kind": "skip", "step": 1}', '{"kind": "lambada", "step": 2, "acc": 0.5}', "[]"]
+    lines += ['{"kind": "val", "step": 2, "loss": null}', '{"kind": "train", "st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    first, second = ("train", 1, 5.0), ("val", 2, None)
+    assert [tuple(line.values()) for line in read_losses(tmp_path)] == [first, second]
+    with pytest.raises(UserError, match="nowhere has no metrics.jsonl: expected the folder of a"):
+        read_losses(tmp_path / "nowhere")
+
+
 def test_metrics_that_find_no_room_are_one_line(configure):
     trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
     with trainer.folder.owned():

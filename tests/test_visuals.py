@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, files_of, prepared
 from PIL import Image, ImageChops
 
 from checkpoint import MODEL, find_checkpoint, save_tensors, write_meta
@@ -231,6 +231,28 @@ def test_what_can_not_be_drawn_is_one_line(call, tmp_path):
     assert "is no checkpoint" in complaint
 
 
+def test_folders_and_runs_that_cannot_serve_are_one_line(call, trained, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "file"
+    shutil.copytree(trained, run)
+    file.touch()
+    before = files_of(run)
+    assert "is the run itself" in call("visuals.keep", run, "--out", run).error()
+    assert f"can't write {file}" in call("visuals.keep", run, "--out", file).error()
+    assert files_of(run) == before
+    (run / "metrics.jsonl").write_text("")
+    complaint = call("visuals.draw", "training_curve", "--run", run).error()
+    assert "has told of no training step that training_curve could show" in complaint
+    (run / "figures").rmdir()
+    (run / "figures").touch()
+    assert "can't write" in call("visuals.draw", "positions", "--run", run).error()
+
+
+def test_shards_too_short_to_count_in_are_one_line(call, tmp_path):
+    out = prepared(Path(shutil.copy(ROOT / "README.md", tmp_path)), "--val-tokens", "4")
+    error = call("visuals.counting", "--data", out).error()
+    assert "out has 4 tokens to guess, expected more than 5" in error
+
+
 def test_a_drawing_of_a_model_lies_with_the_model(call, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     path = call("visuals.draw", "positions", "--run", tmp_path / "run").out.strip()
@@ -284,7 +306,7 @@ def test_a_model_without_a_run_has_no_training_curve(call, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("metrics.jsonl"))
     assert (
-        "has no metrics.jsonl for training_curve"
+        "has no metrics.jsonl: expected the folder of a training run"
         in call("visuals.draw", "training_curve", "--run", run).error()
     )
 

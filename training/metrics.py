@@ -62,6 +62,19 @@ def kinds_told(folder: Path, step: int) -> set[str]:
     return {str(json.loads(line).get("kind")) for line in lines if _step_of(line) == step}
 
 
+def read_losses(folder: Path) -> list[dict[str, object]]:
+    """What a run told of its loss, in order: `{"kind": "train"|"val", "step": …, "loss": …}`.
+
+    A loss that isn't finite is None; a line that a crash cut short is left out. Raises UserError if
+    there are no metrics, or they can't be read.
+    """
+    if not (folder / METRICS).exists():
+        raise UserError(f"{folder} has no {METRICS}: expected the folder of a training run")
+    whole = (json.loads(line) for line in _lines_of(folder / METRICS) if _step_of(line) < math.inf)
+    keys = ("kind", "step", "loss")
+    return [{key: line[key] for key in keys} for line in whole if line.keys() >= {*keys}]
+
+
 def writing(path: Path) -> AbstractContextManager[None]:
     """Turn an error of the disk into a UserError that tells how to go on."""
     way_out = "; make room or mend the disk, then give the same command again to go on from the "

@@ -17,7 +17,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common.errors import Parser, run_script
+from common.errors import Parser, UserError, run_script
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -94,6 +94,8 @@ def measure(data: Path) -> dict[str, object]:
     vocab_size = tokenizer_of(data).vocab_size
     streams = {split: TokenStream(data, split) for split in ("train", "val")}
     train, val = (stream.read(0, len(stream)).tolist() for stream in streams.values())
+    if len(val) <= LONGEST:
+        raise UserError(f"{data} has {len(val)} tokens to guess, expected more than {LONGEST}")
     encoding = encoding_of(data)
     texts = [
         encoding.decode_bytes([token for token in tokens if token != encoding.eot_token])

@@ -36,6 +36,7 @@ import matplotlib
 import torch
 
 from checkpoint import MODEL, find_checkpoint, read_checkpoint
+from common.files import disk_errors
 from visuals import CONFIG, KEPT, ROOT, diagrams, plots
 from visuals.canvas import save
 
@@ -107,7 +108,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"no figure {unknown[0]}: expected some of {', '.join(possible)}")
     if arguments.run:
         find_checkpoint(str(arguments.run))  # is there a model?
-        (arguments.run / "figures").mkdir(exist_ok=True)
+        with disk_errors(f"can't write {arguments.run / 'figures'}"):
+            (arguments.run / "figures").mkdir(exist_ok=True)
     records = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
     for name in names:
         if arguments.run:

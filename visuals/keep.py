@@ -33,7 +33,9 @@ import torch
 from torch import Tensor
 
 from checkpoint import MODEL, find_checkpoint, save_tensors, write_meta
+from common.files import disk_errors
 from shards import VOCABULARY
+from training.metrics import METRICS, read_losses
 
 
 def rounded(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +52,9 @@ def keep(run: Path, folder: Path) -> None:
     found = find_checkpoint(str(run))
     if not (run / VOCABULARY).exists():
         raise UserError(f"{run} has no {VOCABULARY}: GPT-2's own vocabulary is too large to keep")
-    if not (run / "metrics.jsonl").exists():
-        raise UserError(f"{run} has no metrics.jsonl: expected the folder of a training run")
+    if folder.resolve() == run.resolve():
+        raise UserError(f"--out {folder} is the run itself: choose another folder")
+    text = "".join(f"{json.dumps(line)}\n" for line in read_losses(run))
     model = found.make_model()
     tensors: dict[str, Tensor] = {}
     for name, weights in model.state_dict().items():
@@ -59,15 +62,12 @@ def keep(run: Path, folder: Path) -> None:
             tensors[name], tensors[f"{name}/scale"] = rounded(weights)
         else:
             tensors[name] = weights
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, folder / MODEL)
-    write_meta(folder, found.meta, files=(MODEL,))
-    shutil.copyfile(run / VOCABULARY, folder / VOCABULARY)
-    with (run / "metrics.jsonl").open(encoding="utf-8") as metrics:
-        lines = [json.loads(line) for line in metrics]
-    losses = [{key: line[key] for key in ("kind", "step", "loss")} for line in lines]
-    text = "".join(f"{json.dumps(line)}\n" for line in losses)
-    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    with disk_errors(f"can't write {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, folder / MODEL)
+        write_meta(folder, found.meta, files=(MODEL,))
+        shutil.copyfile(run / VOCABULARY, folder / VOCABULARY)
+        (folder / METRICS).write_text(text, encoding="utf-8")
 
 
 def main(arguments: argparse.Namespace) -> None:

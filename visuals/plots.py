@@ -24,6 +24,7 @@ from common.errors import UserError
 from config import load_config
 from model import choose_next, next_probabilities
 from optim import learning_rate_at
+from training.metrics import read_losses
 from visuals import CONFIG, ROOT
 from visuals.canvas import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED, sheet, visible
 from visuals.story import Story, attention_rows, likeliest, load_story
@@ -91,7 +92,7 @@ def counting() -> Figure:
 
 
 def embedding_map(run: Path) -> Figure:
-    """The most frequent word-like tokens, placed by the two main directions of their vectors."""
+    """The first word-like tokens that BPE learned, by the two main directions of their vectors."""
     story = load_story(run)
     vectors = story.model.wte.weight.detach()
     words = [
@@ -103,7 +104,7 @@ def embedding_map(run: Path) -> Figure:
     ]
     if len(words) < 2:
         raise UserError(f"{run}: its vocabulary has no words for embedding_map to place")
-    words = words[:90]  # ids are in the order of learning: the frequent ones first
+    words = words[:90]  # ids are in the order of learning
     chosen = torch.nn.functional.normalize(vectors[words], dim=-1)
     chosen = chosen - chosen.mean(dim=0)
     _, _, directions = torch.linalg.svd(chosen, full_matrices=False)
@@ -253,12 +254,11 @@ def _losses(lines: list[dict], kind: str) -> np.ndarray:
 
 def training_curve(run: Path) -> Figure:
     """The loss of a run, step by step."""
-    if not (run / "metrics.jsonl").exists():
-        raise UserError(f"{run} has no metrics.jsonl for training_curve: it is no run's folder")
-    with (run / "metrics.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
+    lines = read_losses(run)
     vocab_size = find_checkpoint(str(run)).meta.model.vocab_size
     steps, losses = _losses(lines, "train")
+    if not steps.size:
+        raise UserError(f"{run} has told of no training step that training_curve could show")
     val = _losses(lines, "val")
     width = min(25, len(steps))
     means = np.convolve(losses, np.ones(width) / width, mode="valid")
