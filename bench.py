@@ -96,6 +96,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
     ARGUMENTS = parse_arguments()
 
 import json
+import math
 import shlex
 import subprocess
 import tempfile
@@ -115,6 +116,7 @@ from benchmarks.turns import (
     percent,
     print_table,
     ratio,
+    scaled,
     table,
     times,
     training_results,
@@ -288,7 +290,7 @@ def train(arguments: argparse.Namespace, config: Config) -> dict:
                 percent(result["mfu"], 0),
                 *map(milliseconds, result["seconds"].values()),
                 percent(result["data_share"], 1),
-                f"{result['peak_memory'] / 1e9:.1f}",
+                scaled(result["peak_memory"], 1e-9),
                 times(name, result["times_as_fast"]),
                 times(name, result["memory_ratio"], "as much"),
             ]
@@ -304,7 +306,7 @@ def generate(arguments: argparse.Namespace, config: Config) -> dict:
     """Generation."""
     on_gpu = choose_device(arguments.device).type == "cuda"
     B, T, room = arguments.batch_size, arguments.prompt_tokens, config.model.block_size
-    new = arguments.new_tokens or (min(256, max(32, room - T)) if on_gpu else min(32, room - T))
+    new = arguments.new_tokens or min(256 if on_gpu else 32, room - T)
     if arguments.peer_dtype and not arguments.peer:
         raise UserError("--peer-dtype is of the others: name some with --peer")
     if arguments.new_tokens == 1:
@@ -438,11 +440,12 @@ def plan(arguments: argparse.Namespace, config: Config) -> dict:
     head = ["GPUs", "windows each", "computes ms", "sends ms", "waits ms", "step ms"]
     rows = [plan_row(gpus, step) for gpus, step in results.items()]
     print_table([*head, "efficiency", f"{steps:,} steps"], rows)
-    powers = [2**power for power in range(windows.bit_length()) if on(2**power)]
-    wasted = [gpus for gpus in powers if on(gpus)["efficiency"] < 0.5]
+    small = [gpus for gpus in range(1, math.isqrt(windows) + 1) if windows % gpus == 0]
+    even = sorted({*small, *(windows // gpus for gpus in small)})
+    wasted = next((gpus for gpus in even if on(gpus)["efficiency"] < 0.5), None)
     print(
-        f"A step has {windows:,} windows, so that GPUs beyond {windows:,} have nothing to do. "
-        + (f"From {wasted[0]:,} on, most of a step is waiting." if wasted else "")
+        f"A step has {windows:,} windows, so that GPUs beyond {windows:,} have nothing to do."
+        + (f" From {wasted:,} on, most of a step is waiting." if wasted else "")
     )
     print()
     assumed = ("tokens_per_second", "gigabytes_per_second", "microseconds", "price")
@@ -450,7 +453,7 @@ def plan(arguments: argparse.Namespace, config: Config) -> dict:
     return {
         "settings": settings | {"micro_batch_size": B, "tokens_per_step": shape.tokens_per_step},
         "results": results,
-        "mostly_waiting_from": wasted[0] if wasted else None,
+        "mostly_waiting_from": wasted,
         "memory": print_memory(config),
     }
 
@@ -481,7 +484,8 @@ def print_memory(config: Config) -> dict[str, list]:
     for recompute in (False, True):
         model = model_on_paper(config, recompute=recompute)
         tokens = (size * config.model.block_size for size in sizes)
-        rows.append([estimated_memory(model, count, torch.bfloat16, True) for count in tokens])
+        keeps = (torch.bfloat16, True, config.optim.average_share > 0)
+        rows.append([estimated_memory(model, count, *keeps) for count in tokens])
     print_table(
         ["windows at once", *map(str, sizes)],
         [

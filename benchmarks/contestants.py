@@ -12,12 +12,16 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends slow imports without a traceback
 
 import numpy as np
 import torch
@@ -81,7 +85,6 @@ class Stopwatch:
 
     def read(self) -> dict[str, float]:
         """Seconds by name; marks of the same name add up."""
-        wait_for(self.device)
         seconds: dict[str, float] = {}
         for (_, before), (name, now) in zip(self.marks, self.marks[1:]):
             seconds[name] = seconds.get(name, 0.0) + now.seconds_after(before)
@@ -120,6 +123,8 @@ def measure_training(settings: dict, device: torch.device, dtype: torch.dtype) -
 
     def measure() -> dict[str, float]:
         count = settings["steps"]
+        if device.type == "cuda":  # whose memory was handed back
+            step(Stopwatch(device))
         began, watch = time.perf_counter(), Stopwatch(device)
         for _ in range(count):
             step(watch)
@@ -188,15 +193,18 @@ def their_step(
     size = (settings["micro_batch_size"], settings["model"]["block_size"] + 1)
     tokens = torch.randint(50_257, size, device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def step(watch: Stopwatch) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = loss_of(compiled, inputs, targets)
         watch.mark("forward")
-        loss.backward()
+        scaler.scale(loss).backward()
         watch.mark("backward")
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         watch.mark("optimizer")
 
@@ -365,7 +373,12 @@ def main() -> None:
     """Answer bench.py: a line when ready, then one for every turn it asks for."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a contestant prints goes where it can't be taken for an answer
-    settings = json.loads(sys.stdin.readline())
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    line = sys.stdin.readline()
+    if not line:  # another has failed first
+        return
+    settings = json.loads(line)
     device = choose_device(settings.get("device", "cpu"))
     dtype = choose_dtype(settings.get("dtype", "auto"), device)
     with torch.device("meta"):

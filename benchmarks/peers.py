@@ -35,8 +35,8 @@ LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def load_definitions(path: Path) -> ModuleType:
     """The classes and functions of a Python file, without running what else is in it.
 
-    build-nanogpt's train_gpt2.py is one script from top to bottom. Imports of neighbouring files
-    are left out too.
+    build-nanogpt's train_gpt2.py is one script from top to bottom. What is imported from
+    neighbouring files is left out too.
     """
 
     class Definitions(importlib.machinery.SourceFileLoader):

@@ -20,8 +20,8 @@ Turn = dict[str, float]  # what a contestant measured in one turn
 
 
 def median(turns: list[Turn], key: str) -> float | None:
-    """The median of a number over the rounds; None where it wasn't measured."""
-    values = [turn[key] for turn in turns if key in turn]
+    """The median of a number over the rounds; None where it wasn't measured, or can't be."""
+    values = [turn[key] for turn in turns if turn.get(key) is not None]
     return statistics.median(values) if values else None
 
 
@@ -54,7 +54,7 @@ def training_results(turns: dict[str, list[Turn]], machine: dict, tokens: int) -
             "seconds": seconds,
             "data_share": None if seconds["data"] is None else seconds["data"] / step,
             "times_as_fast": ratio(turns, name, "step_seconds"),
-            "memory_ratio": median(turns["ours"], "peak_memory") / memory,
+            "memory_ratio": memory and median(turns["ours"], "peak_memory") / memory,
         }
     return results
 
@@ -84,9 +84,9 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
 
 
-def times(name: str, value: float, what: str = "as fast") -> str:
+def times(name: str, value: float | None, what: str = "as fast") -> str:
     """A ratio for the table; we don't compare with ourselves."""
-    return "" if name == "ours" else f"{value:.2f} × {what}"
+    return "" if name == "ours" or value is None else f"{value:.2f} × {what}"
 
 
 def percent(value: float | None, digits: int) -> str:
@@ -94,9 +94,14 @@ def percent(value: float | None, digits: int) -> str:
     return "n/a" if value is None else f"{value:.{digits}%}"
 
 
+def scaled(value: float | None, factor: float) -> str:
+    """A number for the table, in another unit."""
+    return "n/a" if value is None else f"{value * factor:,.1f}"
+
+
 def milliseconds(seconds: float | None) -> str:
     """Seconds for the table."""
-    return "n/a" if seconds is None else f"{seconds * 1e3:,.1f}"
+    return scaled(seconds, 1e3)
 
 
 # By task: the speed that is told of a result, and the seconds of a turn that a ratio compares.
@@ -116,7 +121,7 @@ def table(folder: Path) -> None:
     for path in sorted(folder.glob("bench_*.json")):
         try:
             rows += beside_others(path.stem.removeprefix("bench_"), read_json(path))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ArithmeticError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no report of bench.py: {one_line(error)}") from error
     if not rows:
         raise UserError(f"{folder}: expected a folder with bench_*.json that tell of others")

@@ -8,9 +8,10 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pyarrow
@@ -353,7 +354,7 @@ def test_a_peer_that_fails_is_left_out_after_what_it_said(tmp_path, config):
     assert result.out.splitlines()[1].startswith("ours ")
 
 
-def test_a_peer_that_fails_in_a_later_round_is_left_out_with_all_its_turns(monkeypatch):
+def test_contestants_take_turns_and_one_that_fails_is_left_out_with_all_of_its_own(monkeypatch):
     class Scripted(bench.Contestant):
         def __init__(self, settings: dict) -> None:
             self.name, self.turn = settings["name"], 0
@@ -366,14 +367,17 @@ def test_a_peer_that_fails_in_a_later_round_is_left_out_with_all_its_turns(monke
 
         def ask(self, line: str = "") -> dict:
             self.turn += 1
+            asked.append(self.name)
             if (self.name, self.turn) == (failing, 2):
                 raise UserError(f"{self.name} failed")
             return {"turn": self.turn}
 
     monkeypatch.setattr(bench, "Contestant", Scripted)
+    asked: list[str] = []
     failing, names = "nanogpt", dict.fromkeys(("ours", "nanogpt", "transformers"), "")
     machine, turns = bench.take_turns(names, {}, rounds=3)
     assert machine == {"machine": "ours"}
+    assert asked == [*names, *names, "ours", "transformers"]
     assert turns == {name: [{"turn": n} for n in (1, 2, 3)] for name in ("ours", "transformers")}
     failing = "ours"
     with pytest.raises(UserError, match="ours failed"):
@@ -428,10 +432,15 @@ def test_the_others_have_our_shape_but_for_their_padded_vocabulary(peer):
         model, _, _ = peers.TRAINING[name](settings, CPU)
         told = {key: getattr(model.config, key) for key in settings["model"]}
         assert (told, model.config.vocab_size) == (settings["model"], 50_304)
+        assert model.config.dropout == 0.0
+        assert model.config.bias
     shape = peers.make_transformers(SETTINGS).config
     told = (shape.n_layer, shape.n_head, shape.n_embd, shape.n_positions, shape.vocab_size)
     assert told == (1, 2, 16, 32, 50_257)
     assert shape.resid_pdrop == shape.embd_pdrop == shape.attn_pdrop == 0
+    assert shape.eos_token_id is None  # it never ends before the others
+    _, optimizer, _ = peers.train_transformers(SETTINGS, CPU)
+    assert optimizer.defaults["fused"]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -456,6 +465,89 @@ def test_the_others_train_on_as_large_a_batch_in_the_same_precision_and_compiled
     assert torch.get_float32_matmul_precision() == before  # products as exact as ours
 
 
+def ticking(monkeypatch: pytest.MonkeyPatch, by: float = 1.0) -> None:
+    """The clock goes on by so many seconds at every look."""
+    clock = itertools.count(step=by)
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+
+
+@pytest.mark.parametrize(("kind", "untimed"), [("cpu", 2), ("cuda", 3)])
+def test_a_turn_of_training_is_a_steps_share_after_steps_that_are_not_timed(
+    monkeypatch, kind, untimed
+):
+    """Two get ready; a GPU's memory was handed back before each turn, and is taken again."""
+    steps, began, device = [], [], torch.device(kind)
+    watch = SimpleNamespace(mark=Mock(), read=lambda: {"forward": 6.0})
+
+    def start(_: torch.device) -> SimpleNamespace:
+        began.append(len(steps))
+        return watch
+
+    monkeypatch.setattr(contestants, "Stopwatch", start)
+    monkeypatch.setattr(contestants, "their_step", lambda *_: steps.append)
+    monkeypatch.setattr(contestants, "leave_room", lambda device: None)
+    monkeypatch.setattr(contestants, "peak_memory", lambda device: 7)
+    measure = contestants.measure_training({"name": "nanogpt", "steps": 3}, device, torch.float32)
+    ticking(monkeypatch)
+    assert measure() == {"step_seconds": 1 / 3, "forward_seconds": 2.0, "peak_memory": 7}
+    assert len(steps) == untimed + 3
+    assert began[-1] == untimed
+
+
+def test_the_others_clip_and_make_their_step_part_by_part(monkeypatch):
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 5.0)
+    loss_of = lambda called, *_: called(torch.full((1,), 100.0)).sum()  # noqa: E731
+    made = (model, torch.optim.SGD(model.parameters(), lr=0.5), loss_of)
+    monkeypatch.setitem(peers.TRAINING, "nanogpt", lambda *_: made)
+    ticking(monkeypatch)
+    watch = contestants.Stopwatch(CPU)
+    contestants.their_step(SETTINGS | {"name": "nanogpt"}, CPU, torch.float32)(watch)
+    assert model.weight.item() == pytest.approx(4.5)  # the gradient of 100 has become 1
+    assert model.weight.grad is None
+    assert [name for name, _ in watch.marks] == ["start", "forward", "backward", "optimizer"]
+
+
+def test_a_turn_of_generation_is_the_prompt_and_then_token_by_token(monkeypatch):
+    """Timed one by one on a CPU; where they can't be, what comes after the first is shared out."""
+    asked, waits = [], []
+
+    def make(settings: dict, device: torch.device, dtype: torch.dtype, tick: Callable) -> Callable:
+        def generate(ids: torch.Tensor, count: int) -> None:
+            asked.append(count)
+            for _ in range(count):
+                tick()
+
+        return generate
+
+    monkeypatch.setitem(peers.GENERATION, "nanogpt", make)
+    monkeypatch.setattr(contestants, "wait_for", lambda device: waits.append(len(asked)))
+    settings = SETTINGS | {"name": "nanogpt", "new_tokens": 5}
+    for device in (CPU, torch.device("meta")):
+        measure = contestants.measure_generation(settings, device, torch.float32)
+        ticking(monkeypatch)
+        turn = measure()
+        assert turn["prefill_seconds"] == 2  # from one look to the next but one: a tick between
+        assert turn["token_seconds"] == (1 if device is CPU else (6 - 2) / 4)
+        assert turn.get("undisturbed_token_seconds") == (1 if device is CPU else None)
+    assert asked == 2 * [5, 1, 5]  # the first gets ready
+    assert waits == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_starts_slowest_is_told_of_help(monkeypatch, tmp_path):
+    monkeypatch.setattr(contestants, "save_checkpoint", lambda *_: None)
+    lasts = {"train.py": 3.0, "sample.py": 2.0}
+    now = [0.0]
+
+    def run(command: list[str], **_: object) -> None:
+        now[0] += 9.0 if "--jsonl" in command else lasts.get(command[1], 1.0)
+
+    monkeypatch.setattr(contestants, "run", run)
+    monkeypatch.setattr(contestants.time, "perf_counter", lambda: now[0])
+    found = contestants.measure_start({"model": SETTINGS["model"]})()
+    assert found == {"help_seconds": 3.0, "first_token_seconds": 9.0}
+
+
 def test_ours_decodes_compiled_if_asked_to(monkeypatch):
     told = []
     monkeypatch.setattr(contestants, "compile_decoding", lambda model: told.append(type(model)))
@@ -469,6 +561,7 @@ def test_ours_decodes_compiled_if_asked_to(monkeypatch):
     ("device", "options", "compiled"),
     [
         ("cpu", (), False),
+        ("cuda", ("--prompt-tokens", 1000), True),
         ("cuda", (), True),
         ("cuda", ("--batch-size", 4), True),
         ("cuda", ("--batch-size", 5), False),
@@ -542,6 +635,13 @@ def test_the_ceiling_is_the_operations_of_the_products_over_their_seconds(monkey
     assert found == 10 * (2 * 2048 * 768 * 3072) / 2
 
 
+def test_a_contestant_whose_bench_has_gone_ends_without_a_word(monkeypatch):
+    """As when ours finds no room while others are still being imported."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr(contestants.os, "dup2", lambda *_: None)
+    contestants.main()
+
+
 def test_a_batch_that_finds_no_room_is_told_with_what_to_lower(monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 6 GiB")
@@ -588,6 +688,10 @@ def test_a_step_is_told_in_tokens_shares_and_times():
     }
     unknown = training_results(turns, machine | {"peak_flops": None}, tokens=800)
     assert unknown["ours"]["mfu"] is None
+    for name in turns:  # Windows tells of no peak
+        turns[name] = [turn | {"peak_memory": None} for turn in turns[name]]
+    unknown = training_results(turns, machine, tokens=800)["nanogpt"]
+    assert unknown["peak_memory"] is None and unknown["memory_ratio"] is None
 
 
 def test_generation_is_told_in_tokens_of_all_texts_together():
@@ -609,7 +713,7 @@ def test_generation_is_told_in_tokens_of_all_texts_together():
 
 
 def test_the_loaders_seconds_are_per_token_that_was_drawn(monkeypatch):
-    """And the hash's per token of the shard. The clock goes on by a second at every look."""
+    """And the hash's per token of the shard."""
     make, draw, drawn = contestants.random_shard, contestants.micro_batches, []
 
     def counted(*arguments: object, **options: object) -> Iterator[tuple]:
@@ -617,10 +721,9 @@ def test_the_loaders_seconds_are_per_token_that_was_drawn(monkeypatch):
             drawn.append(inputs.numel())
             yield number, inputs, targets
 
-    clock = itertools.count()
     monkeypatch.setattr(contestants, "random_shard", lambda _: make(500_000))
     monkeypatch.setattr(contestants, "micro_batches", counted)
-    monkeypatch.setattr(contestants.time, "perf_counter", lambda: float(next(clock)))
+    ticking(monkeypatch)
     model = SETTINGS["model"] | {"block_size": 1024}
     turn = contestants.measure_loader({"model": model, "micro_batch_size": 256})()
     assert turn["seconds_per_token"] == pytest.approx(1 / sum(drawn))
@@ -634,11 +737,21 @@ def test_prepared_tokens_are_those_in_the_shards(monkeypatch, tmp_path):
         for name, tokens in (("train_000000", 900), ("val_000000", 100)):
             (out / f"{name}.bin").write_bytes(bytes(1024 + 2 * tokens))
 
-    clock = itertools.count(step=4)
     monkeypatch.setattr(contestants, "run", prepare)
-    monkeypatch.setattr(contestants.time, "perf_counter", lambda: float(next(clock)))
+    ticking(monkeypatch, by=4.0)
     settings = {"files": [str(tmp_path / "a.parquet")], "workers": 1}
     assert contestants.our_preparing(settings)() == 1000 / 4
+
+
+def test_build_nanogpts_tokens_are_those_in_its_shards_and_its_processes_are_as_many(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "fineweb.py").write_text(FINEWEB)
+    table = pyarrow.table({"text": ["a"] * 5})
+    pyarrow.parquet.write_table(table, tmp_path / "texts.parquet")
+    settings = {"path": str(tmp_path), "workers": 3, "files": [str(tmp_path / "texts.parquet")]}
+    ticking(monkeypatch, by=4.0)
+    assert peers.prepare_with_build_nanogpt(settings)() == 1000 * 3 * 5 / 4
 
 
 def test_bare_processes_rates_add_up(monkeypatch):
@@ -724,6 +837,30 @@ def test_only_the_embeddings_gradients_are_waited_for_if_the_others_are_sent_in_
     slow = step_time(cluster, 2, 1, 1000, 100_000.0, others + embeddings, embeddings)
     backward = 1 / 2 * 1000 / 100_000
     assert slow.waiting == pytest.approx(slow.sending - backward)
+
+
+def test_a_plan_names_the_first_even_share_that_mostly_waits(call, tmp_path):
+    """Of 15 windows: 1, 3, 5 or 15 GPUs."""
+    config, output = tmp_path / "c.toml", tmp_path / "o.json"
+    config.write_text(f"{MODEL}tokens_per_step = 480\n")
+    words = ["--config", config, "--micro-batch-size", 1, "--output", output]
+    for speed, named in ((1, None), (1_000_000, 3)):
+        told = call("bench", "plan", "--tokens-per-second", speed, *words).out
+        assert "so that GPUs beyond 15 have nothing to do." in told
+        assert (f"From {named} on, most of a step is waiting." in told) == bool(named)
+        assert "do. \n" not in told
+        assert json.loads(output.read_text())["mostly_waiting_from"] == named
+
+
+def test_the_plans_memory_has_the_average_of_the_weights_in_it(call, tmp_path):
+    config, output, found = tmp_path / "c.toml", tmp_path / "o.json", []
+    words = ("--tokens-per-second", 1, "--config", config, "--output", output)
+    for more in ("", "[optim]\naverage_share = 0.1\n"):
+        config.write_text(f"{MODEL}tokens_per_step = 512\n{more}")
+        assert call("bench", "plan", *words).status == 0
+        found.append(json.loads(output.read_text())["memory"]["bytes"][0])
+    parameters = 50_257 * 16 + 32 * 16 + 12 * 16**2 + 13 * 16 + 2 * 16
+    assert found[1] - found[0] == 4 * parameters
 
 
 def test_the_plan_is_found_from_any_folder(call, tmp_path, monkeypatch):
