@@ -170,9 +170,9 @@ class Checkpoint:
             kinds = {"momentum"} if "matrices" in group else {"step", "exp_avg", "exp_avg_sq"}
             kinds |= {OTHER} if is_averaged else set()
             if any(state[number].keys() != kinds for number in group["params"]):
+                expected = ", ".join(sorted(kinds))
                 raise UserError(
-                    f"{self.path / OPTIMIZER} doesn't tell {', '.join(sorted(kinds))} of every "
-                    "parameter, and nothing else"
+                    f"{self.path / OPTIMIZER} doesn't hold exactly {expected} for every parameter"
                 )
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
@@ -222,8 +222,8 @@ def save_checkpoint(folder: Path, meta: Meta, model: GPT, optimizer: torch.optim
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"can't save {final}: {error}; make room or mend the disk, then give the same command "
-            "again to go on from the checkpoint before it"
+            f"can't save {final}: {error}; free some space or fix the disk, then give the same "
+            "command again to go on from the checkpoint before it"
         ) from error
     return final
 
@@ -233,9 +233,12 @@ def add_losses(path: Path, val_loss: float | None, best_val_loss: float | None) 
 
     A crash leaves the old meta.json or the new one. Raises UserError if it can't be written.
     """
-    way_out = "; make room or mend the disk, then give the same command again"
+    way_out = "; free some space or fix the disk, then give the same command again"
     with disk_errors(f"can't write {path / META}", way_out):
-        content = _read_meta(path)
+        try:
+            content = _read_meta(path)
+        except ValueError as error:
+            raise UserError(f"{path / META} is damaged: {error}") from error
         del content["checksum"]
         content |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
         write_atomically(path / META, _with_checksum(content))
@@ -328,7 +331,7 @@ def newest_checkpoint(
             print(f"skipped: {printable(str(error))}", file=sys.stderr)
     if complaints:
         raise UserError(
-            f"no checkpoint in {folder} is undamaged: {complaints[0]}; remove them to begin anew"
+            f"no checkpoint in {folder} is undamaged: {complaints[0]}; remove them to start over"
         )
     return None
 
@@ -381,7 +384,7 @@ def read_checkpoint(path: Path, files: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
         if not isinstance(fingerprints, dict):
             raise ValueError("files is no object")
         if not set(files) <= set(fingerprints) <= {MODEL, OPTIMIZER}:
-            raise ValueError(f"it vouches for {sorted(fingerprints)!r:.80}")
+            raise ValueError(f"files lists {sorted(fingerprints)!r:.80}, expected {list(files)}")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path / META} is damaged or not a checkpoint's: {error}") from error
     for name in files:
@@ -398,7 +401,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Raises UserError if `folder` can't be read.
 
-    `Path.glob` would give nothing then, and a run would begin anew.
+    `Path.glob` would give nothing then, and a run would start over.
     """
     try:
         with os.scandir(folder) as entries:

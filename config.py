@@ -42,7 +42,7 @@ class ModelSettings:
     n_embd: int = setting(768, "channels: numbers per position", minimum=1)
     block_size: int = setting(1024, "context in tokens", minimum=1)
     dropout: float = setting(0.0, "probability of dropping an activation", minimum=0, below=1)
-    recompute: bool = setting(False, "keep each block's input only, compute the rest twice")
+    recompute: bool = setting(False, "activation checkpointing: keep only each block's input")
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class DataSettings:
 
     dir: str = setting("data/fineweb_edu", "folder of token shards, from prepare_fineweb.py")
     document_mask: bool = setting(
-        False, "read each document as if it stood alone: attention and positions begin anew"
+        False, "read each document by itself: attention and positions restart with it"
     )
 
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """[optim]: AdamW or Muon, and the learning rate's way: up, perhaps level, and down."""
+    """[optim]: AdamW or Muon, and the learning rate's schedule: up, perhaps level, and down."""
 
     name: str = setting(
         "adamw",
@@ -67,27 +67,27 @@ class OptimSettings:
     learning_rate: float = setting(6e-4, "peak learning rate", minimum=0)
     min_learning_rate: float = setting(6e-5, "learning rate at the last step", minimum=0)
     matrix_learning_rate: float = setting(
-        0.02, "Muon's peak for hidden matrices; it rises and falls like the other", minimum=0
+        0.02, "Muon's peak learning rate for hidden matrices; same schedule", minimum=0
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", minimum=0)
     schedule: str = setting(
-        "cosine", "how the learning rate falls: cosine or linear", choices=("cosine", "linear")
+        "cosine", "how the learning rate decays: cosine or linear", choices=("cosine", "linear")
     )
     decay_steps: int = setting(
-        0, "last steps, in which it falls; 0 = at once after its peak", minimum=0
+        0, "steps of decay at the end; 0 = it begins right after warm-up", minimum=0
     )
     average_share: float = setting(
         0.0,
-        "weights' moving average: over about this share of the steps so far; 0 = none",
+        "average the weights over about this share of the steps so far; 0 = off",
         minimum=0,
         below=1,
     )
     weight_decay: float = setting(
-        0.1, "decay of matrices and embeddings, per step × rate", minimum=0
+        0.1, "of matrices and embeddings, multiplied by the learning rate", minimum=0
     )
-    beta1: float = setting(0.9, "AdamW's memory of the gradient", minimum=0, below=1)
-    beta2: float = setting(0.95, "AdamW's memory of its square", minimum=0, below=1)
-    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 = no limit", minimum=0)
+    beta1: float = setting(0.9, "decay rate of AdamW's average of the gradient", minimum=0, below=1)
+    beta2: float = setting(0.95, "decay rate of AdamW's average of its square", minimum=0, below=1)
+    grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0 = no clipping", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TrainSettings:
     device: str = setting("auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = setting(
         "auto",
-        "arithmetic: auto, bfloat16, float16 or float32; weights stay float32",
+        "of matrix products: auto, bfloat16, float16, float32; weights stay float32",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     compile: bool = setting(True, "torch.compile: a slow start, then faster steps")
@@ -115,7 +115,7 @@ class TrainSettings:
         "how gradients are summed: ddp, or canonical: on CPUs the same bits, however many ranks",
         choices=("ddp", "canonical"),
     )
-    checkpoint_every: int = setting(1000, "steps between checkpoints; the last is saved", minimum=1)
+    checkpoint_every: int = setting(1000, "steps between checkpoints, and at the end", minimum=1)
     save_best: bool = setting(False, "also save whenever the validation loss is the lowest so far")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best", minimum=1)
     timeout_seconds: int = setting(600, "how long ranks wait for one another", minimum=1)

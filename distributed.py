@@ -173,7 +173,7 @@ class Ranks:
         if failure:
             raise failure
         if failed:
-            raise UserError(f"{int(failed)} of {self.world_size} processes can't go on, see there")
+            raise UserError(f"{int(failed)} of {self.world_size} processes failed: see their errors")
 
 
 def _from_torchrun(name: str, default: int, allowed: range) -> int:

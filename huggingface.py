@@ -216,7 +216,7 @@ def check_files(folder: Path) -> None:
     with disk_errors(f"can't read {folder}"):
         for path in (path for pattern in WANTED for path in folder.glob(pattern)):
             if is_odd(path):
-                raise UserError(f"{path} is no file")
+                raise UserError(f"{path} is not a regular file")
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -283,7 +283,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file. Raises UserError if it isn't there or is no safetensors file."""
     path, shown = folder / name, f"{name!r:.80}"
     if os.path.exists(path) and not os.path.isfile(path):  # a folder, or a pipe to wait for
-        raise UserError(f"{folder}: {shown} is no file, expected one of weights")
+        raise UserError(f"{folder}: {shown} is not a file, expected one of weights")
     try:
         return load_file(path)
     except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no file can have

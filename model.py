@@ -476,7 +476,7 @@ class GPT(nn.Module):
                 if (count == 0 or not on_gpu) and not logits.amax().isfinite():
                     kind = str(self.wte.weight.dtype).removeprefix("torch.")
                     raise FloatingPointError(
-                        f"logits aren't finite: weights are spoilt, or too large for {kind}"
+                        f"logits aren't finite: the weights are damaged, or overflow in {kind}"
                     )
                 next_ids = choose_next(logits, temperature, top_k, top_p, generator)  # (B)
                 yield next_ids

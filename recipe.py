@@ -124,16 +124,16 @@ def found_so_far(path: Path, config: dict[str, Settings], names: list[str]) -> F
     folder = Path(make_config(config).data.dir)
     data = " ".join(TokenStream(folder, split).fingerprint for split in ("train", "val"))
     found = load_found(path) if path.exists() else Found(*now, config, data, {}, 0.0, {}, ())
-    mend = "choose another --out, or remove this one"
+    way_out = "choose another --out, or remove this one"
     if found.config != config:
-        raise UserError(f"{path} tells of another config: {mend}")
+        raise UserError(f"{path} tells of another config: {way_out}")
     if found.data != data:
-        raise UserError(f"{path} tells of other text than {folder} has: {mend}")
+        raise UserError(f"{path} tells of other text than {folder} has: {way_out}")
     for name in names:
         new = CANDIDATES[name]
         old = found.candidates.setdefault(name, new)
         if replace(old, meaning=new.meaning, rates=new.rates) != new:
-            raise UserError(f"{path} tells of another {name}: {mend}")
+            raise UserError(f"{path} tells of another {name}: {way_out}")
         found.candidates[name] = new
     return found
 

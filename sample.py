@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=_seed, help="the same seed gives the same text (random)")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    add("--compile", action="store_true", help="on an NVIDIA GPU: begin later, be faster")
+    add("--compile", action="store_true", help="on an NVIDIA GPU: slower start, faster tokens")
     add("--jsonl", action="store_true", help="one JSON object per sample, nothing else")
     return parser.parse_args(arguments)
 

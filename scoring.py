@@ -115,7 +115,7 @@ def check_numbers(nats: np.ndarray | float, model: GPT) -> None:
     if np.isnan(nats).any():
         kind = str(model.wte.weight.dtype).removeprefix("torch.")
         raise FloatingPointError(
-            f"probabilities aren't numbers: weights are spoilt, or too large for {kind}"
+            f"probabilities aren't numbers: the weights are damaged, or overflow in {kind}"
         )
 
 

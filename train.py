@@ -125,7 +125,7 @@ class Trainer:
             if checkpoint.meta.best_val_loss is not None:
                 self.best_val_loss = checkpoint.meta.best_val_loss
             if self.ranks.is_first:
-                say(f"going on after step {self.step:,} from {checkpoint.path}")
+                say(f"resuming after step {self.step:,} from {checkpoint.path}")
                 if rise:
                     say(rise)
         elif self.config.train.init_from:
@@ -269,7 +269,7 @@ class Trainer:
                 more = "" if config.optim.decay_steps else "raise that to go on, or "
                 say(
                     f"already finished: {self.step:,} steps are done (train.max_steps); {more}"
-                    "choose another --train.out to begin anew"
+                    "choose another --train.out to start over"
                 )
             return
         self.metrics = self.folder.prepare(self.tokenizer, self.step)

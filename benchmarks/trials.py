@@ -95,7 +95,7 @@ class Found:
         content = asdict(self)
         runs = ",\n  ".join(map(json.dumps, content.pop("runs")))
         text = json.dumps(content, indent=1).removesuffix("\n}")
-        way_out = "; make room or mend the disk, then the same command trains what is missing"
+        way_out = "; free some space or fix the disk, then the same command trains what is missing"
         with disk_errors(f"can't write {path}", way_out):
             write_atomically(path, f'{text},\n "runs": [\n  {runs}\n ]\n}}\n')
 

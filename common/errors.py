@@ -1,4 +1,4 @@
-"""How the scripts meet a user: one line for what the user can mend, and an exit status.
+"""How the scripts meet a user: one line for what the user can fix, and an exit status.
 
 Wrong input is a UserError: scripts print it as `error: …` and exit with status 2. Being asked to
 stop is no error: Stopped.

@@ -57,7 +57,7 @@ def own_file(folder: Path, name: str) -> Path:
     if lies_in != folder.resolve():
         raise UserError(f"{path} is a link out of its folder: put the file itself there")
     if odd:
-        raise UserError(f"{path} is no file")
+        raise UserError(f"{path} is not a regular file")
     return path
 
 

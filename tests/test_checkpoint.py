@@ -222,7 +222,7 @@ def test_weights_are_for_whoever_may_read_a_new_file(tmp_path, mask):
 
 
 def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one():
-    """A run would begin anew there, and cut its metrics off."""
+    """A run would start over there, and cut its metrics off."""
     with tempfile.TemporaryDirectory() as name:  # tmp_path is in a folder for root alone
         folder = Path(name, "checkpoints")
         save(folder, 1)
@@ -418,6 +418,13 @@ def test_an_error_while_a_checkpoint_is_told_its_loss_is_told_and_harms_nothing(
     assert read_checkpoint(path).meta.val_loss is None
     add_losses(path, 2.0, 1.0)
     assert read_checkpoint(path).meta == replace(META_1, val_loss=2.0, best_val_loss=1.0)
+
+
+def test_a_checkpoint_that_was_damaged_meanwhile_is_not_told_its_loss(tmp_path):
+    path = save(tmp_path)
+    (path / "meta.json").write_text("rubbish")
+    with pytest.raises(UserError, match="meta.json is damaged"):
+        add_losses(path, 2.0, 1.0)
 
 
 def test_what_is_tried_before_the_first_step_leaves_an_empty_folder(tmp_path):

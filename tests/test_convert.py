@@ -267,7 +267,7 @@ def test_a_named_pipe_is_no_file_and_is_not_waited_for(changed, tmp_path):
     (folder / "merges.txt").unlink()
     os.mkfifo(folder / "merges.txt")
     result = run("convert.py", "from-hf", folder, "--out", tmp_path / "out", timeout=100)
-    assert f"{folder / 'merges.txt'} is no file" in result.error()
+    assert f"{folder / 'merges.txt'} is not a regular file" in result.error()
 
 
 def test_without_a_vocabulary_merges_are_compared_with_gpt2s(tmp_path):
@@ -486,7 +486,7 @@ def test_a_folder_in_the_place_of_weights_is_one_line(call, changed, tmp_path):
     (folder / MODEL).unlink()
     (folder / MODEL).mkdir()
     error = call("convert", "from-hf", folder, "--out", tmp_path / "out").error()
-    assert f"{folder}: 'model.safetensors' is no file, expected one of weights" in error
+    assert f"{folder}: 'model.safetensors' is not a file, expected one of weights" in error
 
 
 DEEP = '{"a": ' + "[" * 100_000

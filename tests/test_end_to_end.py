@@ -90,7 +90,7 @@ def test_stopping_after_20_steps_and_going_on_equals_40_steps_at_once(
     lines = (at_once / "metrics.jsonl").read_text().splitlines(keepends=True)
     (resumed / "metrics.jsonl").write_text("".join(lines[:32]) + '{"kind": "tr')
     result = start(world_size, tiny, shards, resumed)
-    assert "going on after step 20" in result.err
+    assert "resuming after step 20" in result.err
     assert told(resumed) == told(at_once)
     for name in ("model.safetensors", "optimizer.safetensors"):
         path = Path("checkpoints", "step_000040", name)

@@ -339,7 +339,7 @@ def test_a_spike_is_skipped_once_there_is_something_to_compare_with(train, tmp_p
     ("name", "told"),  # by rank 0, of its own shard and of the other process's
     [
         ("train_000000.bin", "train_000000.bin has been damaged or changed"),
-        ("train_000001.bin", "1 of 2 processes can't go on"),
+        ("train_000001.bin", "1 of 2 processes failed: see their errors"),
     ],
 )
 def test_shards_are_checked_by_one_process_or_the_other(train, shards, tmp_path, name, told):
@@ -382,7 +382,7 @@ def test_when_one_rank_cannot_go_on_the_other_says_so_in_one_line(
     results = machines(arguments, arguments, script="tests/faulty_train.py")
     assert (results[rank].status, last in results[rank].err) == (status, True)
     host, error = socket.gethostname(), results[1 - rank].error()
-    reasons = [f"rank {rank} on {host} can't go on, see there"]
+    reasons = [f"rank {rank} on {host} has failed: see what it said"]
     reasons += [STORE_IS_GONE] * (rank == 0)  # store and all
     assert error in [f"error: [rank {1 - rank} on {host}] {reason}" for reason in reasons]
 
@@ -412,7 +412,7 @@ def test_a_machine_without_the_checkpoint_does_not_begin_at_step_0(
     two_machines, tmp_path, folders, complaint
 ):
     errors = two_machines(*(("--train.out", tmp_path / folder) for folder in folders))
-    assert "1 of 2 processes can't go on" in errors[0]
+    assert "1 of 2 processes failed: see their errors" in errors[0]
     assert complaint in errors[1]
     assert not (tmp_path / "empty").exists()
 
@@ -550,7 +550,7 @@ def two_agents(words: list[str], out: Path, hosts: list[Host]) -> tuple[int, lis
     try:
         until(lambda: second.workers() and steps_told(out) >= 9, first)
         os.kill(second.workers()[0], signal.SIGKILL)
-        until(lambda: "going on after step 8" in logs[0].read_text(), first)
+        until(lambda: "resuming after step 8" in logs[0].read_text(), first)
         until(lambda: steps_told(out) >= 13, first)
         second.kill_all()
         until(lambda: False, first)
@@ -599,7 +599,7 @@ def test_a_damaged_checkpoint_is_skipped_by_all_ranks(train, alone, tmp_path):
     result = train(tmp_path / "run", 2, *CANONICAL)
     assert result.status == 0
     assert f"skipped: {damaged} is damaged" in result.err
-    assert "going on after step 20" in result.err
+    assert "resuming after step 20" in result.err
     assert weights_of(tmp_path / "run") == weights_of(alone)
     assert lines_of(tmp_path / "run") == lines_of(alone)
 

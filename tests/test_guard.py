@@ -200,7 +200,7 @@ def test_a_rank_that_cannot_reach_another_names_the_one_that_failed(error):
     first, second = roll_calls(HashStore())
     with pytest.raises(error, match="^its own$"), second.telling_failures():
         raise error("its own")
-    with pytest.raises(UserError, match=f"^rank 1 on {socket.gethostname()} can't go on, see"):
+    with pytest.raises(UserError, match=f"^rank 1 on {socket.gethostname()} has failed: see"):
         with first.telling_failures():
             raise RuntimeError("Connection closed by peer")
 
@@ -230,7 +230,8 @@ def test_a_rank_that_waits_for_one_that_failed_does_not_wait_for_long():
     )
     assert (result.returncode, result.stdout) == (1, "failed\n")
     here = socket.gethostname()
-    assert result.stderr == f"\nerror: [rank 0 on {here}] rank 1 on {here} can't go on, see there\n"
+    told = f"rank 1 on {here} has failed: see what it said"
+    assert result.stderr == f"\nerror: [rank 0 on {here}] {told}\n"
     assert time.monotonic() - began < 40
 
 
@@ -284,7 +285,7 @@ def test_who_has_failed_is_remembered_when_the_store_goes_with_it():
         port = host.stdout.readline().strip()
         guest = subprocess.run([*python, GUEST, port], cwd=ROOT, capture_output=True, text=True)
     assert guest.returncode == 1
-    assert "rank 0 on its machine can't go on, see there" in guest.stderr
+    assert "rank 0 on its machine has failed: see what it said" in guest.stderr
 
 
 def test_a_rank_that_fails_by_itself_says_so_though_another_has_failed():

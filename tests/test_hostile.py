@@ -108,7 +108,7 @@ def test_a_named_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(data,
         file.unlink()
         os.mkfifo(file)
     for look in (lambda: read_checkpoint(path), lambda: encoding_of(data)):
-        with pytest.raises(UserError, match="is no file"):
+        with pytest.raises(UserError, match="is not a regular file"):
             look()
 
 
@@ -218,7 +218,7 @@ def test_a_manifest_that_is_a_link_to_nothing_is_not_taken_for_none(data):
 def test_a_checkpoint_that_vouches_for_another_file_is_refused(tmp_path, secret, name):
     path = save(tmp_path / "run")
     rewrite_meta(path, lambda meta: meta["files"].update({name: {"bytes": 1, "sha256": ""}}))
-    with pytest.raises(UserError, match="meta.json is damaged or not a checkpoint's: it vouches"):
+    with pytest.raises(UserError, match="meta.json is damaged or not a checkpoint's: files lists"):
         read_checkpoint(path)
 
 

@@ -306,7 +306,7 @@ def test_after_a_training_that_fails_no_other_begins(begin, monkeypatch, disk_is
     monkeypatch.setitem(recipe.CANDIDATES, "nanogpt", quick)
     if disk_is_full:
         monkeypatch.setattr("benchmarks.trials.write_atomically", refuse)
-    full = "can't write .*found.json: No space left on device; make room"
+    full = "can't write .*found.json: No space left on device; free some space"
     with pytest.raises(UserError, match=full if disk_is_full else "a training failed"):
         recipe.main(begin("--jobs", 1))
     assert begun == [1.0]

@@ -48,7 +48,7 @@ def test_without_a_manifest_a_run_knows_its_shards_by_their_lengths_and_ends(
         (data / name).unlink()
     options = ("--data.dir", data, "--train.out", tmp_path / "run", "--train.checkpoint_every", 1)
     assert call("train", tiny, *options, "--train.max_steps", 1).status == 0
-    assert "going on after step 1" in call("train", tiny, *options, "--train.max_steps", 2).err
+    assert "resuming after step 1" in call("train", tiny, *options, "--train.max_steps", 2).err
     shard = data / "train_000000.bin"
     content = shard.read_bytes()
     shard.write_bytes(content[:-2] + bytes(2))
@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_its_own_vocabulary_if_need_be(call, tiny, trained, s
     data, run = (shutil.copytree(a, tmp_path / a.name) for a in (shards, trained))
     (data / VOCABULARY).unlink()
     options = ("--data.dir", data, "--train.out", run, "--train.max_steps", 41)
-    assert "going on after step 40" in call("train", tiny, *options).err
+    assert "resuming after step 40" in call("train", tiny, *options).err
     assert (run / VOCABULARY).read_bytes() == (shards / VOCABULARY).read_bytes()
     bits = [line["bits_per_byte"] for line in metrics_of(run, "val")]
     assert len(bits) == 3 and bits[2] == pytest.approx(bits[1], rel=0.1)
@@ -152,7 +152,7 @@ def test_a_fine_tuning_that_goes_on_keeps_what_it_has_learned(
     assert call("train", *arguments, "--train.max_steps", 2).status == 0
     shutil.rmtree(tmp_path / "source")  # it isn't needed any more
     result = call("train", *arguments, "--train.max_steps", 3)
-    assert "going on after step 2" in result.err
+    assert "resuming after step 2" in result.err
     assert [line["step"] for line in metrics_of(tmp_path / "o")] == [1, 2, 3]
     assert metrics_of(tmp_path / "o")[0]["loss"] < 0.8 * metrics_of(trained)[0]["loss"]
 
@@ -337,7 +337,7 @@ def test_a_run_whose_learning_rate_rises_again_says_so(call, tiny, shards, train
     shutil.copytree(trained, tmp_path / "o")
     words = (tiny, "--data.dir", shards, "--train.out", tmp_path / "o", "--train.max_steps", 60)
     lines = call("train", *words).err.splitlines()
-    at = next(at for at, line in enumerate(lines) if line.startswith("going on after step 40"))
+    at = next(at for at, line in enumerate(lines) if line.startswith("resuming after step 40"))
     assert lines[at + 1].startswith("the learning rate rises again, from 0.0003 to 0.00")
     assert "rises again" not in call("train", *words).err  # it has ended as it was planned
 
@@ -371,4 +371,4 @@ def test_a_run_may_go_on_without_the_validation_that_it_had(call, tiny, shards, 
         result = call(
             "train", tiny, *arguments, "--train.max_steps", steps, "--log.eval_every", every
         )
-        assert f"going on after step {steps - 1}" in result.err
+        assert f"resuming after step {steps - 1}" in result.err

@@ -381,7 +381,7 @@ def test_weights_too_large_to_compute_with_are_told_of(call, trained, monkeypatc
     spoilt.ln_f.weight.data.fill_(3e38)
     monkeypatch.setattr(Checkpoint, "make_model", lambda self: spoilt)
     error = call("sample", "--checkpoint", trained, "--prompt", "The", "--dtype", "float32").error()
-    assert f"{trained}: logits aren't finite: weights are spoilt, or too large for float32" in error
+    assert f"{trained}: logits aren't finite: the weights are damaged, or overflow" in error
 
 
 def test_a_vocabulary_that_is_not_the_models_is_refused(call, trained, tmp_path):

@@ -83,7 +83,7 @@ class Examiner:
     def ask(self, name: str) -> dict[str, Estimate]:
         """The scores in a task.
 
-        Raises BrokenOff if a rank was asked to stop, FloatingPointError if the weights are spoilt.
+        Raises BrokenOff if a rank was asked to stop, FloatingPointError if the weights are damaged.
         """
         with self._plain_model(), self.stepper.in_its_arithmetic():
             return self.tasks[name].ask(self._scorer(), stride=self.config.model.block_size)
@@ -91,7 +91,7 @@ class Examiner:
     def sample(self, step: int) -> str:
         """A text from <|endoftext|> to the next, as the model writes it after `step`.
 
-        If its weights are spoilt, a word on that: a step that finds out tells what to do.
+        If its weights are damaged, a word on that: a step that finds out tells what to do.
         """
         generator = torch.Generator(self.ranks.device)
         generator.manual_seed(draw_seed(SAMPLE, self.config.train.seed, step, 0))

@@ -204,7 +204,7 @@ class RollCall:
         """Who has failed, if somebody has said so. Raises RuntimeError if the store is gone."""
         if not self.store.check(["failed"]):
             return None
-        return f"{self.store.get('failed').decode()} can't go on, see there"
+        return f"{self.store.get('failed').decode()} has failed: see what it said"
 
     def _tell(self) -> None:
         self.store.set(str(self.rank), f"{self.arrived[0]} {socket.gethostname()}")
@@ -235,7 +235,7 @@ class RollCall:
             return None
         return (
             f"{', '.join(missing)} kept the others waiting for {waited:.0f} s (in training, "
-            "train.timeout_seconds): see to it, then give the same command again"
+            "train.timeout_seconds): look into it, then give the same command again"
         )
 
     def _told(self) -> list[list[str]]:

@@ -41,7 +41,7 @@ def _lines_of(path: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}; move it away or mend it") from error
+        raise UserError(f"can't read {path}: {error.strerror}; move it away or fix it") from error
 
 
 def _step_of(line: str) -> float:
@@ -77,8 +77,8 @@ def read_losses(folder: Path) -> list[dict[str, object]]:
 
 def writing(path: Path) -> AbstractContextManager[None]:
     """Turn an error of the disk into a UserError that tells how to go on."""
-    way_out = "; make room or mend the disk, then give the same command again to go on from the "
-    return disk_errors(f"can't write {path}", f"{way_out}newest checkpoint")
+    way_out = "; free some space or fix the disk, then give the same command again"
+    return disk_errors(f"can't write {path}", f"{way_out} to go on from the newest checkpoint")
 
 
 class Metrics:
