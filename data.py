@@ -27,8 +27,8 @@ def load_windows(
 ) -> tuple[Tensor, Tensor]:
     """Windows as (inputs, targets), each int64 (B, T): the targets are one token ahead.
 
-    Both are contiguous, or a GPU couldn't fetch them from pinned memory by itself. Raises UserError
-    if a token isn't in the vocabulary: then a shard is damaged.
+    Both are contiguous, so that copies from pinned memory can be asynchronous. Raises UserError if
+    a token isn't in the vocabulary: then a shard is damaged.
     """
     starts = [int(at) * block_size for at in windows]
     rows = np.stack([stream.read(start, block_size + 1) for start in starts])
@@ -152,9 +152,9 @@ class StepLoader:
     def __init__(
         self, stream: TokenStream, shape: BatchShape, seed: int, rank: int, device: torch.device
     ) -> None:
-        """Batches for a GPU are put where it can copy them from by itself.
+        """Batches for a GPU are put into pinned memory.
 
-        A new thread's GPU is the first of the machine; pinning memory must not take room there.
+        A new thread would use the machine's first GPU, and pinning must take no memory there.
         """
         self.stream, self.shape, self.seed, self.rank = stream, shape, seed, rank
         self.pin_memory = device.type == "cuda"

@@ -1,9 +1,9 @@
-"""Faster generation: the same, but for rounding, by a step that suits the hardware.
+"""Faster generation: the same tokens, but for rounding, from steps that suit the hardware.
 
 Nothing here is needed to understand how text grows (`GPT.generate` in model.py). On a CPU a step is
 as fast as the weights can be read, so they are laid out for reading. On a GPU it is as fast as its
 200 small kernels can be started, so they are recorded and started as one, and it isn't kept waiting
-for whoever looks at the tokens. Those of gpu_kernels.py are fewer.
+for whoever looks at the tokens. gpu_kernels.py does with a third as many.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def pack_weights(model: GPT) -> None:
 
 
 def most_fused(n_embd: int) -> int:
-    """How many texts at once our own kernels are faster with: measured, h200_decoding.json."""
+    """The largest batch with which our own kernels are faster (results/h200_decoding.json)."""
     return 3200 // n_embd
 
 
@@ -102,7 +102,7 @@ def compile_decoding(model: GPT) -> None:
 
 
 class Kept:
-    """Something that takes long to make, for whoever comes next and needs the same."""
+    """What took long to make, kept for the next caller who needs the same."""
 
     def __init__(self) -> None:
         self.key: Hashable = None
@@ -116,7 +116,7 @@ class Kept:
     def ready(self, key: Hashable, make: Callable[[], object]) -> Iterator[object]:
         """What was last made, if it was for this key, else what `make` makes.
 
-        It is lent: whoever asks meanwhile gets another.
+        While one caller uses it, another gets one of their own.
         """
         found, thing = self.key, self.thing
         self.key = self.thing = None

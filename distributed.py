@@ -101,7 +101,7 @@ class Ranks:
         return self.roll_call.stop_asked(here) if self.roll_call else here
 
     def merge(self, table: Tensor) -> Tensor:
-        """One table, on every rank's CPU, of the ranks' own, which are 0 where others worked.
+        """The sum of the ranks' tables, on every rank's CPU; rows that others did are 0 in each.
 
         A world of one leaves it where it is: a table may be in float64, which mps doesn't know.
         """
@@ -173,7 +173,7 @@ class Ranks:
         if failure:
             raise failure
         if failed:
-            raise UserError(f"{int(failed)} of {self.world_size} processes failed: see their errors")
+            raise UserError(f"{int(failed)} of {self.world_size} ranks failed: see what they said")
 
 
 def _from_torchrun(name: str, default: int, allowed: range) -> int:

@@ -6,7 +6,7 @@ and after it on the way. Triton (Tillet et al. 2019) comes with PyTorch for NVID
 computed stands in model.py. It is asked for this way by `compile_decoding` in decoding.py, for the
 step, and by `GPT.compile_parts`, for the loss.
 
-In a kernel, tensors are the addresses of their first numbers. It runs as many programs at once, and
+A kernel gets each tensor as a pointer to its first number. It runs as many programs at once, and
 `tl.program_id` tells each which it is: which part of the result (0) for which text (1). Sums are in
 float32, whatever the weights are. Arguments in capitals are known to the compiler; sizes of what a
 program holds at once are powers of two, and wider than what is there, which a mask says.
@@ -58,7 +58,7 @@ def embed(ids, wte, wpe, position, x, C, WIDTH: tl.constexpr, EARLY: tl.constexp
 
 @triton.jit
 def rows_of(weight, count, K, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """A program's rows of a matrix (count, K): their numbers, which exist, and what they hold."""
+    """A program's rows of a matrix (count, K): their numbers, a mask, and their values."""
     row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     is_row = row < count
     there = is_row[:, None] & (at < K)[None, :]

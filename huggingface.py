@@ -1,8 +1,8 @@
 """Models in Hugging Face's format: what their files hold, and where on the Hub they are.
 
 Hugging Face and we name parameters as OpenAI did, so little is to be done: transformers keeps a
-layer's weights as (in, out) and we as (out, in), and it writes each byte of a token as a character
-that can be seen. Only safetensors are read: a pickle could run anything.
+layer's weights as (in, out) and we as (out, in), and it writes each byte of a token as a visible
+character. Only safetensors are read: a pickle could run anything.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ EXPECTED = {
 }
 
 # What a tokenizer.json must say to cut and merge as GPT-2 does, in the same way.
-WORKINGS = {
+TOKENIZER_EXPECTED = {
     "pre_tokenizer": {
         "type": ("ByteLevel",),
         "add_prefix_space": (False,),
@@ -402,7 +402,7 @@ def read_tokenizer(path: Path) -> tuple[dict[str, object], list[str]]:
     """
     content = read_object(path)
     check_settings(content, {"normalizer": (None,)}, f"{path}")
-    for part, expected in WORKINGS.items():
+    for part, expected in TOKENIZER_EXPECTED.items():
         if not isinstance(content.get(part), dict):
             raise UserError(f"{path} has no {part}, GPT-2's has one")
         check_settings(content[part], expected, f"{path}: its {part}")

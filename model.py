@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from decoding import Kept, one_ahead, prepare_decoding
 
-Mask = Tensor | BlockMask | None  # who sees whom; None: each sees itself and all before it
+Mask = Tensor | BlockMask | None  # which positions see which; None: itself and all before
 Documents = tuple[Mask, Tensor] | None  # mask and positions: data.within_documents
 
 
@@ -127,10 +127,10 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In its weights' precision, as autocast has it on GPUs. (…, C) -> (…, C).
+    """LayerNorm in the precision of its weights, as autocast does it on GPUs. (…, C) -> (…, C).
 
-    PyTorch's kernel for CPUs would sum the gradients of gain and bias over all tokens in bfloat16,
-    if that is what comes in: beyond a thousand or so, most would be rounded away.
+    PyTorch's CPU kernel would sum the gradients of gain and bias over all tokens in bfloat16, if
+    that is what comes in: beyond a thousand or so, most terms would be rounded away.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class LayerCache:
     """The keys and values of one layer for the tokens so far, so that each is computed once."""
 
     def __init__(self, shape: tuple[int, ...], position: Tensor, dtype: torch.dtype) -> None:
-        """`shape` is (B, nh, slots, hs); `position` (1,), where the next token goes, is shared."""
+        """`shape` is (B, nh, slots, hs); `position` (1,), the next token's, is all layers'."""
         self.keys = torch.zeros(shape, device=position.device, dtype=dtype)  # (B, nh, slots, hs)
         self.values = torch.zeros_like(self.keys)  # (B, nh, slots, hs)
         self.position = position
@@ -187,13 +187,13 @@ class LayerCache:
 class KVCache:
     """The keys and values of every layer: a prompt's all at once, then token by token.
 
-    Memory is taken at the start, for as many tokens as are to come: 2 · layers · B · capacity · C
-    numbers, where capacity is a multiple of 128, or the whole context.
+    Memory is allocated up front, for as many tokens as will be stored: 2 · layers · B · capacity ·
+    C numbers, where capacity is a multiple of 128, or the whole context.
 
     A new token looks at the first `reach` slots through a mask that hides those still unwritten.
-    `reach` grows by `stride`, so that a step does the same to the same tensors for that many tokens
-    in a row, as a CUDA graph needs (`RecordedDecoding`). On a CPU, which has more to lose by
-    reading what isn't there, it grows in smaller strides.
+    `reach` grows by `stride`, so that a step runs the same kernels on the same shapes for that many
+    tokens, as a CUDA graph requires (`RecordedDecoding`). A CPU loses more by reading unwritten
+    slots, so its strides are smaller.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`tokens` is how many are to come; the context's end limits them all the same."""
+        """`tokens` is how many will be stored; never more than the context holds."""
         self.capacity = min(config.block_size, -(-tokens // 128) * 128)
         self.stride = 512 if device.type == "cuda" else 128
         self.length = 0  # tokens stored in every layer
@@ -267,8 +267,8 @@ def logits_to_gradient(logits: Tensor, targets: Tensor, V: int) -> Tensor:
     columns = torch.arange(logits.size(1), device=logits.device, dtype=torch.int32)  # (V')
     real = logits.float().masked_fill(columns >= V, -math.inf)  # (N, V')
     log_total = real.logsumexp(dim=-1, keepdim=True)  # (N, 1)
-    hit = columns == targets[:, None].int()  # (N, V')
-    logits.copy_((real - log_total).exp() - hit.float())
+    is_target = columns == targets[:, None].int()  # (N, V')
+    logits.copy_((real - log_total).exp() - is_target.float())
     return log_total  # (N, 1)
 
 
@@ -293,18 +293,18 @@ class HeadLoss(torch.autograd.Function):
         """hidden (N, C), weight (V, C), targets (N,) -> the mean loss, a scalar in float32."""
         (N, _), V, dtype = hidden.shape, len(weight), dtype_of_products(weight)
         hidden = hidden.to(dtype)
-        padded = F.pad(weight.to(dtype), (0, 0, 0, -V % 64))  # (V', C)
+        padded_weight = F.pad(weight.to(dtype), (0, 0, 0, -V % 64))  # (V', C)
         loss = torch.zeros((), device=hidden.device)
         if want_gradients:
             grad_hidden = torch.empty_like(hidden)  # (N, C)
             grad_weight = torch.zeros_like(weight)  # (V, C)
         for start in range(0, N, HeadLoss.SLICE):
             rows = slice(start, start + HeadLoss.SLICE)
-            logits = hidden[rows] @ padded.T  # (n, V')
-            wanted = logits.gather(1, targets[rows, None]).float()  # (n, 1)
-            loss += (logits_to_gradient(logits, targets[rows], V) - wanted).sum()
+            logits = hidden[rows] @ padded_weight.T  # (n, V')
+            target_logits = logits.gather(1, targets[rows, None]).float()  # (n, 1)
+            loss += (logits_to_gradient(logits, targets[rows], V) - target_logits).sum()
             if want_gradients:
-                grad_hidden[rows] = logits @ padded  # (n, C)
+                grad_hidden[rows] = logits @ padded_weight  # (n, C)
                 # A sum over 8,192 rows may pass 65,504, the end of float16. 2⁻⁵ of it can't, as
                 # long as the numbers of a channel have a mean size below 256.
                 grad_weight.add_((logits.T @ (hidden[rows] * 2**-5))[:V], alpha=2**5)  # (V, C)
@@ -376,7 +376,7 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=ids.device)  # (T)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream: half as much to read. float16's range is small
+            x = x.bfloat16()  # the residual stream: half as much to read; float16 overflows
         if isinstance(mask, Tensor):  # once for all layers, or each would keep a copy of its own
             seen = torch.zeros_like(mask, dtype=dtype_of_products(x))  # (B, 1, T, T)
             mask = seen.masked_fill(~mask, -math.inf)  # (B, 1, T, T)
@@ -416,7 +416,7 @@ class GPT(nn.Module):
         )
 
     def compile_parts(self) -> None:
-        """Let torch.compile make fast kernels of a block, once for all of them, and of the loss.
+        """Compile the blocks, one graph for all of them, and the loss, with torch.compile.
 
         Block by block rather than as a whole: twelve times less to compile, and DDP can send a
         block's gradients while those of the earlier blocks are still being computed. On a GPU with
@@ -457,10 +457,10 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue the prompts ids (B, T): yields the next token of each, (B,), one by one.
 
-        How each is drawn: `choose_next`. From a GPU they come as copies on the CPU, when the GPU
-        has begun with the token after them.
+        How each is drawn: `choose_next`. From a GPU they come as copies on the CPU, while it is
+        already computing the token after them.
 
-        Raises FloatingPointError if logits aren't finite; on a GPU only the first are looked at.
+        Raises FloatingPointError if logits aren't finite; on a GPU only the first are checked.
 
         A prompt longer than the context loses its beginning. When the context is full, the model
         goes on with the later half of it: positions are learned one by one, so that a window that
@@ -523,7 +523,7 @@ def choose_next(
 def next_probabilities(
     logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """What to draw from, in proportion: logits (B, V) -> (B, V).
+    """The distribution to draw from, logits (B, V) -> (B, V); after `top_p` it sums to less than 1.
 
     A `temperature` below 1 sharpens, above 1 flattens. `top_k` keeps the k likeliest tokens (Fan et
     al. 2018), `top_p` the fewest whose probabilities reach p (nucleus sampling, Holtzman et al.

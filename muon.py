@@ -85,7 +85,7 @@ class Muon(torch.optim.AdamW):
                     parameter.mul_(kept).sub_(update.view_as(parameter).float() * (rate * scale))
 
     def _updates(self, parameters: list[Tensor], n: int, found_inf: Tensor) -> tuple[Tensor, ...]:
-        """What the parameters, of one shape, are to go against: (n, rows, columns) for each.
+        """The updates to subtract from the parameters, all of one shape: (n, rows, columns) each.
 
         It is their momentum, a gradient ahead (Nesterov's), made orthogonal: by this rank for its
         share of the matrices, by the others for theirs.

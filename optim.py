@@ -44,7 +44,7 @@ def muon_groups(model: GPT, settings: OptimSettings) -> list[dict[str, object]]:
     for group in groups:
         group["params"] = [p for p in group["params"] if p not in hidden]
     rate = settings.matrix_learning_rate / settings.learning_rate
-    common = {"weight_decay": settings.weight_decay, "relative_rate": rate}
+    common = {"weight_decay": settings.weight_decay, "learning_rate_scale": rate}
     return [
         *groups,
         {"params": qkv, "matrices": 3, **common},
@@ -74,7 +74,7 @@ def make_optimizer(model: GPT, settings: OptimSettings, ranks: Ranks) -> torch.o
     return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), **common)
 
 
-# In a parameter's state: its average; while that is in its place, the parameter.
+# The key in a parameter's state of its average or, while the two are swapped, of the parameter.
 OTHER = "other"
 
 
@@ -98,7 +98,7 @@ def update_average(
 
 @torch.no_grad()
 def swap_average(optimizer: torch.optim.Optimizer) -> None:
-    """Put each parameter's average, if there is one, in its place, or back."""
+    """Swap each parameter with its average, if it has one; a second call undoes it."""
     for parameter, state in optimizer.state.items():
         if OTHER in state:
             kept = parameter.clone()
@@ -112,7 +112,7 @@ def drop_average(optimizer: torch.optim.Optimizer) -> None:
         state.pop(OTHER, None)
 
 
-# How far the fall has come, 0 … 1 -> what is left of it, 1 … 0.
+# The decay's progress, 0 … 1 -> what is left to decay, 1 … 0.
 FALLS: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1.0 - progress,

@@ -55,7 +55,7 @@ class StepResult:
 
     @property
     def is_queued(self) -> bool:
-        """Whether the numbers may have to be waited for. A CPU has done its work on return."""
+        """Whether the step may still be running; a CPU has finished when `take` returns."""
         return self.end.on_gpu
 
     def _read(self, index: int) -> float:
@@ -151,17 +151,17 @@ class Stepper:
         """Whether gradients are summed in an order that the number of processes doesn't change."""
         return self.config.train.reduction == "canonical"
 
-    def in_its_arithmetic(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         """Matrix products inside are done in `train.dtype`."""
         device, dtype = self.ranks.device.type, self.dtype
         return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, inputs and targets (B, T)."""
-        with self.in_its_arithmetic():
-            return self.wrapped(inputs, targets, self.separated(inputs))
+        with self.autocast():
+            return self.wrapped(inputs, targets, self.documents_of(inputs))
 
-    def separated(self, inputs: Tensor) -> Documents:
+    def documents_of(self, inputs: Tensor) -> Documents:
         """Mask and positions that separate the documents of a batch (B, T), if that is asked for.
 
         In blocks where FlexAttention is quick: compiled, on a GPU. It knows no dropout.
@@ -171,7 +171,7 @@ class Stepper:
         in_blocks = inputs.is_cuda and self.config.train.compile and not self.config.model.dropout
         return within_documents(inputs, self.model.config.vocab_size - 1, in_blocks)
 
-    def syncing(self, last: bool) -> AbstractContextManager:
+    def gradient_sync(self, last: bool) -> AbstractContextManager:
         """DDP averages gradients in every backward pass; let it, only in the last of a step."""
         if last or self.wrapped is self.model:
             return nullcontext()
@@ -197,7 +197,7 @@ class Stepper:
         _, inputs, targets = next(micro_batches(self.stream, self.shape, seed, step, rank))
         try:
             for _ in range(1 + under_ddp):
-                # Else all micro-batches but a step's first find gradients there, which take room.
+                # Else they stay: all micro-batches but a step's first run with them in memory.
                 if under_ddp or self.shape.accumulation == 1:
                     self.optimizer.zero_grad(set_to_none=True)
                 loss = self.loss_of(inputs.to(device), targets.to(device))
@@ -212,8 +212,9 @@ class Stepper:
         self._forget_gradients()
 
     def _forget_gradients(self) -> None:
-        """Before the next step. What is in DDP's buckets stays there as zeros: without them, the
-        micro-batches before the last would add up in a second copy.
+        """Clear them before the next step. Those in DDP's buckets stay there as zeros.
+
+        Without them, the micro-batches before the last would add up in a second copy.
         """
         alone = self.wrapped is self.model
         self.optimizer.zero_grad(set_to_none=alone or self.shape.accumulation == 1)
@@ -232,15 +233,15 @@ class Stepper:
         """
         learning_rate = learning_rate_at(step, self.config.optim, self.config.train.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("relative_rate", 1.0)
+            group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
         asked = torch.full((), float(asked_to_stop), device=self.ranks.device)
         accumulate = self.canonical_gradients if self.is_canonical else self.gradients
         numbers = self.update(accumulate(step, asked))
         if share := self.config.optim.average_share:
             update_average(self.optimizer, share, step + 1, skipped=numbers[SKIPPED])
         else:
-            # An earlier setting may have left one. It goes only now: what is made up for before
-            # the first step is of the average that was saved.
+            # A run that was resumed without averaging drops its average only now: evaluations that
+            # were caught up with before its first step still used it.
             drop_average(self.optimizer)
         return StepResult(step + 1, learning_rate, numbers)
 
@@ -263,7 +264,7 @@ class Stepper:
         for done, (number, inputs, targets) in enumerate(self._micro_batches(step), 1):
             torch.manual_seed(draw_seed(DROPOUT, self.config.train.seed, step, number))
             last = done == accumulation
-            with self.syncing(last):
+            with self.gradient_sync(last):
                 # Each micro-batch has the same number of tokens, so the mean of their means is the
                 # mean over all tokens of the step. DDP takes the mean over the ranks.
                 loss = self.loss_of(inputs, targets) / accumulation

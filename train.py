@@ -334,7 +334,8 @@ class Trainer:
         return sample or self._checkpoint_is_due() or bool(self._evaluations_due())
 
     def _checkpoint_is_due(self) -> bool:
-        return self._is_due(self.config.train.checkpoint_every) or self.step == self.folder.level
+        is_due = self._is_due(self.config.train.checkpoint_every)
+        return is_due or self.step == self.folder.last_peak_step
 
     def _evaluations_due(self) -> list[str]:
         """The kinds of evaluation that are due now, by their names in metrics.jsonl."""

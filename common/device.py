@@ -147,7 +147,7 @@ class Moment:
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn the error of a tensor that found no room into a UserError that gives this advice."""
+    """Turn an out-of-memory error into a UserError that gives this advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # often, only its message tells

@@ -339,7 +339,7 @@ def test_a_spike_is_skipped_once_there_is_something_to_compare_with(train, tmp_p
     ("name", "told"),  # by rank 0, of its own shard and of the other process's
     [
         ("train_000000.bin", "train_000000.bin has been damaged or changed"),
-        ("train_000001.bin", "1 of 2 processes failed: see their errors"),
+        ("train_000001.bin", "1 of 2 ranks failed: see what they said"),
     ],
 )
 def test_shards_are_checked_by_one_process_or_the_other(train, shards, tmp_path, name, told):
@@ -412,7 +412,7 @@ def test_a_machine_without_the_checkpoint_does_not_begin_at_step_0(
     two_machines, tmp_path, folders, complaint
 ):
     errors = two_machines(*(("--train.out", tmp_path / folder) for folder in folders))
-    assert "1 of 2 processes failed: see their errors" in errors[0]
+    assert "1 of 2 ranks failed: see what they said" in errors[0]
     assert complaint in errors[1]
     assert not (tmp_path / "empty").exists()
 

@@ -92,7 +92,7 @@ def test_matrices_step_as_with_torchs_muon_and_the_rest_as_with_adamw():
     theirs = copy.deepcopy(ours)
     optimizer = make_optimizer(ours, SETTINGS, ALONE)
     for group in optimizer.param_groups:
-        group["lr"] = SETTINGS.learning_rate * group.get("relative_rate", 1.0)
+        group["lr"] = SETTINGS.learning_rate * group.get("learning_rate_scale", 1.0)
     matrices = {name for name, p in theirs.named_parameters() if ".c_" in name and p.dim() == 2}
     named = dict(theirs.named_parameters())
     decayed = [p for name, p in named.items() if name not in matrices and p.dim() == 2]
@@ -204,7 +204,7 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not():
     before = copy.deepcopy(model)
     optimizer = make_optimizer(model, SETTINGS, ALONE)
     for group in optimizer.param_groups:
-        group["lr"] = SETTINGS.learning_rate * group.get("relative_rate", 1.0)
+        group["lr"] = SETTINGS.learning_rate * group.get("learning_rate_scale", 1.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -239,7 +239,7 @@ def test_it_learns_faster_than_adamw_at_the_same_small_task():
         settings = OptimSettings(name=name, learning_rate=3e-3, weight_decay=0.0)
         optimizer = make_optimizer(model, settings, ALONE)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * group.get("relative_rate", 1.0)
+            group["lr"] = settings.learning_rate * group.get("learning_rate_scale", 1.0)
         for _ in range(20):
             optimizer.zero_grad()
             loss = loss_of(model, 0)

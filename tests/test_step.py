@@ -164,7 +164,7 @@ def test_a_document_mask_is_in_blocks_where_flexattention_is_quick_and_can_learn
     stepper = stepper_of(configure(*settings, *changes))
     kinds = {True: "blocks", False: "numbers"}
     monkeypatch.setattr("step.within_documents", lambda ids, end, flex: (kinds[flex], end))
-    assert stepper.separated(SimpleNamespace(is_cuda=is_cuda)) == found
+    assert stepper.documents_of(SimpleNamespace(is_cuda=is_cuda)) == found
 
 
 def test_matrices_have_a_rate_of_their_own_that_goes_up_and_down_with_the_other(

@@ -85,7 +85,7 @@ class Examiner:
 
         Raises BrokenOff if a rank was asked to stop, FloatingPointError if the weights are damaged.
         """
-        with self._plain_model(), self.stepper.in_its_arithmetic():
+        with self._plain_model(), self.stepper.autocast():
             return self.tasks[name].ask(self._scorer(), stride=self.config.model.block_size)
 
     def sample(self, step: int) -> str:

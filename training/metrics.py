@@ -133,7 +133,7 @@ class Metrics:
             raise UserError(f"{setting}: {one_line(error)}") from error
 
     def _wandb_id(self, path: Path) -> str:
-        """What Weights & Biases is to know this run by, also when it goes on."""
+        """The run's id at Weights & Biases, the same when it is resumed."""
         with writing(path):
             if not path.exists():
                 write_atomically(path, uuid.uuid4().hex)
@@ -156,7 +156,7 @@ class Metrics:
         self._tell_viewers(lambda log, close: log(numbers, step=step))
 
     def close(self) -> None:
-        """Hand in what is still buffered."""
+        """Close the file and the viewers."""
         self.file.close()
         self._tell_viewers(lambda log, close: close())
 

@@ -66,7 +66,7 @@ class RunFolder:
         return next((path for path in reversed(whole) if step_of(path) < step), None)
 
     @property
-    def level(self) -> int:
+    def last_peak_step(self) -> int:
         """The last step before the learning rate falls, from which another, longer run can go on;
         0 if there is no such step, because it falls from the peak on.
         """
@@ -152,4 +152,4 @@ class RunFolder:
 
     def _remove_old(self, newest: Path) -> None:
         """Remove the checkpoints that the settings don't ask to keep."""
-        remove_old(newest, self.config.train.keep_checkpoints, self.level, self.damaged)
+        remove_old(newest, self.config.train.keep_checkpoints, self.last_peak_step, self.damaged)
