@@ -86,7 +86,10 @@ class Meta:
 
 
 class WithoutDrawing(TorchFunctionMode):
-    """Inside, no parameter is drawn at random: for 124 million numbers that takes a second."""
+    """Inside, no parameter is drawn at random: for 124 million numbers that takes a second.
+
+    So does the first use of PyTorch's meta device, which would be the other way.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         """Call `func`, unless it fills a parameter; those of torch.nn.init get and return one."""
