@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, TEXT, run
+from conftest import ROOT, TEXT, files_of, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,8 +107,8 @@ def peer(tmp_path) -> Path:
 
 def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp_path):
     output = tmp_path / "out.json"
-    options = ["--rounds", 2, "--steps", 1, "--no-compile", "--device", "cpu", "--dtype", "float32"]
-    peers = [f"--peer=nanogpt={peer}", f"--peer=build-nanogpt={peer}", "--peer=transformers"]
+    options = ["--rounds", 1, "--steps", 1, "--no-compile", "--device", "cpu", "--dtype", "float32"]
+    peers = [f"--peer=nanogpt={peer}", "--peer=transformers"]
     options += ["--document-mask", *peers, "--output", output]
     result = run("bench.py", "train", "--config", config, *options)
     assert result.status == 0, result.err
@@ -122,8 +122,8 @@ def test_a_training_step_is_measured_part_by_part_beside_peers(config, peer, tmp
         assert parts == pytest.approx(measured["step_seconds"], rel=0.1)
     lines = result.out.splitlines()
     assert lines[0].split()[:3] == ["tokens/s", "of", "product"]
-    names = ["ours", "document", "nanogpt", "build-nanogpt", "transformers"]
-    assert [line.split()[0] for line in lines[1:6]] == names
+    names = ["ours", "document", "nanogpt", "transformers"]
+    assert [line.split()[0] for line in lines[1:5]] == names
     assert f"{slow['times_as_fast']:.2f} × as fast" in lines[3]
     assert lines[3].endswith(f"{slow['memory_ratio']:.2f} × as much")
     ours = report["results"]["ours"]
@@ -204,22 +204,16 @@ np.save(os.path.join(folder, "shard"), np.zeros(1000 * workers * len(texts), dty
 """
 
 
-def test_preparing_is_measured_beside_bare_tiktoken_and_build_nanogpt(tmp_path):
-    source, checkout = tmp_path / "source", tmp_path / "checkout"
-    source.mkdir()
-    checkout.mkdir()
-    (checkout / "fineweb.py").write_text(FINEWEB)
+def test_preparing_is_measured_beside_bare_tiktoken(tmp_path):
     table = pyarrow.table({"text": [TEXT * 20] * 5})
-    pyarrow.parquet.write_table(table, source / "texts.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "texts.parquet")
     output = tmp_path / "out.json"
     options = ["--copies", 2, "--rounds", 1, "--workers", 2, "--output", output]
-    peer = f"build-nanogpt={checkout}"
-    result = run("bench.py", "tokenize", "--source", source, *options, "--peer", peer)
+    result = run("bench.py", "tokenize", "--source", tmp_path, *options)
     assert result.status == 0, result.err
     results = json.loads(output.read_text())["results"]
-    assert list(results) == ["ours", "bare tiktoken", "build-nanogpt"]
+    assert list(results) == ["ours", "bare tiktoken"]
     assert results["bare tiktoken"]["times_as_fast"] < 1  # a start takes longer than so little text
-    assert list(checkout.iterdir()) == [checkout / "fineweb.py"]  # nothing is left in a checkout
 
 
 @pytest.mark.parametrize(
@@ -384,13 +378,13 @@ def test_contestants_take_turns_and_one_that_fails_is_left_out_with_all_of_its_o
         bench.take_turns(names, {}, rounds=3)
 
 
-def test_text_that_cannot_be_prepared_is_told_without_a_traceback(tmp_path):
+def test_text_that_cannot_be_prepared_is_told_without_a_traceback(tmp_path, capfd):
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
-    result = run("bench.py", "tokenize", "--source", tmp_path, "--rounds", 1, "--copies", 1)
-    assert result.status == 2
-    assert "Traceback" not in result.err
-    assert "error: prepare_fineweb.py failed; what it said stands above" in result.err
-    assert result.err.splitlines()[-1] == "error: ours failed; what it said stands above"
+    settings = {"files": [str(tmp_path / "damaged.parquet")], "workers": 1}
+    with pytest.raises(UserError, match="prepare_fineweb.py failed; what it said stands above"):
+        contestants.our_preparing(settings)()
+    (complaint,) = capfd.readouterr().err.splitlines()
+    assert complaint.startswith(f"error: can't read {tmp_path / 'damaged.parquet'}: ")
 
 
 def test_a_bare_tiktoken_that_fails_says_why(tmp_path):
@@ -749,9 +743,11 @@ def test_build_nanogpts_tokens_are_those_in_its_shards_and_its_processes_are_as_
     (tmp_path / "fineweb.py").write_text(FINEWEB)
     table = pyarrow.table({"text": ["a"] * 5})
     pyarrow.parquet.write_table(table, tmp_path / "texts.parquet")
+    before = files_of(tmp_path)
     settings = {"path": str(tmp_path), "workers": 3, "files": [str(tmp_path / "texts.parquet")]}
     ticking(monkeypatch, by=4.0)
     assert peers.prepare_with_build_nanogpt(settings)() == 1000 * 3 * 5 / 4
+    assert files_of(tmp_path) == before  # nothing is left in a checkout
 
 
 def test_bare_processes_rates_add_up(monkeypatch):
