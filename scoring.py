@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from data import load_windows, within_documents
 from distributed import Ranks
-from model import GPT
+from model import GPT, dtype_of_products
 from shards import TokenStream
 from tokenizer import encode_long
 
@@ -92,8 +92,10 @@ class Estimate:
         """As many digits as the error leaves meaning to: its first two, or all before the point."""
         if not self.error or not math.isfinite(self.error):
             return in_digits(self.value, 4)
+        if self.error >= 1e6:
+            return f"{self.value:.3g} ± {self.error:.3g}"
         digits = max(0, 1 - math.floor(math.log10(self.error)))
-        return f"{in_digits(self.value, digits)} ± {in_digits(self.error, digits)}"
+        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
 
     def scaled(self, factor: float) -> Estimate:
         """The same in another unit."""
@@ -113,7 +115,7 @@ def in_digits(value: float, digits: int) -> str:
 def check_numbers(nats: np.ndarray | float, model: GPT) -> None:
     """Raises FloatingPointError if a surprise is no number. An infinite one is: p is 0 there."""
     if np.isnan(nats).any():
-        kind = str(model.wte.weight.dtype).removeprefix("torch.")
+        kind = str(dtype_of_products(model.wte.weight)).removeprefix("torch.")
         raise FloatingPointError(
             f"probabilities aren't numbers: the weights are damaged, or overflow in {kind}"
         )

@@ -135,7 +135,8 @@ def check_endings(row: dict[str, object], where: str) -> None:
 
 def tidy(text: str) -> str:
     """HellaSwag's text without WikiHow's marks, such as [header] and [title]."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    text = text.strip().replace(" [title]", ". ")
+    text = re.sub(r"\[[^]\n]*(]?)", lambda found: "" if found[1] else found[0], text)
     return text.replace("  ", " ")
 
 

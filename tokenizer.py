@@ -224,7 +224,8 @@ def encode_long(encoding: tiktoken.Encoding, text: str) -> list[int]:
 def encode_end(encoding: tiktoken.Encoding, text: str, count: int) -> list[int]:
     """The ids of as much of a text's end as gives `count` or more, if the whole does.
 
-    The first few may be others than in the whole text, where that end begins within a word.
+    The first few may be others than in the whole text, where that end begins within a word; of a
+    word longer than that end, all.
     """
     size = 4 * count
     while len(ids := encode_long(encoding, text[-size:])) < count and size < len(text):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.errors import UserError, one_line
+from common.errors import UserError, one_line, reason_of
 
 LOCK = "lock"  # a file that names the process at work in its folder
 
@@ -96,7 +96,7 @@ def disk_errors(told: str, way_out: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{told}: {error.strerror}{way_out}") from error
+        raise UserError(f"{told}: {reason_of(error)}{way_out}") from error
 
 
 def sync(path: Path) -> None:

@@ -115,7 +115,7 @@ def check_disk(folder: Path, tokens: int) -> None:
     if 2 * tokens > free:
         raise UserError(
             f"{tokens:,} tokens need about {2 * tokens / 1e6:,.0f} MB, {folder} has "
-            f"{free / 1e6:,.0f} MB free: make room, or prepare less with --max-tokens"
+            f"{free / 1e6:,.0f} MB free: free some space, or prepare less with --max-tokens"
         )
 
 

@@ -488,6 +488,49 @@ def test_a_turn_of_training_is_a_steps_share_after_steps_that_are_not_timed(
     assert began[-1] == untimed
 
 
+def test_a_gpus_turn_takes_as_long_as_the_gpu_does(monkeypatch):
+    """It works on by itself: what was given to it before the turn is done before the clock runs."""
+    now, done_at = [0.0], [0.0]  # the clock; when the GPU will have nothing more to do
+
+    def work(seconds: float) -> None:
+        done_at[0] = max(now[0], done_at[0]) + seconds
+
+    def wait(_: object = None) -> None:
+        now[0] = max(now[0], done_at[0])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self, _: object) -> None:
+            self.at = max(now[0], done_at[0])
+
+        def synchronize(self) -> None:
+            now[0] = max(now[0], self.at)
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1000 * (later.at - self.at)
+
+    def step(watch: contestants.Stopwatch) -> None:
+        for name, seconds in (("forward", 3.0), ("backward", 6.0), ("optimizer", 1.0)):
+            work(seconds)
+            watch.mark(name)
+        work(0.5)  # as the weights' average
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", wait)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(contestants, "leave_room", wait)
+    monkeypatch.setattr(contestants, "peak_memory", lambda device: 7)
+    monkeypatch.setattr(contestants, "their_step", lambda *_: step)
+    settings, gpu = {"name": "nanogpt", "steps": 4}, torch.device("cuda")
+    turn = contestants.measure_training(settings, gpu, torch.bfloat16)()
+    assert turn["step_seconds"] == pytest.approx(10.5)
+    assert turn["backward_seconds"] == pytest.approx(6.0)
+    assert turn["optimizer_seconds"] == pytest.approx(1.0)
+
+
 def test_the_others_clip_and_make_their_step_part_by_part(monkeypatch):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 5.0)

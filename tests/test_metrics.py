@@ -102,7 +102,6 @@ def test_tensorboard_has_each_line_when_it_is_told(configure, tmp_path, monkeypa
     assert board.mock_calls == [mock.call.add_scalar("train/loss", 2.5, 1), mock.call.flush()]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
 def test_the_losses_that_a_run_told_are_read_back(tmp_path):
     lines = ['{"kind": "train", "step": 1, "loss": 5.0, "tokens": 512}']
     lines += ['{"kind": "skip", "step": 1}', '{"kind": "lambada", "step": 2, "acc": 0.5}', "[]"]
@@ -114,6 +113,7 @@ def test_the_losses_that_a_run_told_are_read_back(tmp_path):
         read_losses(tmp_path / "nowhere")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is full")
 def test_metrics_that_find_no_room_are_one_line(configure):
     trainer = train.Trainer(configure("--train.max_steps", 2), ALONE)
     with trainer.folder.owned():

@@ -655,7 +655,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(prepare, tmp_path
     usage = shutil._ntuple_diskusage(100, 90, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     error = prepare().error()
-    assert f"{tmp_path / 'out'} has 0 MB free: make room, or prepare less with --max-tok" in error
+    assert f"{tmp_path / 'out'} has 0 MB free: free some space, or prepare less with" in error
     assert not list((tmp_path / "out").glob("*.bin"))
 
 

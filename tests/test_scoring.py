@@ -22,6 +22,7 @@ from scoring import (
     Estimate,
     Request,
     Scorer,
+    check_numbers,
     evaluating,
     log_probabilities,
     never,
@@ -133,6 +134,11 @@ def test_who_has_done_its_part_breaks_off_with_the_others():
     assert done == [1, 2]
 
 
+def test_a_nan_names_the_precision_of_the_products(model):
+    with torch.autocast("cpu", torch.float16), pytest.raises(FloatingPointError, match="float16"):
+        check_numbers(math.nan, model)
+
+
 # Estimates
 
 
@@ -179,6 +185,7 @@ def test_estimates_are_told_with_the_digits_that_mean_something():
     assert told == ["0.2859 ± 0.0045", "29.42 ± 0.62", "3 ± 31"]
     told = [str(e) for e in (Estimate(4050, 6173), Estimate(9.0426e135, 6.307e137))]
     assert told == ["4050 ± 6173", "9.04e+135 ± 6.31e+137"]
+    assert str(Estimate(1234567, 12)) == "1234567 ± 12"
     assert str(Estimate(5.4683e32, None)) == "5.47e+32"
     assert str(Estimate(0.5, None)) == str(Estimate(0.5, 0.0)) == "0.5000"
     assert Estimate(2.0, 0.5).scaled(3) == Estimate(6.0, 1.5)

@@ -229,6 +229,8 @@ def test_texts_are_put_right():
         " == Title ==\nIt's 20°C; the dogs' day!  No? "
     )
     assert tasks.tidy(" How to [title] Do it.  Twice [step] Now ") == "How to. Do it. Twice Now"
+    assert tasks.tidy("a [b [c] d] e\n[f\ng] [h") == "a  d] e\n[f\ng] [h".replace("  ", " ")
+    assert tasks.tidy("[" * 1_000_000) == "[" * 1_000_000
 
 
 # What is refused

@@ -30,10 +30,11 @@ if __name__ == "__main__":  # before the slow imports: --help and a typo answer 
     ARGUMENTS = parse_arguments()
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from checkpoint import MODEL, find_checkpoint, save_tensors, write_meta
-from common.files import disk_errors
+from common.errors import reason_of
 from shards import VOCABULARY
 from training.metrics import METRICS, read_losses
 
@@ -62,12 +63,14 @@ def keep(run: Path, folder: Path) -> None:
             tensors[name], tensors[f"{name}/scale"] = rounded(weights)
         else:
             tensors[name] = weights
-    with disk_errors(f"can't write {folder}"):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, folder / MODEL)
         write_meta(folder, found.meta, files=(MODEL,))
         shutil.copyfile(run / VOCABULARY, folder / VOCABULARY)
         (folder / METRICS).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't write {folder}: {reason_of(error)}") from error
 
 
 def main(arguments: argparse.Namespace) -> None:
