@@ -508,3 +508,16 @@ def test_another_format_version_is_refused(tmp_path):
     rewrite_meta(path, lambda meta: meta.update(format_version=99))
     with pytest.raises(UserError, match="has format 99, this code reads 1"):
         read_checkpoint(path)
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(UserError, match="weights.bin is no checkpoint: expected a run's folder"):
+        find_checkpoint(str(tmp_path / "weights.bin"))
+
+
+def test_a_file_too_small_for_its_layers_is_refused_before_they_take_memory(tmp_path):
+    path = save(tmp_path)
+    rewrite_meta(path, lambda meta: meta["model"].update(n_layer=100))
+    with pytest.raises(UserError, match="a model of [0-9,]+ numbers in"):
+        read_checkpoint(path).make_model()

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -792,3 +793,13 @@ def test_a_name_that_nothing_can_have_is_one_line(call, trained, tmp_path, name)
 def test_a_folder_that_nothing_can_be_is_one_line(call, trained, exported, out, complaint):
     assert complaint in call("convert", "to-hf", trained, "--out", out).error()
     assert complaint in call("convert", "from-hf", exported, "--out", out).error()
+
+
+def test_an_exported_model_keeps_its_dropout(exported):
+    told = json.loads((exported / "config.json").read_text())
+    assert [told[f"{place}_pdrop"] for place in ("embd", "attn", "resid")] == [0.1] * 3
+
+
+def test_the_command_that_is_told_can_be_typed(call, exported, tmp_path):
+    told = call("convert", "from-hf", exported, "--out", tmp_path / "my model").out
+    assert shlex.split(told.strip())[-1] == str(tmp_path / "my model")

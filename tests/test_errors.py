@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 from conftest import ROOT
 
-from common.errors import Parser
+from common.errors import Parser, printable
 
 SCRIPT = """
 import sys
@@ -134,3 +134,7 @@ def test_an_option_that_is_nearly_one_is_told_the_right_one(capsys, words, told)
     with pytest.raises(SystemExit):
         parser.parse_args(words)
     assert told in capsys.readouterr().err
+
+
+def test_a_message_that_is_cut_off_says_so():
+    assert printable("x" * 3000).endswith("x …")

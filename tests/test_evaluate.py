@@ -13,7 +13,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Result, ranks, run
+from conftest import ROOT, Result, prepared, ranks, run
 from safetensors.torch import load_file, save_file
 from test_checkpoint import rewrite_meta
 
@@ -21,7 +21,7 @@ import evaluate
 from checkpoint import MODEL, Checkpoint, find_checkpoint, newest_checkpoint
 from distributed import Ranks
 from scoring import validate
-from shards import TokenStream, encoding_of, shard_header
+from shards import VOCABULARY, TokenStream, encoding_of, shard_header
 from visuals import KEPT
 
 ITEMS = ROOT / "tests" / "items"
@@ -297,3 +297,15 @@ def test_a_model_from_elsewhere_has_to_be_told_its_text(call, trained, shards, t
     arguments = ("--checkpoint", tmp_path / "back", "--data", shards, "--tokens", 512)
     ours = call("evaluate", "--checkpoint", trained, "--tokens", 512).out.splitlines()
     assert call("evaluate", *arguments).out.splitlines()[1:] == ours[1:]
+
+
+def test_a_validation_text_that_is_too_short_is_told_before_anything_is_measured(
+    call, trained, shards, tmp_path
+):
+    source = tmp_path / "text" / "a.txt"
+    source.parent.mkdir()
+    source.write_text("The quick brown fox. " * 40)
+    short = prepared(source, "--tokenizer", str(shards / VOCABULARY), "--val-tokens", "20")
+    result = call("evaluate", "--checkpoint", trained, "--data", short)
+    assert "20 tokens" in result.error()
+    assert result.out == ""

@@ -173,3 +173,14 @@ def test_a_machine_without_the_vocabulary_keeps_all_from_what_needs_text(configu
     monkeypatch.setattr(Ranks, "anywhere", lambda ranks, here: True)
     examiner = train.Trainer(configure(), ALONE).examiner
     assert examiner.encoding is None and examiner.byte_lengths is None
+
+
+def test_a_validation_is_of_the_averages(configure):
+    config = configure("--optim.average_share", 0.1, "--optim.warmup_steps", 0)
+    trainer = train.Trainer(config, ALONE)
+    for _ in range(4):
+        trainer.train_step()
+    loss = trainer.examiner.validate().loss
+    swap_average(trainer.stepper.optimizer)
+    drop_average(trainer.stepper.optimizer)  # so the model is the average for good
+    assert trainer.examiner.validate().loss == loss

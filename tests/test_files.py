@@ -156,3 +156,23 @@ def test_that_a_write_can_begin_is_found_out_without_a_trace(tmp_path):
     for path in (tmp_path / ("a" * 250), tmp_path / "none" / "a", tmp_path / "outside" / "a"):
         with pytest.raises(UserError, match=f"can't write {path}: "):
             check_can_write(path)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path) as is_ours:
+        assert is_ours()
+
+
+def test_a_disk_that_fails_takes_no_folder_away(tmp_path, monkeypatch):
+    """Whoever writes there next is told of the disk."""
+
+    def fail(self: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with locked(tmp_path) as is_ours:
+        monkeypatch.setattr(Path, "read_bytes", fail)
+        assert is_ours()

@@ -311,3 +311,20 @@ def test_a_rank_that_stops_as_asked_has_not_failed():
         raise Stopped("stopped", signal.SIGTERM)
     with pytest.raises(RuntimeError, match="^its own$"), first.telling_failures():
         raise RuntimeError("its own")
+
+
+def test_an_answer_that_is_out_of_date_blames_nobody():
+    """Rank 1 was behind when it was asked for, and has come since."""
+
+    class SlowStore(HashStore):
+        def get(self, key: str) -> bytes:
+            told = super().get(key)
+            if key == "1":
+                second.arrive()
+                first.arrive()
+            return told
+
+    first, second = roll_calls(SlowStore())
+    first.arrive()
+    time.sleep(0.1)
+    assert first.complaint() is None

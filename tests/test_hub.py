@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import run
+from huggingface_hub.errors import XetDownloadError
 
 from common.errors import UserError
 from common.hub import hub_errors
@@ -36,3 +37,8 @@ def test_another_error_is_left_as_it_is_unless_it_is_asked_for():
 def test_the_package_is_imported_only_after_an_error():
     code = "import sys\nfrom common import hub\nwith hub.hub_errors('', ''): pass\n"
     assert run("-c", code + "sys.exit('huggingface_hub' in sys.modules)").status == 0
+
+
+def test_a_download_by_xet_that_breaks_off_is_told():
+    with pytest.raises(UserError, match="^no a/b: it broke off$"), hub_errors("a/b", "no a/b"):
+        raise XetDownloadError("it broke off")

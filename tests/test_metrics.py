@@ -17,10 +17,11 @@ import torch
 from conftest import metrics_of
 
 import train
+from common.device import Moment
 from common.errors import UserError
 from distributed import Ranks
 from step import Stepper
-from training.metrics import Metrics, read_losses
+from training.metrics import Metrics, Speed, read_losses
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -244,3 +245,10 @@ def test_a_viewer_that_cannot_be_closed_costs_the_run_nothing(configure, monkeyp
     train.train(configure("--log.wandb", "project", "--train.max_steps", 1))
     told = capsys.readouterr().err
     assert "log.wandb gets no more numbers: division by zero" in told and "\ndone: " in told
+
+
+def test_the_share_of_the_peak_is_that_of_all_gpus(monkeypatch):
+    monkeypatch.setattr("training.metrics.peak_flops", lambda device: 1e12)
+    speed = Speed(0, 10**9, replace(ALONE, world_size=2))
+    rate, mfu = speed.measure(1000, Moment(ALONE.device))
+    assert mfu == pytest.approx(rate * 1e9 / 2e12)

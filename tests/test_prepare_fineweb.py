@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from test_tokenizer import AWKWARD
 import prepare_fineweb
 from common.errors import UserError
 from common.files import locked
-from preparation.sources import batches, find_source
+from preparation.sources import batches, estimated_tokens, find_source
 from prepare_fineweb import encode_batch, interrupts_put_off, training_texts
 from shards import MANIFEST, PROGRESS, VOCABULARY, TokenStream, encoding_of, read_manifest
 from tokenizer import (
@@ -824,3 +825,11 @@ def test_whoever_reads_along_may_leave(texts, tmp_path):
         process.stderr.close()
         assert process.wait() == 0
     assert read_manifest(tmp_path / "out")
+
+
+def test_a_run_that_goes_on_needs_room_for_the_rest_only(prepare, tmp_path, texts, monkeypatch):
+    interrupted(prepare, tmp_path / "out", monkeypatch)  # 500 + 700 + 700 tokens are there
+    free = 2 * (estimated_tokens(find_source(str(texts)), sys.maxsize) - 1900)
+    usage = SimpleNamespace(total=10**9, used=10**9 - free, free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert prepare().status == 0

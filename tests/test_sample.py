@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from decoding import most_fused
 from model import GPT
 from sample import Completion, answer, parse_arguments
 from tokenizer import gpt2_encoding
+from visuals import KEPT
 
 # A draw could end the text after a few tokens; the likeliest token never does.
 ENDLESS = ("--prompt", "The quick", "--temperature", "0", "--max-new-tokens", "1000000")
@@ -467,3 +469,11 @@ def test_help_tells_that_models_of_the_hub_are_checkpoints_too(call):
 def test_defaults_are_those_that_help_tells():
     arguments = parse_arguments(["--checkpoint", "x"])
     assert (arguments.max_new_tokens, arguments.num_samples, arguments.temperature) == (200, 1, 0.8)
+
+
+def test_an_error_stands_on_a_line_of_its_own(call, monkeypatch):
+    model = find_checkpoint(str(KEPT)).make_model()
+    model.ln_f.weight.data[0] = math.nan
+    monkeypatch.setattr(Checkpoint, "make_model", lambda self: model)
+    result = call("sample", "--checkpoint", KEPT, "--prompt", "The")
+    assert (result.status, result.out) == (2, "The\n")

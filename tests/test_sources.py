@@ -598,3 +598,13 @@ def test_python_docs_walk_meets_the_definitions_that_ast_walk_meets():
     expected = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     assert len(expected) == 10
     assert list(sources._definitions(tree)) == expected
+
+
+def test_a_file_that_was_moved_is_another_source(tmp_path):
+    """The documents' order may be another: a run can't go on there."""
+    paths = [tmp_path / folder / "x.txt" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("text")
+        os.utime(path, (1, 1))
+    assert sources.local_revision(paths[:1]) != sources.local_revision(paths[1:])

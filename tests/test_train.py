@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from common.errors import Stopped
 from data import step_windows
 from distributed import Ranks
 from scoring import Estimate, Scorer, Validation
-from shards import MANIFEST, Manifest, ShardRecord, TokenizerRecord, shard_header
+from shards import MANIFEST, Manifest, ShardRecord, TokenizerRecord, read_manifest, shard_header
 from step import Stepper, StepResult
 from tasks import load_questions
 from training import examiner
@@ -594,3 +595,17 @@ def test_the_best_is_saved_when_it_is_found_if_asked_for(configure, tmp_path):
     assert sorted(kept) == [f"step_{best:06}", "step_000006"]
     train.train(configure(*changes, "--train.out", tmp_path / "plain"))
     assert [path.name for path in (tmp_path / "plain" / "checkpoints").iterdir()] == ["step_000006"]
+
+
+def test_each_machine_checks_all_of_its_shards(configure, monkeypatch):
+    """Its disk is its own, whatever the ranks of its processes among all."""
+    checked, config = [], configure()
+    monkeypatch.setattr(
+        train, "check_contents", lambda folder, mine, size: checked.extend(r.file for r in mine)
+    )
+    for rank in (2, 3):  # the second of two machines
+        ranks = Ranks(torch.device("cpu"), rank, rank - 2, 4, 2)
+        some = SimpleNamespace(config=config, ranks=ranks)
+        train.Trainer._open_data(some, Path(config.data.dir))
+    shards = read_manifest(Path(config.data.dir)).shards
+    assert sorted(checked) == sorted(record.file for record in shards)
