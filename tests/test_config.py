@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from config import ELSEWHERE, SECTIONS, Config, LogSettings, TrainSettings, load_config, make_config
+from config import (
+    ELSEWHERE,
+    SECTIONS,
+    Config,
+    LogSettings,
+    TrainSettings,
+    load_config,
+    make_config,
+    task_names,
+)
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -205,3 +214,7 @@ def test_text_that_toml_cannot_hold_as_it_is_comes_back_or_is_refused(tmp_path):
             UserError, match="data.dir = .*: expected text in UTF-8 without zero bytes"
         ):
             make_config({"data": {"dir": name}})
+
+
+def test_names_of_tasks_may_have_blanks_and_come_once():
+    assert task_names(" lambada , hellaswag,lambada,") == ["lambada", "hellaswag"]

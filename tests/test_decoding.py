@@ -234,3 +234,11 @@ def test_decoding_with_recorded_graphs_equals_decoding_without_a_cache():
     got = torch.stack(list(model.generate(ids, 150, temperature=0)))
     assert got.device.type == "cpu"
     assert torch.equal(got, expected.cpu())
+
+
+@pytest.mark.parametrize("reason", ["float64", "no oneDNN"])
+def test_what_cannot_be_packed_is_not(reason, monkeypatch):
+    model = make_model().double() if reason == "float64" else make_model()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: reason == "float64")
+    pack_weights(model)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())

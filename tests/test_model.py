@@ -15,6 +15,7 @@ from conftest import ROOT, without_key_biases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_data import windows_of_blocks
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -681,3 +682,59 @@ def test_gradients_of_layer_norms_in_bfloat16_are_sums_over_all_tokens(compiled)
         if "ln" in name:
             error = (parameter.grad - exact[name]).norm() / exact[name].norm()
             assert error < 0.05, name
+
+
+def test_a_text_may_be_longer_than_the_first_block_of_the_cache():
+    """It is made of blocks of 128 slots."""
+    config = GPTConfig(vocab_size=97, block_size=300, n_layer=2, n_head=2, n_embd=16)
+    model, ids = make_model(config, scale=3.0), random_ids(config, 2, 5)
+    with torch.no_grad():
+        model.wpe.weight.mul_(20)
+        expected = greedy_without_cache(model, ids, count=140)
+    assert torch.equal(torch.stack(list(model.generate(ids, 140, temperature=0))), expected)
+
+
+def test_generate_computes_no_token_after_the_last():
+    model, calls = make_model(), []
+    plain = model.next_logits
+    model.next_logits = lambda ids, cache: calls.append(ids.size(1)) or plain(ids, cache)
+    assert len(list(model.generate(random_ids(SMALL, 1, 3), 4, temperature=0))) == 4
+    assert calls == [3, 1, 1, 1]
+
+
+def test_recomputing_is_for_gradients_alone(monkeypatch):
+    model = make_model(replace(SMALL, recompute=True)).train()
+    monkeypatch.setattr("model.checkpoint", lambda *_, **__: pytest.fail("without need"))
+    with torch.no_grad():
+        model(random_ids(SMALL, 1, 8))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"dropout": 1.0}, "dropout is"),
+        ({"n_layer": 0}, "below 1"),
+        ({"vocab_size": 2**31}, "above 2,147"),
+    ],
+)
+def test_a_shape_at_the_edge_of_what_can_be_is_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        GPTConfig(**wrong)
+
+
+def test_dropout_is_after_the_embeddings_and_after_each_sublayer():
+    model, seen = GPT(replace(SMALL, n_layer=2, dropout=0.5)), []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    model(random_ids(SMALL, 1, 8))
+    blocks = [(f"h.{at}.attn.resid_dropout", f"h.{at}.mlp.dropout") for at in range(2)]
+    assert seen == ["drop", *blocks[0], *blocks[1]]
+
+
+def test_top_p_keeps_no_more_than_reach_it():
+    assert next_probabilities(torch.zeros(1, 4), 1.0, top_p=0.5).tolist() == [[0.25, 0.25, 0, 0]]
+
+
+def test_a_temperature_that_float32_takes_for_0_takes_the_likeliest():
+    assert choose_next(torch.tensor([[0.0, 3.0, 1.0]]), temperature=1e-50).tolist() == [1]

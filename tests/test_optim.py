@@ -141,3 +141,17 @@ def test_an_average_is_over_the_same_share_of_a_short_run_and_of_a_long_one(step
     drop_average(optimizer)
     swap_average(optimizer)
     assert weight.tolist() == pytest.approx([expected] * 2) and OTHER not in told
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizer_has_the_betas_of_the_settings(name):
+    settings = OptimSettings(name=name, beta1=0.8, beta2=0.99)
+    model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=1, n_embd=8))
+    for group in make_optimizer(model, settings, Ranks(torch.device("cpu"))).param_groups:
+        assert group["betas"] == (0.8, 0.99)
+
+
+def test_an_apple_gpu_may_have_pytorch_213(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
+    model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=1, n_embd=8))
+    make_optimizer(model, OptimSettings(), Ranks(torch.device("mps")))

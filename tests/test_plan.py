@@ -112,3 +112,33 @@ def test_the_estimate_of_memory_is_near_what_was_measured():
     for windows, peak in measured["peak_bytes"].items():
         estimated = estimated_memory(model, int(windows) * 1024, torch.bfloat16, compiled=True)
         assert estimated == pytest.approx(peak - measured["bytes_without_a_model"], rel=0.2)
+
+
+def shown(configure, *changes: object) -> tuple[str, train.Trainer]:
+    trainer = train.Trainer(configure(*changes), ALONE)
+    return plan(trainer.stepper, trainer.tokenizer), trainer
+
+
+def test_the_plan_tells_the_arithmetic(configure):
+    told, trainer = shown(configure, "--train.max_steps", 1000)
+    there, flops = len(trainer.stepper.stream), trainer.model.flops_per_token()
+    assert f"{512 * flops:.3g} FLOP per step, {512_000 * flops:.3g} in all" in told
+    assert f"1,000 steps take 512,000: {512_000 / there:.2f} epochs" in told
+
+
+def test_the_plan_asks_for_the_memory_of_a_micro_batch(configure, monkeypatch):
+    seen = []
+    monkeypatch.setattr("training.plan.estimated_memory", lambda *some: seen.append(some[1:]) or 1)
+    for compiled in ("true", "false"):
+        shown(configure, "--train.compile", compiled)
+    assert seen == [(64, torch.float32, True, False), (64, torch.float32, False, False)]
+
+
+def test_the_plan_counts_what_ranks_exchange_in_a_fixed_order(configure, monkeypatch):
+    monkeypatch.setattr("training.plan.estimated_memory", lambda *some: 4e9)
+    monkeypatch.setattr(GPT, "num_parameters", lambda _: 250_000_000)
+    changes = ("--train.reduction", "canonical", "--train.micro_batch_size", 16)
+    trainer = train.Trainer(configure(*changes), ALONE)
+    for size, told in ((1, "about 5 GB"), (2, "about 7 GB")):
+        trainer.stepper.ranks = Ranks(torch.device("cpu"), world_size=size)
+        assert told in plan(trainer.stepper, trainer.tokenizer)

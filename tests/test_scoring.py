@@ -210,3 +210,39 @@ def test_a_model_is_evaluated_without_dropout_and_gradients_and_then_trains_agai
     with evaluating(model.eval()):
         pass
     assert not model.training
+
+
+def test_a_token_without_a_probability_is_a_score_and_no_damage(model):
+    check_numbers(np.array([1.0, math.inf]), model)
+    with pytest.raises(FloatingPointError, match="float32"):
+        check_numbers(np.array([1.0, math.nan]), model)
+
+
+def ones(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(inputs))
+
+
+def test_fewer_tokens_than_a_window_are_a_window(shards):
+    found = validate(ones, TokenStream(shards, "val"), 32, 4, 1, ALONE, None)
+    assert (found.tokens, found.loss, found.estimate.error) == (32, 1.0, None)
+
+
+def test_large_perplexities_are_told():
+    assert Estimate(300.0, None).exponential().value == pytest.approx(math.exp(300))
+
+
+def test_a_text_of_nothing_but_ends_has_no_bits_per_byte(shards):
+    stream = TokenStream(shards, "val")
+    none = np.zeros(stream.vocab_size, dtype=np.int64)
+    found = validate(ones, stream, 32, 4, 64, ALONE, none)
+    assert found.bits_per_byte is None and found.text_bytes is None
+
+
+def test_who_is_asked_before_the_first_job_does_none_and_after_the_last_is_done():
+    with pytest.raises(BrokenOff):
+        for _ in unless_asked_to_stop([1], ALONE, lambda: True):
+            pytest.fail("it was asked to stop")
+    done = []
+    for job in unless_asked_to_stop([1, 2], ALONE, lambda: len(done) == 2):
+        done.append(job)
+    assert done == [1, 2]

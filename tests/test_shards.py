@@ -421,3 +421,39 @@ def test_every_stretch_of_a_stream_is_what_it_is_in_the_whole(tmp_path):
         for count in range(1, 10 - start):
             expected = list(range(start + 1, start + count + 1))
             assert stream.read(start, count).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [">u2", "<i2", "<f2"])
+def test_an_npy_shard_of_other_numbers_of_two_bytes_is_refused(tmp_path, dtype):
+    np.save(tmp_path / "train_0.npy", np.arange(9).astype(dtype))
+    with pytest.raises(UserError, match="expected uint16"):
+        Shard(tmp_path / "train_0.npy")
+
+
+def fingerprint_of(path: Path, tokens: np.ndarray) -> str:
+    path.mkdir()
+    content = shard_header(len(tokens)) + tokens.astype("<u2").tobytes()
+    (path / "train_0.bin").write_bytes(content)
+    return TokenStream(path, "train").fingerprint
+
+
+def test_without_a_manifest_a_longer_shard_with_the_same_ends_is_other_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("shards.ENDS", 4)
+    first, second = (fingerprint_of(tmp_path / str(n), np.zeros(n)) for n in (20, 21))
+    assert first != second
+
+
+@pytest.mark.parametrize("at", [30_000, 40_000])
+def test_a_shard_is_known_by_32768_tokens_at_each_end(tmp_path, at):
+    tokens = np.zeros(70_000)
+    before = fingerprint_of(tmp_path / "a", tokens)
+    tokens[at] = 1
+    assert fingerprint_of(tmp_path / "b", tokens) != before
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**16 + 1])
+def test_a_vocabulary_has_1_to_65536_tokens(size):
+    for possible in (1, 2**16):
+        TokenizerRecord("x", possible, "")
+    with pytest.raises(ValueError, match="16 bits"):
+        TokenizerRecord("x", size, "")

@@ -392,3 +392,23 @@ def test_a_request_to_stop_is_told_and_changes_nothing(configure, stepper_of):
     result, other = asked.take(0, asked_to_stop=True), plain.take(0)
     assert (result.stop_asked, other.stop_asked) == (True, False)
     assert result.loss == other.loss
+
+
+def test_an_error_in_an_evaluation_leaves_the_weights_that_are_trained(configure, stepper_of):
+    stepper = stepper_of(configure("--optim.average_share", 0.1))
+    for step in range(3):
+        stepper.take(step)
+    parameters = [*stepper.model.parameters()]
+    before = [parameter.clone() for parameter in parameters]
+    with pytest.raises(KeyError), stepper.averaged():
+        assert not all(map(torch.equal, before, parameters))
+        raise KeyError
+    assert all(map(torch.equal, before, parameters))
+
+
+def test_one_process_may_sum_any_number_of_micro_batches_in_a_fixed_order(configure, shards):
+    config = configure("--train.reduction", "canonical", "--train.tokens_per_step", 192)
+    shape = BatchShape.of(config, 1)
+    assert shape.accumulation == 3
+    stepper = Stepper(config, ALONE, tiny_model(config), shape, TokenStream(shards, "train"))
+    assert stepper.take(0).loss > 0

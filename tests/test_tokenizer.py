@@ -410,3 +410,24 @@ def test_millions_of_blanks_are_encoded():
     """tiktoken itself panics."""
     text, encoding = "a" + " " * 1_200_000 + "b\n", gpt2_encoding()
     assert encoding.decode(encode_long(encoding, text)) == text
+
+
+def test_the_rarest_words_are_left_out_wherever_they_stand(monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_TRAINING_BYTES", 6)
+    assert b" common" in train_bpe(["rare odd common common common common"], 263)
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+MANY = [*BYTES, *(first + second for first in BYTES for second in BYTES)]
+
+
+def test_a_file_of_65536_tokens_has_no_room_for_the_end_of_text(tmp_path):
+    ranks = {token: rank for rank, token in enumerate(MANY[: 2**16])}
+    (tmp_path / "v").write_bytes(tokenizer._to_bytes(ranks))
+    with pytest.raises(UserError, match="fewer than 65536"):
+        load_vocabulary(tmp_path / "v")
+
+
+def test_a_vocabulary_as_large_as_gpt2s_has_another_name():
+    ranks = {token: rank for rank, token in enumerate(MANY[:50_256])}
+    assert make_encoding(ranks).name == "bpe-50257"
