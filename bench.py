@@ -440,9 +440,7 @@ def plan(arguments: argparse.Namespace, config: Config) -> dict:
     head = ["GPUs", "windows each", "computes ms", "sends ms", "waits ms", "step ms"]
     rows = [plan_row(gpus, step) for gpus, step in results.items()]
     print_table([*head, "efficiency", f"{steps:,} steps"], rows)
-    small = [gpus for gpus in range(1, math.isqrt(windows) + 1) if windows % gpus == 0]
-    even = sorted({*small, *(windows // gpus for gpus in small)})
-    wasted = next((gpus for gpus in even if on(gpus)["efficiency"] < 0.5), None)
+    wasted = next((gpus for gpus in divisors(windows) if on(gpus)["efficiency"] < 0.5), None)
     print(
         f"A step has {windows:,} windows, so that GPUs beyond {windows:,} have nothing to do."
         + (f" From {wasted:,} on, most of a step is waiting." if wasted else "")
@@ -456,6 +454,12 @@ def plan(arguments: argparse.Namespace, config: Config) -> dict:
         "mostly_waiting_from": wasted,
         "memory": print_memory(config),
     }
+
+
+def divisors(number: int) -> list[int]:
+    """All that divide it, the smallest first."""
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
 
 
 def plan_row(gpus: int, step: dict | None) -> list[str]:

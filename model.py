@@ -376,7 +376,7 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=ids.device)  # (T)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         if dtype_of_products(x) == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream: half as much to read; float16 overflows
+            x = x.bfloat16()  # the residual stream: half as much to read; float16 would overflow
         if isinstance(mask, Tensor):  # once for all layers, or each would keep a copy of its own
             seen = torch.zeros_like(mask, dtype=dtype_of_products(x))  # (B, 1, T, T)
             mask = seen.masked_fill(~mask, -math.inf)  # (B, 1, T, T)
@@ -523,7 +523,7 @@ def choose_next(
 def next_probabilities(
     logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The distribution to draw from, logits (B, V) -> (B, V); after `top_p` it sums to less than 1.
+    """The distribution to draw from, logits (B, V) -> (B, V); after `top_p`, not scaled to 1.
 
     A `temperature` below 1 sharpens, above 1 flattens. `top_k` keeps the k likeliest tokens (Fan et
     al. 2018), `top_p` the fewest whose probabilities reach p (nucleus sampling, Holtzman et al.

@@ -226,7 +226,7 @@ class Trainer:
                 found = self.examiner.ask(name)
             except FloatingPointError as error:  # a step that finds out tells what to do
                 if self.ranks.is_first:
-                    say(f"step {self.step:,}: {name} nothing: {error}")
+                    say(f"step {self.step:,}: no score in {name}: {error}")
                 continue
             if self.metrics:
                 values = {key: estimate.value for key, estimate in found.items()}

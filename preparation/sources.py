@@ -2,8 +2,8 @@
 
 A source is a row of files in a fixed order, and each file a row of batches: a Parquet row group, a
 run of lines, a whole text file. Its documents are read only when it is called, so that worker
-processes can walk over the same row and each do its own batches only. But where runs of lines begin
-is only known to who has read the file so far.
+processes can walk over the same row and each do its own batches only. (Of a file of lines, each has
+to read all, to find where the runs begin.)
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_a_task_that_spoilt_weights_cannot_do_is_told_of_and_the_run_goes_on(con
 
     trainer.examiner.tasks = {"lambada": SimpleNamespace(ask=ask)}
     trainer.run_tasks(["lambada"])
-    told = "step 0: lambada nothing: probabilities aren't numbers: the weights are damaged"
+    told = "step 0: no score in lambada: probabilities aren't numbers: the weights are damaged"
     assert told in capfd.readouterr().err
 
 

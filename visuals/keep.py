@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from common.errors import Parser, UserError, run_script
+from common.errors import Parser, UserError, reason_of, run_script
 from visuals import KEPT
 
 
@@ -34,7 +34,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from checkpoint import MODEL, find_checkpoint, save_tensors, write_meta
-from common.errors import reason_of
 from shards import VOCABULARY
 from training.metrics import METRICS, read_losses
 
