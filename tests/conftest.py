@@ -135,8 +135,9 @@ def call(capfd):
     return call_script
 
 
-# Scripts that begin with torch.
+# Those that begin with torch or pyarrow.
 FORKED = ("train.py", "sample.py", "evaluate.py", "bench.py", "tests/faulty_train.py")
+FORKED += ("prepare_fineweb.py", "convert.py", "torch.distributed.run")
 
 
 def run(
@@ -148,7 +149,7 @@ def run(
     """Run a real process in the repository: run("sample.py", "--help")."""
     variables = {**os.environ, **(environment or {})}
     words = [*map(str, command)]
-    if words[0] in FORKED:
+    if words[words[0] == "-m"] in FORKED:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder, name) for name in ("in", "out", "err")]
             for path in files:

@@ -8,6 +8,7 @@ minute) of its imports.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -16,7 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 LARGE = ["torch", "torch.utils.checkpoint", "torch.distributed", "torch._dynamo", "numpy"]
-LARGE += ["tiktoken", "regex", "safetensors.torch", "tqdm"]
+LARGE += ["torch.distributed.run", "tiktoken", "regex", "safetensors.torch", "tqdm"]
+# What `datasets` imports. Itself, it reads HF_ENDPOINT and HF_HOME when it is imported.
+LARGE += ["pandas", "pyarrow.dataset", "pyarrow.parquet", "fsspec", "multiprocess", "asyncio"]
 
 
 def start_forked(
@@ -34,7 +37,7 @@ def start_forked(
 def run_forked(
     words: list[str], folder: Path, environment: dict[str, str], files: list[Path], timeout: float
 ) -> int | None:
-    """Run `words`, a script and its arguments, in `folder`; returns its exit status.
+    """Run `words` in `folder`: a script or `-m` and a module, and arguments; returns the status.
 
     `files` become its standard input, output and error. None if it had to be killed after `timeout`
     seconds; a negative status is a signal's number, as in subprocess.
@@ -50,6 +53,7 @@ def run_forked(
 
 def _become(words: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
     """Be the process of a script."""
+    gc.freeze()  # or each of the script's collections would go through all that was imported
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -59,6 +63,9 @@ def _become(words: list[str], folder: str, environment: dict[str, str], files: l
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
-    sys.argv = words
+    sys.argv = words[words[0] == "-m" :]
     sys.path[:] = [folder, *(path for path in sys.path if path != folder and "tests" not in path)]
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")

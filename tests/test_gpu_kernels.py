@@ -98,35 +98,6 @@ def check_loss(N: int, V: int, dtype: torch.dtype, device: str) -> None:
     assert (gradient[:, V:] == 0).all()
 
 
-def interpreted(code: str) -> None:
-    """Run code that takes from here and from gpu_kernels what it needs, on a CPU."""
-    if not find_spec("triton"):
-        pytest.skip("needs Triton, which comes with PyTorch for NVIDIA GPUs")
-    head = "import torch, gpu_kernels; from tests.test_gpu_kernels import *\n"
-    result = run("-c", head + code, environment={"TRITON_INTERPRET": "1", "PYTHONPATH": "tests:."})
-    assert result.status == 0, result.err
-
-
-def test_a_fused_step_interpreted_on_a_cpu_is_as_near_to_float64_as_the_plain_one():
-    """With keys and values in pieces, and without."""
-    interpreted(
-        "check_step(ODD, torch.float32, 1, 1, 'cpu')\n"
-        "for gpu_kernels.NUMBERS in (256, 8192):\n"
-        "    check_step(ODD, torch.float32, 2, 30, 'cpu')\n"
-        "    check_step(ODD, torch.bfloat16, 1, 130, 'cpu')\n"
-        "check_step(ODD, torch.float32, 1, 130, 'cpu', sharpness=20.0)"
-    )
-
-
-def test_the_loss_interpreted_on_a_cpu_equals_the_plain_one():
-    """With a row in pieces, and as a whole."""
-    interpreted(
-        "for gpu_kernels.COLUMNS in (128, 4096):\n"
-        "    for dtype in (torch.float32, torch.bfloat16):\n"
-        "        check_loss(5, 257, dtype, 'cpu')"
-    )
-
-
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -276,12 +247,31 @@ def check_capacity(device: str) -> None:
 CHECKS = (check_kept, check_spoilt, check_interleaved, check_let_go, check_capacity)
 
 
-def test_texts_of_interpreted_kernels_and_what_is_kept_for_the_next():
-    interpreted(
-        "check_texts('cpu', prompt=26, count=8, block_size=30)\n"
-        "for check in CHECKS:\n"
-        "    check('cpu')"
-    )
+INTERPRETED = """
+import gpu_kernels
+from tests.test_gpu_kernels import *
+
+check_step(ODD, torch.float32, 1, 1, "cpu")
+for gpu_kernels.NUMBERS in (512, 8192):  # keys and values in pieces, and not
+    check_step(ODD, torch.float32, 2, 30, "cpu")
+    check_step(ODD, torch.bfloat16, 1, 130, "cpu")
+check_step(ODD, torch.float32, 1, 130, "cpu", sharpness=20.0)
+for gpu_kernels.COLUMNS in (128, 4096):  # a row in pieces, and not
+    for dtype in (torch.float32, torch.bfloat16):
+        check_loss(5, 257, dtype, "cpu")
+check_texts("cpu", prompt=26, count=8, block_size=30)
+for check in CHECKS:
+    check("cpu")
+"""
+
+
+def test_interpreted_on_a_cpu_all_of_this_holds():
+    """In one process, for its imports take longer than most of this."""
+    if not find_spec("triton"):
+        pytest.skip("needs Triton, which comes with PyTorch for NVIDIA GPUs")
+    interpreted = {"TRITON_INTERPRET": "1", "PYTHONPATH": "tests:."}
+    result = run("-c", INTERPRETED, environment=interpreted)
+    assert result.status == 0, result.err
 
 
 @pytest.mark.gpu

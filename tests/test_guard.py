@@ -58,10 +58,10 @@ def test_a_filter_goes_on_from_its_memory(at):
     assert torch.equal(again.norms, whole.norms)
 
 
-@pytest.fixture(params=["SIGTERM", "SIGINT", "SIGHUP"])
-def asked_to_stop(request):
-    """(a process that was sent a signal and has noticed, the signal)."""
-    number = getattr(signal, request.param)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_that_comes_again_is_the_same_request_at_once_and_later_ends_the_process(name):
+    """At once: torchrun hands on what its workers have got already."""
+    number = getattr(signal, name)
     code = (
         "import hashlib, time\nfrom training import guard\n"
         "with guard.StopRequest() as stop:\n"
@@ -79,30 +79,20 @@ def asked_to_stop(request):
             assert process.stdout.readline() == "ready\n"
             process.send_signal(number)
             assert process.stdout.readline() == f"{number.value}\n"
-            yield process, number
+            for _ in range(3):
+                process.send_signal(number)
+                time.sleep(0.1)
+            time.sleep(ECHO_SECONDS)
+            assert process.poll() is None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            time.sleep(0.1)
+            process.send_signal(number)
+            assert process.wait(timeout=60) == 128 + number
+            told = process.stderr.read()
+            assert told.count(f"{name}: stopping after this step") == 1
         finally:
             process.kill()
-
-
-def test_a_signal_that_comes_again_at_once_is_the_same_request(asked_to_stop):
-    """As torchrun hands on what its workers have got already."""
-    process, number = asked_to_stop
-    for _ in range(3):
-        process.send_signal(number)
-        time.sleep(0.1)
-    time.sleep(ECHO_SECONDS)
-    assert process.poll() is None
-
-
-def test_a_signal_that_comes_again_later_ends_the_process_at_once(asked_to_stop):
-    process, number = asked_to_stop
-    process.stdin.write("\n")
-    process.stdin.flush()
-    time.sleep(ECHO_SECONDS + 0.1)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 128 + number
-    told = process.stderr.read()
-    assert told.count(f"{number.name}: stopping after this step") == 1
 
 
 def test_a_signal_is_what_it_was_when_nobody_listens_any_more():

@@ -319,6 +319,7 @@ def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path)
     words = ["--config", arguments.config, "--out", arguments.out]
     process = subprocess.Popen(
         [sys.executable, ROOT / "recipe.py", *words, "--only", "nanogpt"],
+        env={**os.environ, "OMP_THREAD_LIMIT": "1"},  # it gives a single training all cores
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )

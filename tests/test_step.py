@@ -235,8 +235,8 @@ from step import Stepper
 
 config, folder = load_config(sys.argv[2:]), Path(sys.argv[1])
 ranks = Ranks(torch.device("cpu"))
-model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=4, n_head=2, n_embd=768))
-shape = BatchShape(512, 32, config.train.micro_batch_size, 1)
+model = GPT(GPTConfig(vocab_size=300, block_size=8, n_layer=4, n_head=2, n_embd=768))
+shape = BatchShape(128, 8, config.train.micro_batch_size, 1)
 stepper = Stepper(config, ranks, model, shape, TokenStream(folder, "train"))
 stepper.rehearse(0)
 print(peak_memory(ranks.device))
