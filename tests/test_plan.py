@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import train
 from distributed import Ranks
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, HeadLoss
 from optim import learning_rate_at
 from training.plan import estimated_memory, plan
 
@@ -142,3 +142,19 @@ def test_the_plan_counts_what_ranks_exchange_in_a_fixed_order(configure, monkeyp
     for size, told in ((1, "about 5 GB"), (2, "about 7 GB")):
         trainer.stepper.ranks = Ranks(torch.device("cpu"), world_size=size)
         assert told in plan(trainer.stepper, trainer.tokenizer)
+
+
+@pytest.mark.parametrize(("compiled", "bytes_per_logit"), [(True, 2), (False, 18)])
+def test_the_estimate_counts_the_logits_of_a_slice(compiled, bytes_per_logit):
+    """More rows than a slice has are computed one slice after the other."""
+    sizes = {"block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1}
+    (few, many, more), (others_few, others_many, others_more) = (
+        [
+            estimated_memory(model, tokens, torch.bfloat16, compiled) - 16 * model.num_parameters()
+            for tokens in (64, HeadLoss.SLICE, 2 * HeadLoss.SLICE)
+        ]
+        for model in (GPT(GPTConfig(vocab_size=size, **sizes)) for size in (1000, 11))
+    )
+    logit = 989 * bytes_per_logit  # of the words that the other vocabulary lacks
+    assert few - others_few == 64 * logit
+    assert many - others_many == more - others_more == HeadLoss.SLICE * logit

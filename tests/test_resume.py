@@ -19,7 +19,7 @@ from common.errors import Stopped, UserError
 from config import Config
 from distributed import Ranks
 from shards import MANIFEST, VOCABULARY
-from training.resume import check_same_run, check_schedule
+from training.resume import _copy_here, check_can_go_on, check_same_run, check_schedule
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -372,3 +372,20 @@ def test_a_run_may_go_on_without_the_validation_that_it_had(call, tiny, shards, 
             "train", tiny, *arguments, "--train.max_steps", steps, "--log.eval_every", every
         )
         assert f"resuming after step {steps - 1}" in result.err
+
+
+def test_one_process_of_each_machine_looks_for_damage(trained, tmp_path):
+    shutil.copytree(trained / "checkpoints", tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints" / "step_000040" / MODEL).write_bytes(b"damaged")
+    here = [tmp_path / "run" / "checkpoints", 40]
+    assert _copy_here(*here, Ranks(ALONE.device, rank=3, local_rank=1)).meta.step == 40
+    with pytest.raises(UserError, match=MODEL):
+        _copy_here(*here, Ranks(ALONE.device, rank=2, local_rank=0))
+
+
+def test_a_checkpoint_that_does_not_tell_its_data_is_not_gone_on_from(configure, trained):
+    checkpoint, config = newest_checkpoint(trained / "checkpoints"), configure()
+    untold = replace(checkpoint, meta=replace(checkpoint.meta, data=""))
+    check_can_go_on(checkpoint, config, checkpoint.meta.data)
+    with pytest.raises(UserError, match="was trained on other data"):
+        check_can_go_on(untold, config, checkpoint.meta.data)
