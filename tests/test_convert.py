@@ -626,6 +626,7 @@ def test_a_model_on_the_hub_is_a_checkpoint(call, hub, on_hub, trained):
     (kept,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(MODEL)
     written = kept.stat().st_mtime_ns
     hub.asked.clear()
+    hub.commits["b" * 40] = {"config.json": b"later and worse"}
     assert sampled(on_hub, hub, f"openai-community/gpt2@{COMMIT}").out == expected
     assert kept.stat().st_mtime_ns == written  # converted once
     assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]

@@ -145,6 +145,14 @@ def test_a_number_too_long_to_be_read_is_one_line(monkeypatch):
             pass
 
 
+def test_processes_do_not_share_apples_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device mps: several processes can't share it"):
+        with process_group("mps", timeout_seconds=1):
+            pass
+
+
 def test_a_rank_without_a_world_is_alone(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with process_group("cpu", timeout_seconds=1) as ranks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,14 @@ def main(arguments):
 
 sys.exit(run_script(main, Parser().parse_args()))
 """
+
+
+def test_under_torchrun_a_script_ends_without_waiting_for_its_threads():
+    words = [sys.executable, "-c", ENDING]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 50}
+    done = subprocess.run(words, env={**os.environ, "RANK": "1"}, **options)
+    told = f"error: [rank 1 on {socket.gethostname()}] bad\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
 
 
 def test_ctrl_c_while_a_script_ends_is_no_traceback():

@@ -285,14 +285,21 @@ def test_a_rank_that_fails_by_itself_says_so_though_another_has_failed():
             raise UserError("its own")
 
 
-def test_a_rank_that_cannot_reach_the_store_either_says_so():
+def test_a_rank_that_cannot_reach_the_store_says_so_or_what_failed_before():
     class LostStore(HashStore):
         def check(self, keys: list[str]) -> bool:
             raise DistNetworkError("Connection reset by peer")
 
-    first, _ = roll_calls(LostStore())
+        def set(self, key: str, value: str) -> None:
+            if key == "failed":
+                raise DistNetworkError("Broken pipe")
+            super().set(key, value)
+
+    first, second = roll_calls(LostStore())
     with pytest.raises(UserError, match=f"^{STORE_IS_GONE}$"), first.telling_failures():
         raise RuntimeError("Connection closed by peer")
+    with pytest.raises(UserError, match="^its own$"), second.telling_failures():
+        raise UserError("its own")
 
 
 def test_a_rank_that_stops_as_asked_has_not_failed():

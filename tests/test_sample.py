@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from checkpoint import Checkpoint, find_checkpoint
 from decoding import most_fused
-from model import GPT
+from model import GPT, GPTConfig
 from sample import Completion, answer, parse_arguments
-from tokenizer import gpt2_encoding
+from tokenizer import gpt2_encoding, make_encoding
 from visuals import KEPT
 
 # A draw could end the text after a few tokens; the likeliest token never does.
@@ -172,9 +172,8 @@ def test_compiling_for_what_it_does_not_help_is_refused(call, trained):
     most = most_fused(find_checkpoint(str(trained)).meta.model.n_embd)
     refused = call("sample", *options, most + 1).error()
     assert f"--compile: for up to {most} samples of this model at once" in refused
-    assert (
-        "compiled decoding is for NVIDIA GPUs, this is cpu" in call("sample", *options, 1).error()
-    )
+    refused = call("sample", *options, most).error()
+    assert "compiled decoding is for NVIDIA GPUs, this is cpu" in refused
 
 
 def test_a_seed_gives_the_same_text_again_and_no_seed_gives_another(call, trained):
@@ -225,6 +224,21 @@ def test_a_stop_text_ends_the_sample(call, trained):
     stopped = json.loads(result.out)
     assert stopped["finish_reason"] == "stop"
     assert stopped["completion"] == whole[: whole.index(stop)]
+
+
+def test_of_a_long_prompt_the_tokens_that_are_used_are_those_of_the_whole(monkeypatch):
+    """Where as many characters as 32 tokens may have begin, a word is cut in two."""
+    learned = [b"he", b" t", b" the", b"..", b"....", b"......"]
+    tokens = [bytes([byte]) for byte in range(256)] + learned
+    encoding = make_encoding({token: rank for rank, token in enumerate(tokens)})
+    prompt, seen = " the" * 100 + "......", []
+    assert len(encoding.encode_ordinary(prompt[-4 * 32 :])) == 32
+    monkeypatch.setattr(
+        "sample.complete", lambda _, __, ids, *some, **named: seen.append(ids) or []
+    )
+    model = SimpleNamespace(config=GPTConfig(block_size=32))
+    answer(model, encoding, prompt, parse_arguments(["--checkpoint", "x", "--jsonl"]), None)
+    assert seen[0][-32:] == encoding.encode_ordinary(prompt)[-32:]
 
 
 def test_a_prompt_longer_than_the_context_is_cropped_with_a_notice(call, trained, tmp_path):
