@@ -17,7 +17,15 @@ from conftest import ROOT
 from torch.distributed import DistNetworkError, HashStore
 
 from common.errors import Stopped, UserError
-from training.guard import ECHO_SECONDS, STORE_IS_GONE, WINDOW, RollCall, SpikeFilter, StopRequest
+from training.guard import (
+    ECHO_SECONDS,
+    STORE_IS_GONE,
+    WINDOW,
+    RollCall,
+    SpikeFilter,
+    SpikeMemory,
+    StopRequest,
+)
 
 
 def normal_norms(count: int) -> list[float]:
@@ -56,6 +64,15 @@ def test_a_filter_goes_on_from_its_memory(at):
     again.remember(parts.memory())
     assert feed(again, norms[at:]) == expected[at:]
     assert torch.equal(again.norms, whole.norms)
+
+
+@pytest.mark.parametrize(
+    ("norms", "count"), [(WINDOW - 1, 0), (WINDOW + 1, 0), (WINDOW, -1), (WINDOW, 2**62)]
+)
+def test_a_memory_of_another_length_or_count_is_none(norms, count):
+    SpikeMemory((1.0,) * WINDOW, 2**62 - 1)
+    with pytest.raises(ValueError, match=f"has {norms} norms and the count {count}"):
+        SpikeMemory((1.0,) * norms, count)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])

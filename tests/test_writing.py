@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from preparation.writing import ShardWriter, check_same
+from preparation.writing import ShardWriter, check_disk, check_same
 from shards import Shard, check_contents, shard_header
 
 
@@ -81,3 +82,10 @@ def test_where_two_long_settings_differ_is_shown():
     long = "a/rather/long/path/" * 10
     with pytest.raises(UserError, match=f"'{long[-20:]}old' then, '{long[-20:]}new' now; choose"):
         check_same({"source": long + "old"}, {"source": long + "new"}, "the folder was begun")
+
+
+def test_a_token_takes_two_bytes_of_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=15_000_000))
+    check_disk(tmp_path, 7_500_000)
+    with pytest.raises(UserError, match="7,500,001 tokens need about 15 MB, .* has 15 MB free"):
+        check_disk(tmp_path, 7_500_001)
