@@ -652,6 +652,12 @@ def test_max_tokens_that_leave_nothing_to_train_on_are_refused(prepare, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_shard_of_more_tokens_than_its_header_can_tell_is_refused(prepare, tmp_path):
+    error = prepare("--shard-tokens", 2**31).error()
+    assert "--shard-tokens 2,147,483,648: a shard holds less than 2^31" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_little_disk_is_refused_before_anything_is_written(prepare, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(100, 90, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)

@@ -382,7 +382,7 @@ def test_the_estimate_of_tokens_is_of_the_right_size(tmp_path, name):
     estimate = estimated_tokens(source, 10**9)
     assert estimated_tokens(source, 100) == 100
     if name.endswith((".gz", ".zst")):  # a guess: how well it compresses is not known beforehand
-        assert estimate > 1000
+        assert estimate == int(4 * (tmp_path / name).stat().st_size / 3.5) > 1000
     else:
         assert estimate == pytest.approx(len(text.encode()) / 3.5, rel=0.1)
 
