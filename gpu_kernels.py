@@ -226,8 +226,9 @@ class FusedStep:
         self.wide, self.logits = numbers(B, 4 * C), numbers(B, V)
         self.logs, self.parts = numbers(B, nh, self.pieces), numbers(B, nh, self.pieces, hs)
         self.ended = torch.zeros(B, nh, device=device, dtype=torch.int32)
-        # On an NVIDIA GPU: AMD's have such numbers, too.
-        self.early = bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
+        # AMD's GPUs have such numbers, too; a CPU, where Triton interprets the kernels, has none.
+        on_nvidia = device.type == "cuda" and torch.version.cuda is not None
+        self.early = on_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
         self.options = {"EARLY": True, "launch_pdl": True} if self.early else {"EARLY": False}
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:

@@ -786,7 +786,7 @@ def test_a_name_that_nothing_can_have_is_one_line(call, trained, tmp_path, name)
 
 
 @pytest.mark.parametrize(
-    ("out", "complaint"), [(LONG, "File name too long"), ("a\0b", "null byte")]
+    ("out", "complaint"), [(LONG, "File name too long"), ("a\0b", "embedded null")]
 )
 def test_a_folder_that_nothing_can_be_is_one_line(call, trained, exported, out, complaint):
     assert complaint in call("convert", "to-hf", trained, "--out", out).error()

@@ -248,8 +248,8 @@ def test_wrong_input_is_one_line(call, tmp_path):
     [
         ("folder", "is a folder or a device"),
         ("/dev/full", "'/dev/full' is a folder or a device, expected the name of a file"),
-        ("a\0b", "null byte"),
-        ("a\0b/c", "null byte"),
+        ("a\0b", "embedded null"),
+        ("a\0b/c", "embedded null"),
         ("device", "is a folder or a device"),
         ("a" * 300, "File name too long"),
     ],
