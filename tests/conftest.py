@@ -141,7 +141,7 @@ def call(capfd):
 
 # Those that begin with torch or pyarrow.
 FORKED = ("train.py", "sample.py", "evaluate.py", "bench.py", "tests/faulty_train.py")
-FORKED += ("prepare_fineweb.py", "convert.py", "torch.distributed.run")
+FORKED += ("prepare_fineweb.py", "torch.distributed.run")
 
 
 def run(
