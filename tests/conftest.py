@@ -139,7 +139,7 @@ def call(capfd):
     return call_script
 
 
-# Those that begin with torch or pyarrow.
+# Those that begin with torch or pyarrow; convert.py is started seldom, and so as by a user.
 FORKED = ("train.py", "sample.py", "evaluate.py", "bench.py", "tests/faulty_train.py")
 FORKED += ("prepare_fineweb.py", "torch.distributed.run")
 
@@ -149,11 +149,12 @@ def run(
     stdin: str = "",
     timeout: float = 900,
     environment: dict[str, str] | None = None,  # beside that of the tests
+    fresh: bool = False,  # in an interpreter of its own, whatever its imports take
 ) -> Result:
     """Run a real process in the repository: run("sample.py", "--help")."""
     variables = {**os.environ, **(environment or {})}
     words = [*map(str, command)]
-    if words[words[0] == "-m"] in FORKED:
+    if words[words[0] == "-m"] in FORKED and not fresh:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder, name) for name in ("in", "out", "err")]
             for path in files:
@@ -219,11 +220,11 @@ def _in_places(places: list[dict[str, int]], commands: list[tuple[object, ...]])
 def on_hub(tmp_path, monkeypatch):
     """Run a command in a process that takes `hub` for the Hub: on_hub(hub, "-c", code)."""
 
-    def run_there(hub: FakeHub, *command: object) -> Result:
+    def run_there(hub: FakeHub, *command: object, fresh: bool = False) -> Result:
         with hub.serving() as endpoint:
             monkeypatch.setenv("HF_ENDPOINT", endpoint)
             monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-            return run(*command)
+            return run(*command, fresh=fresh)
 
     return run_there
 

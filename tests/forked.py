@@ -2,8 +2,9 @@
 
 A server process imports the large packages once. Each script is then run by a process forked from
 it, with its own arguments, environment, files and exit status, and with none of this repository's
-modules loaded: all that a fresh interpreter would give it but the two seconds (on a busy machine a
-minute) of its imports.
+modules loaded. A fresh interpreter would give it the same after two seconds (on a busy machine a
+minute) of imports, but for its beginning and its end: here all hash texts alike, and none is taken
+down. So each script is started by a test as a user does it, too: run(…, fresh=True).
 """
 
 from __future__ import annotations

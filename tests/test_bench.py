@@ -184,7 +184,7 @@ def test_starting_is_measured(config, tmp_path):
     folder = tmp_path / "tmp"
     folder.mkdir()
     options = ["--config", config, "--rounds", 1, "--output", output]
-    result = run("bench.py", "start", *options, environment={"TMPDIR": str(folder)})
+    result = run("bench.py", "start", *options, environment={"TMPDIR": str(folder)}, fresh=True)
     assert result.status == 0, result.err
     results = json.loads(output.read_text())["results"]
     assert 0.01 < results["help_seconds"] < results["first_token_seconds"]  # that one loads torch

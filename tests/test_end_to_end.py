@@ -150,13 +150,15 @@ def test_from_text_to_generated_text_through_the_real_commands(tmp_path, tiny):
         "--train.max_steps",
         80,
     )
-    assert run("train.py", tiny, *arguments, "--model.dropout", 0).status == 0
-    table = run("evaluate.py", "--checkpoint", out).out
+    assert run("train.py", tiny, *arguments, "--model.dropout", 0, fresh=True).status == 0
+    table = run("evaluate.py", "--checkpoint", out, fresh=True).out
     assert "bits per byte" in table
     result = run(
         *("sample.py", "--checkpoint", out, "--prompt", "One two", "--temperature", 0, "--jsonl"),
         *("--max-new-tokens", 20),
+        fresh=True,
     )
+    assert result.status == 0
     assert " four five six seven" in json.loads(result.out)["completion"]
 
 

@@ -85,7 +85,7 @@ def test_a_signal_that_comes_again_is_the_same_request_at_once_and_later_ends_th
         "    print('ready', flush=True)\n"
         "    while not stop.number: time.sleep(0.01)\n"
         "    print(stop.number, flush=True)\n"
-        "    input()\n"
+        "    print(input(), flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # no handler of Python's runs in it
     )
     words = [sys.executable, "-c", code]
@@ -101,9 +101,10 @@ def test_a_signal_that_comes_again_is_the_same_request_at_once_and_later_ends_th
                 time.sleep(0.1)
             time.sleep(ECHO_SECONDS)
             assert process.poll() is None
-            process.stdin.write("\n")
+            process.stdin.write("busy\n")
             process.stdin.flush()
-            time.sleep(0.1)
+            assert process.stdout.readline() == "busy\n"
+            time.sleep(0.5)
             process.send_signal(number)
             assert process.wait(timeout=60) == 128 + number
             told = process.stderr.read()

@@ -63,8 +63,11 @@ def test_the_candidates_are_what_they_are_called():
     }
 
 
-def run_soon(command: list, env: dict, stdout: IO, **_: object) -> subprocess.CompletedProcess:
-    """As subprocess.run runs a training, by a process that has imported torch already."""
+def run_soon(
+    command: list, env: dict, stdout: IO, stderr: IO, check: bool
+) -> subprocess.CompletedProcess:
+    """As subprocess.run runs a training, but forked, with as many threads as all tests have."""
+    assert command[0] == sys.executable and stderr is stdout and not check
     files = [Path(os.devnull), Path(stdout.name), Path(stdout.name)]
     status = run_forked([str(word) for word in command[1:]], ROOT, env, files, timeout=900)
     return subprocess.CompletedProcess(command, status)
@@ -330,7 +333,7 @@ def test_ctrl_c_ends_it_at_once_with_a_checkpoint_to_go_on_from(begin, tmp_path)
     words = ["--config", arguments.config, "--out", arguments.out]
     process = subprocess.Popen(
         [sys.executable, ROOT / "recipe.py", *words, "--only", "nanogpt"],
-        env={**os.environ, "OMP_THREAD_LIMIT": "1"},  # it gives a single training all cores
+        env={**os.environ, "OMP_THREAD_LIMIT": "1"},  # recipe.py gives a single training all
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )

@@ -452,7 +452,7 @@ def test_fineweb_edu_is_streamed_from_the_hub_and_its_commit_recorded(hub, on_hu
     out = tmp_path / "out"
     command = ["prepare_fineweb.py", "--source", "fineweb-edu", "--out", out]
     command += ["--val-tokens", 10, "--workers", 2]
-    assert on_hub(hub, *command).status == 0
+    assert on_hub(hub, *command, fresh=True).status == 0
     manifest = read_manifest(out)
     assert manifest.settings["revision"] == NEW
     stream = [TokenStream(out, split) for split in ("val", "train")]

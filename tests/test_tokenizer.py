@@ -319,7 +319,7 @@ def test_a_merge_does_not_go_through_all_of_a_word_without_an_end(monkeypatch):
 
     monkeypatch.setattr(tokenizer, "merge", counted)
     assert len(train_bpe([dna], 500)) == 499
-    assert sum(letters) < 550_000  # with the whole word each time: 706,421
+    assert sum(letters) < 550_000  # 509,201; with the whole word each time 706,421
 
 
 def test_a_missing_vocabulary_is_refused_by_name(tmp_path):
