@@ -65,7 +65,8 @@ def _become(words: list[str], folder: str, environment: dict[str, str], files: l
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
     sys.argv = words[words[0] == "-m" :]
-    sys.path[:] = [folder, *(path for path in sys.path if path != folder and "tests" not in path)]
+    apart = {folder, str(Path(__file__).parent)}  # a script sees the repository, not the tests
+    sys.path[:] = [folder, *(path for path in sys.path if os.path.abspath(path) not in apart)]
     if words[0] == "-m":
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
